@@ -1,0 +1,43 @@
+# metafast_family(<name>): one family of ops, csrc/<name>/{cpu.cpp,cuda.cu,op.cpp,autograd.cpp}.
+#
+# It adds to the interface library `metafast_ops`, which the Python module and, in the tests, metafast_emulated link:
+# op.cpp and autograd.cpp are compiled by each of them, the torch-free kernels here, once.
+
+add_library(metafast_flags INTERFACE)
+# Contraction is GCC's default and not Clang's: said here, so that a*b+c is one FMA wherever the target has it.
+target_compile_options(metafast_flags INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-ffp-contract=fast>
+  $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--expt-relaxed-constexpr;-Xcompiler=-Wall;-Xcompiler=-Wextra>)
+target_include_directories(metafast_flags INTERFACE "${PROJECT_SOURCE_DIR}/csrc")
+
+add_library(metafast_ops INTERFACE)
+target_link_libraries(metafast_ops INTERFACE metafast_flags torch)
+
+set(METAFAST_ISAS baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND METAFAST_ISAS avx2 avx512)
+  target_compile_definitions(metafast_ops INTERFACE METAFAST_HAVE_AVX2 METAFAST_HAVE_AVX512)
+endif()
+set(METAFAST_FLAGS_baseline)
+set(METAFAST_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(METAFAST_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512)
+
+# csrc/<family>/cpu.cpp once for each instruction set; METAFAST_ISA names the C++ namespace its code lives in, so
+# that the linker never merges two of them.
+function(metafast_cpu_kernels family)
+  foreach(isa IN LISTS METAFAST_ISAS)
+    set(target metafast_${family}_${isa})
+    add_library(${target} OBJECT "${PROJECT_SOURCE_DIR}/csrc/${family}/cpu.cpp")
+    target_compile_definitions(${target} PRIVATE METAFAST_ISA=${isa})
+    target_compile_options(${target} PRIVATE ${METAFAST_FLAGS_${isa}})
+    target_link_libraries(${target} PRIVATE metafast_flags torch_openmp)
+    target_sources(metafast_ops INTERFACE $<TARGET_OBJECTS:${target}>)
+  endforeach()
+endfunction()
+
+function(metafast_family family)
+  metafast_cpu_kernels(${family})
+  set(folder "${PROJECT_SOURCE_DIR}/csrc/${family}")
+  target_sources(metafast_ops INTERFACE "${folder}/op.cpp" "${folder}/autograd.cpp")
+  set_property(GLOBAL APPEND PROPERTY METAFAST_CUDA_SOURCES "${folder}/cuda.cu")
+endfunction()

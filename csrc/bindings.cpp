@@ -1,0 +1,56 @@
+// metafast._C. Importing it registers torch.ops.metafast (library.cpp); what is bound here is what a torch op cannot
+// carry. pybind11 is torch's own copy, see cmake/torch.cmake.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include <string>
+
+#include "common/isa.h"
+
+#ifdef METAFAST_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+
+namespace metafast {
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "gcc " __VERSION__;
+#endif
+}
+
+py::dict build_info() {
+  py::list isas;
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (isa_built(isa)) isas.append(isa_name(isa));
+  }
+  py::dict info;
+  info["version"] = METAFAST_VERSION;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = compiler();
+  info["isas"] = py::tuple(isas);
+#ifdef METAFAST_WITH_CUDA
+  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  info["cuda_architectures"] = py::tuple(py::str(METAFAST_CUDA_ARCHITECTURES).attr("split")(";"));
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = py::none();
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  active_isa();  // a METAFAST_CPU_ISA that cannot be honoured fails the import
+  m.def("build_info", &build_info);
+  m.def("active_isa", [] { return isa_name(active_isa()); });
+  m.def("detected_isa", [] { return isa_name(detected_isa()); });
+}
+
+}  // namespace metafast
