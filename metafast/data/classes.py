@@ -1,0 +1,75 @@
+"""Labelled images, kept as one tensor: what episodes are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageClasses:
+    """Images grouped by class.
+
+    Attributes:
+        images: float32 [C, M, ch, H, W], C classes with M examples each. Handwriting has ink = 1.0, paper = 0.0.
+        names: the C class names, in the order of ``images``.
+        counts: int64 [C], the number of examples that class c really has; rows of ``images[c]`` from
+            ``counts[c]`` on are zero padding. ``None`` when every class has M.
+    """
+
+    images: Tensor
+    names: tuple[str, ...]
+    counts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dim() != 5:
+            raise ValueError(f"images: expected [C, M, ch, H, W], got shape {tuple(self.images.shape)}")
+        if self.images.dtype != torch.float32:
+            raise TypeError(f"images: expected float32, got {self.images.dtype}")
+        classes, examples = self.images.shape[:2]
+        if len(self.names) != classes:
+            raise ValueError(f"names: expected {classes} names, one per class of images, got {len(self.names)}")
+        if self.counts is None:
+            return
+        if self.counts.dtype != torch.int64:
+            raise TypeError(f"counts: expected int64, got {self.counts.dtype}")
+        if self.counts.shape != (classes,):
+            raise ValueError(f"counts: expected shape ({classes},), got {tuple(self.counts.shape)}")
+        if self.counts.device != self.images.device:
+            raise ValueError(f"counts: expected device {self.images.device}, that of images, got {self.counts.device}")
+        if classes and not 0 <= int(self.counts.min()) <= int(self.counts.max()) <= examples:
+            raise ValueError(f"counts: expected values in 0..{examples}, got {self.counts.tolist()}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> ImageClasses:
+        """The same classes with every tensor on ``device``."""
+        counts = None if self.counts is None else self.counts.to(device)
+        return ImageClasses(self.images.to(device), self.names, counts)
+
+    def subset(self, indices: Sequence[int] | Tensor) -> ImageClasses:
+        """The classes at ``indices`` (ints in 0..C-1), in that order."""
+        index = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
+        names = tuple(self.names[i] for i in index.tolist())
+        return ImageClasses(self.images[index], names, None if self.counts is None else self.counts[index])
+
+    def rotated(self) -> ImageClasses:
+        """4C classes: each class turned counter-clockwise by 0, 90, 180 and 270 degrees is a class of its own.
+
+        Class c becomes classes 4c..4c+3, named ``"<name>/rot000"`` .. ``"<name>/rot270"``. This is the customary
+        augmentation for Omniglot (Santoro et al. 2016, "Meta-Learning with Memory-Augmented Neural Networks").
+
+        Raises:
+            ValueError: the images are not square.
+        """
+        height, width = self.images.shape[-2:]
+        if height != width:
+            raise ValueError(f"images: rotation needs square images, got {height} x {width}")
+        turns = [self.images.rot90(quarter, (-2, -1)) for quarter in range(4)]
+        names = tuple(f"{name}/rot{90 * quarter:03d}" for name in self.names for quarter in range(4))
+        counts = None if self.counts is None else self.counts.repeat_interleave(4)
+        return ImageClasses(torch.stack(turns, dim=1).flatten(0, 1), names, counts)

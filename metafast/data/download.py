@@ -1,0 +1,90 @@
+"""Downloads a file whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+_BLOCK = 1 << 16
+_TIMEOUT = 30  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the net: its address, and the digest that tells whether it arrived."""
+
+    url: str
+    algorithm: str  # a name that hashlib knows
+    digest: str  # hexadecimal
+
+
+def download(remote: Remote, target: Path) -> None:
+    """Fetches ``remote`` to ``target``; on any failure ``target`` does not exist.
+
+    The bytes go to a ``.part`` file in the same folder, which takes the name ``target`` only once its digest is
+    right, so that nobody ever sees half a file. A progress bar is drawn if stderr is a terminal.
+
+    Raises:
+        ConnectionError: the address could not be reached or the transfer broke off; says what to do instead.
+        ValueError: the digest is wrong; names the file, the digest expected and the one that came.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)
+    part = Path(name)
+    digest = hashlib.new(remote.algorithm, usedforsecurity=False)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for block in _body(remote.url, target):
+                file.write(block)
+                digest.update(block)
+        if digest.hexdigest() != remote.digest:
+            raise ValueError(
+                f"{remote.url}: expected {remote.algorithm} {remote.digest}, got {digest.hexdigest()}; "
+                f"{target} was not written"
+            )
+        part.chmod(0o644)  # mkstemp makes files private, but a cache may be shared
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _body(url: str, target: Path) -> Iterator[bytes]:
+    """The bytes behind ``url``, in blocks; ConnectionError if they cannot be had, or not all of them."""
+    advice = (
+        f"Without network access, put the file at {target} by hand, or set METAFAST_DATA to a folder that holds "
+        f"{target.parent.name}/{target.name}."
+    )
+    received = 0
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+            length = response.headers.get("Content-Length")
+            for block in _with_progress(iter(lambda: response.read(_BLOCK), b""), target.name, length):
+                received += len(block)
+                yield block
+    except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
+        raise ConnectionError(f"{url} could not be downloaded ({error}). {advice}") from error
+    if length is not None and received < int(length):
+        raise ConnectionError(f"{url} broke off after {received} of {length} bytes. {advice}")
+
+
+def _with_progress(blocks: Iterator[bytes], name: str, length: str | None) -> Iterator[bytes]:
+    """The same blocks; on a terminal, with a progress bar on stderr."""
+    if not sys.stderr.isatty():
+        yield from blocks
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(name, total=None if length is None else int(length))
+        for block in blocks:
+            progress.advance(bar, len(block))
+            yield block

@@ -1,0 +1,157 @@
+"""The files of Omniglot: where they come from, and how they are read.
+
+Omniglot: Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program induction",
+Science 350:1332-1338, 2015. Two kinds of image set are read: the official archive of PNG files
+(``images_background.zip``) and its conversion to one array (``images_background.npz``).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from .download import Remote, download
+
+_OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+_VINYALS = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/master/data/omniglot/splits/vinyals"
+
+# By path under the data folder, which is also the path under METAFAST_MIRROR.
+REMOTES = {
+    "omniglot/images_background.zip": Remote(
+        f"{_OFFICIAL}/images_background.zip", "md5", "68d2efa1b9178cc56df9314c21c6e718"
+    ),
+    "omniglot/images_evaluation.zip": Remote(
+        f"{_OFFICIAL}/images_evaluation.zip", "md5", "6b91aef0f799c5bb55b94e3f2daec811"
+    ),
+    "omniglot/all_runs.zip": Remote(
+        f"{_OFFICIAL}/one-shot-classification/all_runs.zip",
+        "sha256",
+        "437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325",
+    ),
+    "omniglot/splits_vinyals/train.txt": Remote(
+        f"{_VINYALS}/train.txt", "sha256", "984522c194c30fb678ce53304a160a42faf5403ad4f9a67010f32dd3a35738e0"
+    ),
+    "omniglot/splits_vinyals/val.txt": Remote(
+        f"{_VINYALS}/val.txt", "sha256", "11f99e54faee3e26f53d3231c1cceac5bf7b8730e9be31cb6dab256551dc0c1a"
+    ),
+    "omniglot/splits_vinyals/trainval.txt": Remote(
+        f"{_VINYALS}/trainval.txt", "sha256", "5276ae50c755596d0bff7f2284e85625695549a85ee6e36b6491ad1e5d1cc26a"
+    ),
+    "omniglot/splits_vinyals/test.txt": Remote(
+        f"{_VINYALS}/test.txt", "sha256", "845264cc5c156180828ccf17915668b17ee21424d0170df6e7d81676aa5d1204"
+    ),
+}
+
+
+def find_file(root: Path, path: str, may_download: bool) -> Path:
+    """``root/path``, downloaded first if it is absent.
+
+    Raises:
+        FileNotFoundError: the file is absent and ``may_download`` is false.
+        ConnectionError, ValueError: the download failed.
+    """
+    target = root / path
+    if target.exists():
+        return target
+    if not may_download:
+        raise FileNotFoundError(
+            f"{target} does not exist: put it there, set METAFAST_DATA to the folder that holds {path}, "
+            "or allow the download"
+        )
+    remote = REMOTES[path]
+    if mirror := os.environ.get("METAFAST_MIRROR"):
+        remote = Remote(f"{mirror.rstrip('/')}/{path}", remote.algorithm, remote.digest)
+    download(remote, target)
+    return target
+
+
+def read_image_set(root: Path, part: str, may_download: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """All images of a part, and the name ``alphabet/character`` of each class.
+
+    Args:
+        root: the data folder.
+        part: ``"background"`` or ``"evaluation"``.
+
+    Returns:
+        bool [characters, drawers, 105, 105], **True is paper**, and as many names.
+    """
+    array = root / "omniglot" / f"images_{part}.npz"
+    if array.exists():
+        with np.load(array, allow_pickle=False) as content:
+            if "names" in content:
+                return content["images"], tuple(content["names"].tolist())
+            return content["images"], _names_from_table(array.with_name("characters.csv"), part)
+    archive = find_file(root, f"omniglot/images_{part}.zip", may_download)
+    images, names = _read_archive(archive)
+    if os.access(array.parent, os.W_OK):  # a data folder may be read-only; it is then only slower
+        _write_array(array, images, names)
+    return images, names
+
+
+def read_vinyals_split(root: Path, split: str, may_download: bool) -> tuple[str, ...]:
+    """The characters ``alphabet/character`` of a Vinyals split, in the order of its list."""
+    path = find_file(root, f"omniglot/splits_vinyals/{split}.txt", may_download)
+    # One line per class, alphabet/character/rotNNN; every character is there with its four rotations.
+    characters = (line.rpartition("/")[0] for line in path.read_text(encoding="utf-8").split())
+    return tuple(dict.fromkeys(characters))
+
+
+def read_run_images(root: Path, may_download: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The 20 one-shot runs: training and test images, bool [20, 20, 105, 105], True is paper; answers int64 [20, 20].
+
+    ``answers[r, i]`` is the index of the training image that has the class of test image i of run r.
+    """
+    with zipfile.ZipFile(find_file(root, "omniglot/all_runs.zip", may_download)) as archive:
+        runs, items = range(1, 21), range(1, 21)
+        training = [[_read_png(archive, f"run{r:02d}/training/class{i:02d}.png") for i in items] for r in runs]
+        test = [[_read_png(archive, f"run{r:02d}/test/item{i:02d}.png") for i in items] for r in runs]
+        answers = np.zeros((20, 20), dtype=np.int64)
+        for r in runs:
+            for line in archive.read(f"run{r:02d}/class_labels.txt").decode().splitlines():
+                item, answer = (int(path.removesuffix(".png")[-2:]) for path in line.split())
+                answers[r - 1, item - 1] = answer - 1
+    return np.array(training), np.array(test), answers
+
+
+def _names_from_table(table: Path, part: str) -> tuple[str, ...]:
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == part]
+    rows.sort(key=lambda row: int(row["npz_index"]))
+    return tuple(f"{row['alphabet']}/{row['character']}" for row in rows)
+
+
+def _read_archive(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Reads alphabet/characterNN/NNNN_DD.png, below any folder, DD being the drawer."""
+    with zipfile.ZipFile(path) as archive:
+        classes: dict[str, list[str]] = {}
+        for entry in sorted(name for name in archive.namelist() if name.endswith(".png")):
+            classes.setdefault("/".join(PurePosixPath(entry).parts[-3:-1]), []).append(entry)
+        drawers = {len(entries) for entries in classes.values()}
+        if len(drawers) != 1:
+            raise ValueError(f"{path}: expected as many drawings of every character, got {sorted(drawers)}")
+        images = [[_read_png(archive, entry) for entry in entries] for entries in classes.values()]
+    return np.array(images), tuple(classes)
+
+
+def _read_png(archive: zipfile.ZipFile, entry: str) -> np.ndarray:
+    """bool [H, W], True is paper."""
+    from PIL import Image
+
+    with archive.open(entry) as file, Image.open(file) as image:
+        return np.asarray(image.convert("L")) > 127
+
+
+def _write_array(path: Path, images: np.ndarray, names: tuple[str, ...]) -> None:
+    handle, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, images=images, names=np.array(names))
+        os.chmod(part, 0o644)  # mkstemp makes files private, but a cache may be shared
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)

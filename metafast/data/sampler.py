@@ -1,0 +1,95 @@
+"""Draws batches of few-shot episodes by tensor indexing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .classes import ImageClasses
+from .episodes import Episodes
+from .sampling import random_bits, sample_without_replacement
+
+
+class EpisodeSampler:
+    """Draws ``tasks`` episodes of ``ways`` classes at a time from ``classes``.
+
+    The sampler has no state: ``batch(step)`` is a pure function of (seed, step), bit for bit the same on every
+    device, so a run resumes by continuing at its step. Task t of a batch does not depend on ``tasks``.
+
+    Within an episode the classes are distinct, the examples of a class are distinct, and so support and query are
+    disjoint; every such episode is equally likely. Examples come class by class: the support labels of a task are
+    ``shots`` times 0, then ``shots`` times 1, and so on, as is the custom; the same holds for the query.
+
+    Args:
+        classes: what to draw from.
+        ways: N, classes per episode.
+        shots: support examples per class.
+        queries: query examples per class.
+        tasks: T, episodes per batch.
+        seed: any int; different seeds give independent streams of episodes.
+        device: where the images are kept and the episodes drawn; default: where ``classes`` is.
+
+    Raises:
+        ValueError: a size is out of range, there are fewer classes than ``ways``, or a class has fewer than
+            ``shots + queries`` examples.
+    """
+
+    def __init__(
+        self,
+        classes: ImageClasses,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0), ("tasks", tasks, 1)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if ways > len(classes):
+            raise ValueError(f"ways: expected at most {len(classes)}, the number of classes, got {ways}")
+        counts = classes.counts
+        fewest = classes.images.shape[1] if counts is None else int(counts.min())
+        if shots + queries > fewest:
+            name = classes.names[0 if counts is None else int(counts.argmin())]
+            raise ValueError(
+                f"shots + queries: expected at most {fewest}, the number of examples of class {name!r}, "
+                f"got {shots} + {queries}"
+            )
+        self.classes = classes if device is None else classes.to(device)
+        self.ways = ways
+        self.shots = shots
+        self.queries = queries
+        self.tasks = tasks
+        self.seed = seed
+
+    def batch(self, step: int) -> Episodes:
+        """The episodes of ``step`` (an int >= 0): support [T, N*shots, ch, H, W], query [T, N*queries, ch, H, W]."""
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        images, counts = self.classes.images, self.classes.counts
+        draws = self.shots + self.queries
+        bits = random_bits(self.seed, step, (self.tasks, self.ways * (1 + draws)), images.device)
+        chosen = sample_without_replacement(bits[:, : self.ways], len(self.classes))  # [T, N]
+        population = images.shape[1] if counts is None else counts[chosen].unsqueeze(-1)
+        examples = sample_without_replacement(bits[:, self.ways :].unflatten(1, (self.ways, draws)), population)
+
+        rows = chosen.unsqueeze(-1) * images.shape[1] + examples  # [T, N, shots + queries], into [C*M, ...]
+        return Episodes(
+            self._take(rows[..., : self.shots]),
+            self._labels(self.shots),
+            self._take(rows[..., self.shots :]),
+            self._labels(self.queries),
+        )
+
+    def _take(self, rows: Tensor) -> Tensor:
+        """[T, N, K] rows of the flattened images -> [T, N*K, ch, H, W]."""
+        images = self.classes.images.flatten(0, 1)
+        return images.index_select(0, rows.flatten()).unflatten(0, (self.tasks, -1))
+
+    def _labels(self, per_class: int) -> Tensor:
+        """[T, N*per_class]: 0 .. N-1, each ``per_class`` times."""
+        labels = torch.arange(self.ways, device=self.classes.images.device).repeat_interleave(per_class)
+        return labels.repeat(self.tasks, 1)
