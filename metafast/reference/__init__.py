@@ -1,0 +1,28 @@
+"""Pure-PyTorch twins of the compiled operations: same names, same signatures, the definition of correct.
+
+They are differentiable to any order and compose with every transform of ``torch.func``. They trade memory
+for plainness (the distances hold a ``[Q, N, D]`` tensor) and check no values: a class without a support
+example gives NaN where the compiled operation raises.
+"""
+
+from __future__ import annotations
+
+from .pairwise import (
+    matching_log_probs,
+    matching_loss,
+    pairwise_distance,
+    prototypes,
+    prototypical_log_probs,
+    prototypical_loss,
+    relation_scores,
+)
+
+__all__ = [
+    "matching_log_probs",
+    "matching_loss",
+    "pairwise_distance",
+    "prototypes",
+    "prototypical_log_probs",
+    "prototypical_loss",
+    "relation_scores",
+]

@@ -1,0 +1,282 @@
+"""Reference of the pairwise family: prototypes, distances, relation scores, matching attention, losses.
+
+The seven public functions have the signatures of `metafast.pairwise`; `pairwise` and `classify` are the twins
+of the registered operations beneath them. Leading batch dimensions broadcast. The result has the input's dtype;
+float16 and bfloat16 are computed in float32, and under autocast everything but `prototypes` is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # torch's ignore_index: a label that takes no part
+_COSINE_EPS = 1e-8  # the smallest norm that cosine divides by, as in F.cosine_similarity
+
+
+def _float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give `function` float32 tensors under autocast, as the compiled operations do (and torch.cdist)."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs) -> Tensor:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+
+        def cast(value):
+            low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.float() if low else value
+
+        with torch.autocast(device, enabled=False):
+            return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return wrapper
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The dtype to compute in: float32 for the 16-bit types, else the tensor's own."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _members(labels: Tensor, num_classes: int) -> Tensor:
+    """[..., S] -> [..., N, S], bool: is example s of class n? An ignored example is of none."""
+    classes = torch.arange(num_classes, device=labels.device)
+    return labels.unsqueeze(-2) == classes.unsqueeze(-1)
+
+
+def _absent(ways: Tensor | None, num_classes: int) -> Tensor | None:
+    """[...] -> [..., N], bool: classes from ways[t] on do not exist in episode t."""
+    return None if ways is None else torch.arange(num_classes, device=ways.device) >= ways.unsqueeze(-1)
+
+
+def _class_means(embeddings: Tensor, labels: Tensor, num_classes: int, absent: Tensor | None) -> Tensor:
+    member = _members(labels, num_classes).to(embeddings.dtype)  # [..., N, S]
+    count = member.sum(-1, keepdim=True)  # [..., N, 1]
+    if absent is not None:
+        count = count.masked_fill(absent.unsqueeze(-1), 1)  # 0 / 1, so that no NaN reaches a gradient
+    return member @ embeddings / count
+
+
+def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The mean embedding of each class: [..., S, D], [..., S] -> [..., N, D]."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return _class_means(_wide(embeddings), labels, num_classes, None).to(embeddings.dtype)
+
+
+def _sqrt_or_zero(square: Tensor) -> Tensor:
+    """sqrt whose derivatives of every order are 0 at 0, where those of torch.sqrt are infinite."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    # Clamping the square before the root is max(|x|, eps), and leaves no infinite derivative at x = 0.
+    return x / x.square().sum(-1, keepdim=True).clamp_min(_COSINE_EPS**2).sqrt()
+
+
+@_float32_under_autocast
+def pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str) -> Tensor:
+    """out[q, n] = link(bias + sum_d weight[d] * phi(x[q, d], y[n, d])).
+
+    [..., Q, D], [..., N, D], [D], [1] -> [..., Q, N]
+    """
+    if weight is not None and metric in ("euclidean", "cosine", "dot"):
+        raise ValueError(f"weight: metric {metric!r} takes none")
+    dtype = x.dtype
+    x, y = _wide(x), _wide(y)
+    if metric == "dot":
+        return -(x @ y.mT).to(dtype)
+    if metric == "cosine":
+        return (1 - _unit(x) @ _unit(y).mT).to(dtype)
+
+    x, y = x.unsqueeze(-2), y.unsqueeze(-3)  # [..., Q, 1, D], [..., 1, N, D]
+    if metric in ("sqeuclidean", "euclidean"):
+        terms = (x - y).square()
+    elif metric == "cityblock":
+        terms = (x - y).abs()
+    elif metric == "relation_relu":
+        terms = F.relu(x + y)
+    elif metric == "relation_tanh":
+        terms = torch.tanh(x + y)
+    else:
+        raise ValueError(f"metric: unknown {metric!r}")
+    total = (terms if weight is None else terms * _wide(weight)).sum(-1)
+    if bias is not None:
+        total = total + _wide(bias)
+    if metric == "euclidean":
+        total = _sqrt_or_zero(total)
+    elif metric.startswith("relation"):
+        total = torch.sigmoid(total)
+    return total.to(dtype)
+
+
+def pairwise_distance(
+    x: Tensor, y: Tensor, metric: str = "sqeuclidean", *, weight: Tensor | None = None
+) -> Tensor:
+    """The distance of every x to every y: [..., Q, D], [..., N, D] -> [..., Q, N]."""
+    return pairwise(x, y, weight, None, metric)
+
+
+def _prototypical(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    num_classes: int,
+    metric: str,
+    absent: Tensor | None,
+) -> Tensor:
+    rows = _class_means(support, support_labels, num_classes, absent)
+    logits = -pairwise(query, rows, None, None, metric)
+    if absent is not None:
+        logits = logits.masked_fill(absent.unsqueeze(-2), torch.finfo(logits.dtype).min)
+    return F.log_softmax(logits, -1)
+
+
+def _matching(
+    support: Tensor, support_labels: Tensor, query: Tensor, num_classes: int, metric: str, scale: float
+) -> Tensor:
+    logits = -scale * pairwise(query, support, None, None, metric)  # [..., Q, S]
+    lowest = torch.finfo(logits.dtype).min  # exp(lowest - anything) is 0, and lowest - lowest is no NaN
+    member = _members(support_labels, num_classes).unsqueeze(-3)  # [..., 1, N, S]
+    of_class = torch.where(member, logits.unsqueeze(-2), lowest).logsumexp(-1)  # [..., Q, N]
+    taking_part = (support_labels != IGNORED).unsqueeze(-2)  # [..., 1, S]
+    of_all = torch.where(taking_part, logits, lowest).logsumexp(-1, keepdim=True)  # [..., Q, 1]
+    return of_class - of_all
+
+
+def _reduce_nll(log_probs: Tensor, query_labels: Tensor, reduction: str) -> Tensor:
+    """F.nll_loss(ignore_index=-100) whose labels and log probabilities broadcast."""
+    classes = torch.arange(log_probs.shape[-1], device=query_labels.device)
+    nll = -torch.where(query_labels.unsqueeze(-1) == classes, log_probs, 0.0).sum(-1)  # [..., Q]
+    if reduction == "none":
+        return nll
+    if reduction == "sum":
+        return nll.sum()
+    if reduction == "mean":
+        return nll.sum() / (query_labels != IGNORED).expand(nll.shape).sum()
+    raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+@_float32_under_autocast
+def classify(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor | None,
+    ways: Tensor | None,
+    num_classes: int,
+    method: str,
+    metric: str,
+    scale: float,
+    reduction: str,
+) -> Tensor:
+    """Log probabilities [..., Q, N], or with `query_labels` their negative log likelihood."""
+    dtype = support.dtype
+    support, query = _wide(support), _wide(query)
+    absent = _absent(ways, num_classes)
+    if method == "prototypical":
+        log_probs = _prototypical(support, support_labels, query, num_classes, metric, absent)
+    else:
+        log_probs = _matching(support, support_labels, query, num_classes, metric, scale)
+    if absent is not None:
+        log_probs = log_probs.masked_fill(absent.unsqueeze(-2), -torch.inf)
+    if query_labels is None:
+        return log_probs.to(dtype)
+    return _reduce_nll(log_probs, query_labels, reduction).to(dtype)
+
+
+def prototypical_log_probs(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    num_classes: int,
+    *,
+    metric: str = "sqeuclidean",
+    ways: Tensor | None = None,
+) -> Tensor:
+    """log p(class | query) of Prototypical Networks: -> [..., Q, N]."""
+    return classify(
+        support, support_labels, query, None, ways, num_classes, "prototypical", metric, 1.0, "none"
+    )
+
+
+def prototypical_loss(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    *,
+    metric: str = "sqeuclidean",
+    ways: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The negative log likelihood of Prototypical Networks."""
+    return classify(
+        support,
+        support_labels,
+        query,
+        query_labels,
+        ways,
+        num_classes,
+        "prototypical",
+        metric,
+        1.0,
+        reduction,
+    )
+
+
+def matching_log_probs(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    num_classes: int,
+    *,
+    metric: str = "cosine",
+    scale: float = 1.0,
+    ways: Tensor | None = None,
+) -> Tensor:
+    """log p(class | query) of Matching Networks: -> [..., Q, N]."""
+    return classify(
+        support, support_labels, query, None, ways, num_classes, "matching", metric, scale, "none"
+    )
+
+
+def matching_loss(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    *,
+    metric: str = "cosine",
+    scale: float = 1.0,
+    ways: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The negative log likelihood of Matching Networks."""
+    return classify(
+        support, support_labels, query, query_labels, ways, num_classes, "matching", metric, scale, reduction
+    )
+
+
+def relation_scores(
+    query: Tensor,
+    prototypes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    activation: str = "relu",
+) -> Tensor:
+    """sigmoid(out . act(W [query; prototype] + b)) of every pair: -> [..., Q, N]."""
+    act = {"relu": F.relu, "tanh": torch.tanh}[activation]
+    queries, classes = query.unsqueeze(-2), prototypes.unsqueeze(-3)
+    queries, classes = torch.broadcast_tensors(queries, classes)  # [..., Q, N, D]
+    hidden = act(F.linear(torch.cat([queries, classes], -1), weight, bias))  # [..., Q, N, H]
+    return torch.sigmoid(hidden @ out_weight.reshape(-1) + out_bias.reshape(()))
