@@ -42,6 +42,7 @@ set(CMAKE_CUDA_ARCHITECTURES ${METAFAST_CUDA_ARCHITECTURES})
 set(CMAKE_CUDA_COMPILER "${METAFAST_NVCC}")
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3")  # CMake's own adds -DNDEBUG, which takes the device-side asserts out
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # the one torch has loaded
 enable_language(CUDA)

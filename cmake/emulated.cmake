@@ -4,7 +4,8 @@
 set(emulator "${PROJECT_SOURCE_DIR}/tests/cuda_emulator")
 file(GLOB emulator_sources CONFIGURE_DEPENDS "${emulator}/*.cpp")
 get_property(cuda_sources GLOBAL PROPERTY METAFAST_CUDA_SOURCES)
-set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++")
+set_source_files_properties(${cuda_sources} PROPERTIES
+  LANGUAGE CXX COMPILE_OPTIONS -UNDEBUG)  # device-side asserts are in every build
 
 add_library(metafast_emulated SHARED ${cuda_sources} ${emulator_sources})
 target_include_directories(metafast_emulated BEFORE PRIVATE "${emulator}")

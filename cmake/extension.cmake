@@ -3,8 +3,9 @@
 Python_add_library(_C MODULE WITH_SOABI csrc/bindings.cpp)
 target_link_libraries(_C PRIVATE metafast_ops)
 target_compile_definitions(_C PRIVATE METAFAST_NAMESPACE=metafast)
+list(JOIN METAFAST_CUDA_ARCHITECTURES "," cuda_architectures)  # a semicolon would end the definition
 set_source_files_properties(csrc/bindings.cpp PROPERTIES COMPILE_DEFINITIONS
-  "METAFAST_VERSION=\"${PROJECT_VERSION}\";METAFAST_CUDA_ARCHITECTURES=\"${METAFAST_CUDA_ARCHITECTURES}\"")
+  "METAFAST_VERSION=\"${PROJECT_VERSION}\";METAFAST_CUDA_ARCHITECTURES=\"${cuda_architectures}\"")
 
 if(METAFAST_WITH_CUDA)
   # An object library of its own without torch's headers: what nvcc reads stays torch-free.

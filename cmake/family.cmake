@@ -8,6 +8,9 @@ add_library(metafast_flags INTERFACE)
 target_compile_options(metafast_flags INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-ffp-contract=fast>
   $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--expt-relaxed-constexpr;-Xcompiler=-Wall;-Xcompiler=-Wextra>)
+# Assertions and torch's checks carry file names: relative ones, so that a wheel names no folder of its build machine.
+target_compile_options(metafast_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:
+  -ffile-prefix-map=${PROJECT_SOURCE_DIR}/=;-ffile-prefix-map=${TORCH_ROOT}/=torch/>)
 target_include_directories(metafast_flags INTERFACE "${PROJECT_SOURCE_DIR}/csrc")
 
 add_library(metafast_ops INTERFACE)

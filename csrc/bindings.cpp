@@ -36,7 +36,7 @@ py::dict build_info() {
   info["isas"] = py::tuple(isas);
 #ifdef METAFAST_WITH_CUDA
   info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  info["cuda_architectures"] = py::tuple(py::str(METAFAST_CUDA_ARCHITECTURES).attr("split")(";"));
+  info["cuda_architectures"] = py::tuple(py::str(METAFAST_CUDA_ARCHITECTURES).attr("split")(","));
 #else
   info["cuda"] = py::none();
   info["cuda_architectures"] = py::none();
