@@ -1,0 +1,69 @@
+"""nvcc compiles every kernel, without torch and without a GPU, and no kernel spills or uses local memory."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc").glob("*/cuda.cu")) + sorted(
+    (ROOT / "tests" / "cuda_emulator" / "kernels").glob("*.cu")
+)
+ARCHITECTURES = (80, 90)
+
+NVCC = shutil.which("nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<memory>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def demangle(name: str) -> str:
+    tool = shutil.which("cu++filt", path=str(Path(NVCC).resolve().parent)) or shutil.which("c++filt")
+    return (
+        subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout.strip()
+        if tool
+        else name
+    )
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
+        "-t",
+        "0",
+    ]
+    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    compiled = subprocess.run(
+        [NVCC, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(tmp_path / "cuda.o")],
+        capture_output=True,
+        text=True,
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    kernels = list(KERNEL.finditer(compiled.stderr))
+    assert {match["architecture"] for match in kernels} == {f"sm_{a}" for a in ARCHITECTURES}, compiled.stderr
+
+    table = [f"{'arch':6} {'registers':>9} {'stack':>6} {'stores':>7} {'loads':>6}  kernel"]
+    clean = True
+    for match in kernels:
+        local = int(match["stack"]) + int(match["stores"]) + int(match["loads"])
+        clean &= local == 0 and "lmem" not in match["memory"]
+        table.append(
+            f"{match['architecture']:6} {match['registers']:>9} {match['stack']:>6} {match['stores']:>7} "
+            f"{match['loads']:>6}  {demangle(match['name'])}"
+        )
+    assert clean, "spills or local memory:\n" + "\n".join(table)
+    assert "warning" not in compiled.stderr, compiled.stderr
