@@ -1,5 +1,5 @@
-// metafast._C. Importing it registers torch.ops.metafast (library.cpp); what is bound here is what a torch op cannot
-// carry. pybind11 is torch's own copy, see cmake/torch.cmake.
+// metafast._C. Importing it registers torch.ops.metafast (library.cpp); what is bound here is what a torch op
+// cannot carry. pybind11 is torch's own copy, see cmake/torch.cmake.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 

@@ -61,7 +61,9 @@ def _ops() -> dict[str, tuple[str, ...]]:
     names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("metafast::"))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        name.removeprefix("metafast::"): tuple(key.lower() for key in ("CPU", "CUDA") if has_kernel(name, key))
+        name.removeprefix("metafast::"): tuple(
+            key.lower() for key in ("CPU", "CUDA") if has_kernel(name, key)
+        )
         for name in names
     }
 
@@ -69,7 +71,7 @@ def _ops() -> dict[str, tuple[str, ...]]:
 def info() -> Info:
     """Versions, the CPU instruction set in use, the CUDA build, the GPUs seen, and what each op runs on.
 
-    Needs no GPU. Equivalent to: `torch.__config__.show()`, for metafast.
+    Needs no GPU. `print(metafast.info())` is the table to put into a bug report.
     """
     build = _C.build_info()
     return Info(

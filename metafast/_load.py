@@ -14,8 +14,8 @@ def _check_torch() -> None:
         return
     raise ImportError(
         f"metafast was built against torch {_built.TORCH} (CUDA: {_built.TORCH_CUDA}), but torch "
-        f"{torch.__version__} (CUDA: {torch.version.cuda}) is installed. Build it against the installed torch: "
-        "pip install --no-build-isolation --force-reinstall --no-deps <metafast's source folder>"
+        f"{torch.__version__} (CUDA: {torch.version.cuda}) is installed. Build it against this torch: "
+        "pip install --no-build-isolation --no-deps --force-reinstall <the metafast source folder>"
     )
 
 

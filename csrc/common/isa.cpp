@@ -13,7 +13,8 @@ constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};  // worst first
 bool machine_supports(Isa isa) {
   if (isa == Isa::baseline) return true;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
   return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -33,8 +34,8 @@ Isa choose() {
     if (isa_name(isa) == std::string(variable)) return isa;
     available += (available.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  throw std::runtime_error("METAFAST_CPU_ISA: expected one that this build and this machine have (" + available +
-                           "), got '" + variable + "'");
+  throw std::runtime_error("METAFAST_CPU_ISA: expected one that this build and this machine have (" +
+                           available + "), got '" + variable + "'");
 }
 
 }  // namespace

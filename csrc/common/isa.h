@@ -13,8 +13,8 @@ bool isa_built(Isa isa);
 // The best one that is built and that this processor and operating system support.
 Isa detected_isa();
 
-// METAFAST_CPU_ISA if it is set, else detected_isa(). Throws std::runtime_error where the variable names none that
-// can run here; importing metafast calls it first, so that the error comes then.
+// METAFAST_CPU_ISA if it is set, else detected_isa(). Throws std::runtime_error where the variable names none
+// that can run here; importing metafast calls it first, so that the error comes then.
 Isa active_isa();
 
 }  // namespace metafast
