@@ -1,6 +1,6 @@
 # Decides METAFAST_WITH_CUDA from METAFAST_CUDA, torch and nvcc, never from the presence of a GPU.
 
-find_program(METAFAST_NVCC nvcc HINTS "${CUDAToolkit_ROOT}" ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH
+find_program(METAFAST_NVCC nvcc HINTS "${CUDAToolkit_ROOT}" ENV CUDA_HOME ENV CUDA_PATH
   PATHS /usr/local/cuda PATH_SUFFIXES bin)
 
 if(METAFAST_CUDA STREQUAL "AUTO")
