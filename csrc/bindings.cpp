@@ -1,11 +1,14 @@
 // metafast._C. Importing it registers torch.ops.metafast (library.cpp); what is bound here is what a torch op
 // cannot carry. pybind11 is torch's own copy, see cmake/torch.cmake.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <string>
 
 #include "common/isa.h"
+#include "pairwise/ops.h"
 
 #ifdef METAFAST_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -51,6 +54,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("detected_isa", [] { return isa_name(detected_isa()); });
+
+  // The ops again, typed: torch.ops.metafast.<op> costs microseconds more per call, in Python's argument parsing
+  // (bench/overhead.py). The same dispatcher sees the call.
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("prototypes", [](const Tensor& embeddings, const Tensor& labels, int64_t num_classes) {
+    return prototypes(embeddings, labels, num_classes);
+  }, release);
+  m.def("pairwise", &pairwise, release);
+  m.def("classify", [](const Tensor& support, const Tensor& support_labels, const Tensor& query,
+                       const OptionalTensor& query_labels, const OptionalTensor& ways, int64_t num_classes,
+                       std::string_view method, std::string_view metric, double scale, int64_t reduction) {
+    return std::get<0>(classify(support, support_labels, query, query_labels, ways, num_classes, method, metric,
+                                scale, reduction));
+  }, release);
 }
 
 }  // namespace metafast

@@ -1,0 +1,84 @@
+// From an op's tensors to its kernel: dtype, device, instruction set, threads or stream, and memory for results.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "common/kernel.h"
+
+#ifdef METAFAST_WITH_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace metafast {
+
+// Work below this many multiply-adds is not worth waking another thread for.
+constexpr int64_t kGrain = 1 << 16;
+
+template <class Params>
+void run_on_cpu(const Params& params) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, params.item_cost()));
+  at::parallel_for(0, params.items(), grain, [&params](int64_t begin, int64_t end) {
+    run_on_isa(params, begin, end);
+  });
+}
+
+// Runs the kernel that `params` describes where `like` lives, on the current stream of its device.
+template <class Params>
+void run_kernel(const Params& params, [[maybe_unused]] const at::Tensor& like) {
+#if defined(METAFAST_EMULATED)
+  launch_cuda(params, nullptr);  // tests/cuda_emulator runs the CUDA kernel on the CPU
+#else
+#if defined(METAFAST_WITH_CUDA)
+  if (like.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(like.device());
+    return launch_cuda(params, c10::cuda::getCurrentCUDAStream().stream());
+  }
+#endif
+  run_on_cpu(params);
+#endif
+}
+
+// Whether kernels run on the GPU (or as if on it), where reading a value would wait for it.
+inline bool runs_cuda([[maybe_unused]] const at::Tensor& like) {
+#if defined(METAFAST_EMULATED)
+  return true;
+#else
+  return like.is_cuda();
+#endif
+}
+
+// Calls f.template operator()<T>() with the scalar type the kernels compute in.
+template <class F>
+auto with_scalar(const at::Tensor& like, F&& f) {
+  return like.scalar_type() == at::kDouble ? f.template operator()<double>() : f.template operator()<float>();
+}
+
+// float16 and bfloat16 are computed in float32.
+inline at::ScalarType compute_type(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// An uninitialised tensor for a result. Large ones on the CPU ask for huge pages: a first write to fresh memory
+// costs a page fault every 4 KiB otherwise, which takes longer than the kernels themselves.
+inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor result = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;
+  if (result.is_cpu() && result.nbytes() >= 2 * kHugePage) {
+    const auto begin = reinterpret_cast<uintptr_t>(result.data_ptr());
+    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t last = (begin + result.nbytes()) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal costs only time
+  }
+#endif
+  return result;
+}
+
+}  // namespace metafast

@@ -1,0 +1,371 @@
+// First and second derivatives of the pairwise ops. Each op's backward is an op, so it is differentiated like one:
+// op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its backward are linear
+// and transposes of each other, so they are differentiable without end.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "common/call.h"
+#include "pairwise/ops.h"
+
+namespace metafast {
+
+// --- the ops, through the dispatcher ---------------------------------------------------------------------------
+
+#define METAFAST_CALL(op, ...)                                  \
+  static const auto handle = find_op<decltype(metafast::op)>(#op); \
+  return handle.call(__VA_ARGS__)
+
+Tensor prototypes(const Tensor& embeddings, const Tensor& labels, c10::SymInt num_classes) {
+  METAFAST_CALL(prototypes, embeddings, labels, num_classes);
+}
+
+Tensor prototypes_backward(const Tensor& grad, const Tensor& labels) {
+  METAFAST_CALL(prototypes_backward, grad, labels);
+}
+
+Tensor pairwise(const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
+                std::string_view metric) {
+  METAFAST_CALL(pairwise, x, y, weight, bias, metric);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                             const OptionalTensor& weight, const OptionalTensor& bias,
+                                                             const Tensor& out, std::string_view metric) {
+  METAFAST_CALL(pairwise_backward, grad, x, y, weight, bias, out, metric);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward(
+    const Tensor& gg_x, const Tensor& gg_y, const OptionalTensor& gg_weight, const OptionalTensor& gg_bias,
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& out, std::string_view metric) {
+  METAFAST_CALL(pairwise_double_backward, gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out, metric);
+}
+
+std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor& support_labels, const Tensor& query,
+                                            const OptionalTensor& query_labels, const OptionalTensor& ways,
+                                            c10::SymInt num_classes, std::string_view method, std::string_view metric,
+                                            double scale, int64_t reduction) {
+  METAFAST_CALL(classify, support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,
+                reduction);
+}
+
+std::tuple<Tensor, Tensor> classify_backward(const Tensor& grad, const Tensor& support, const Tensor& support_labels,
+                                             const Tensor& query, const OptionalTensor& query_labels,
+                                             const OptionalTensor& ways, const Tensor& rows, const Tensor& valid,
+                                             c10::SymInt num_classes, std::string_view method,
+                                             std::string_view metric, double scale, int64_t reduction) {
+  METAFAST_CALL(classify_backward, grad, support, support_labels, query, query_labels, ways, rows, valid, num_classes,
+                method, metric, scale, reduction);
+}
+
+std::tuple<Tensor, Tensor, Tensor> classify_double_backward(
+    const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad, const Tensor& support,
+    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
+    const Tensor& rows, const Tensor& valid, c10::SymInt num_classes, std::string_view method,
+    std::string_view metric, double scale, int64_t reduction) {
+  METAFAST_CALL(classify_double_backward, gg_support, gg_query, grad, support, support_labels, query, query_labels,
+                ways, rows, valid, num_classes, method, metric, scale, reduction);
+}
+
+// --- their autograd kernels ------------------------------------------------------------------------------------
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+struct PrototypesFunction : Function<PrototypesFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& labels, c10::SymInt num_classes) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({labels});
+    return prototypes(embeddings, labels, std::move(num_classes));
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {prototypes_backward(grads[0], ctx->get_saved_variables()[0]), Tensor(), Tensor()};
+  }
+};
+
+Tensor prototypes_autograd(const Tensor& embeddings, const Tensor& labels, c10::SymInt num_classes) {
+  if (needs_graph("prototypes", embeddings)) return PrototypesFunction::apply(embeddings, labels, num_classes);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return prototypes(embeddings, labels, num_classes);
+}
+
+struct PrototypesBackwardFunction : Function<PrototypesBackwardFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& labels) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({labels});
+    ctx->saved_data["num_classes"] = grad.sym_size(-2);
+    return prototypes_backward(grad, labels);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {prototypes(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_classes"].toSymInt()), Tensor()};
+  }
+};
+
+Tensor prototypes_backward_autograd(const Tensor& grad, const Tensor& labels) {
+  if (needs_graph("prototypes_backward", grad)) return PrototypesBackwardFunction::apply(grad, labels);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return prototypes_backward(grad, labels);
+}
+
+// A gradient that the op returns only where the argument was given.
+Tensor grad_if(const Tensor& argument, const Tensor& grad) { return argument.defined() ? grad : Tensor(); }
+
+struct PairwiseDoubleBackwardFunction : Function<PairwiseDoubleBackwardFunction> {
+  static variable_list forward(AutogradContext*, const Tensor& gg_x, const Tensor& gg_y,
+                               const OptionalTensor& gg_weight, const OptionalTensor& gg_bias, const Tensor& grad,
+                               const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& out, const std::string& metric) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [gg, gx, gy, gw, gb] =
+        pairwise_double_backward(gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out, metric);
+    return {gg, gx, gy, gw, gb};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    return no_third_derivative("pairwise_double_backward");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_autograd(
+    const Tensor& gg_x, const Tensor& gg_y, const OptionalTensor& gg_weight, const OptionalTensor& gg_bias,
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
+    const Tensor& out, std::string_view metric) {
+  if (needs_graph("pairwise_double_backward", gg_x, gg_y, tensor_or_undefined(gg_weight),
+                  tensor_or_undefined(gg_bias), grad, x, y, tensor_or_undefined(weight), tensor_or_undefined(bias))) {
+    const auto r = PairwiseDoubleBackwardFunction::apply(gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out,
+                                                         std::string(metric));
+    return {r[0], r[1], r[2], r[3], r[4]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return pairwise_double_backward(gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out, metric);
+}
+
+struct PairwiseBackwardFunction : Function<PairwiseBackwardFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& x, const Tensor& y,
+                               const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& out,
+                               const std::string& metric) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({grad, x, y, tensor_or_undefined(weight), tensor_or_undefined(bias), out});
+    ctx->saved_data["metric"] = metric;
+    auto [gx, gy, gw, gb] = pairwise_backward(grad, x, y, weight, bias, out, metric);
+    return {gx, gy, gw, gb};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &weight = saved[3], &bias = saved[4];
+    auto [gg, gx, gy, gw, gb] = pairwise_double_backward(
+        grads[0], grads[1], optional_of(grad_if(weight, grads[2])), optional_of(grad_if(bias, grads[3])), saved[0],
+        saved[1], saved[2], optional_of(weight), optional_of(bias), saved[5],
+        ctx->saved_data["metric"].toStringView());
+    return {gg, gx, gy, grad_if(weight, gw), grad_if(bias, gb), Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_autograd(const Tensor& grad, const Tensor& x,
+                                                                      const Tensor& y, const OptionalTensor& weight,
+                                                                      const OptionalTensor& bias, const Tensor& out,
+                                                                      std::string_view metric) {
+  if (needs_graph("pairwise_backward", grad, x, y, tensor_or_undefined(weight), tensor_or_undefined(bias))) {
+    const auto r = PairwiseBackwardFunction::apply(grad, x, y, weight, bias, out, std::string(metric));
+    return {r[0], r[1], r[2], r[3]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return pairwise_backward(grad, x, y, weight, bias, out, metric);
+}
+
+struct PairwiseFunction : Function<PairwiseFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const std::string& metric) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor out = pairwise(x, y, weight, bias, metric);
+    ctx->save_for_backward({x, y, tensor_or_undefined(weight), tensor_or_undefined(bias), out});
+    ctx->saved_data["metric"] = metric;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &weight = saved[2], &bias = saved[3];
+    auto [gx, gy, gw, gb] = pairwise_backward(grads[0], saved[0], saved[1], optional_of(weight), optional_of(bias),
+                                              saved[4], ctx->saved_data["metric"].toStringView());
+    return {gx, gy, grad_if(weight, gw), grad_if(bias, gb), Tensor()};
+  }
+};
+
+Tensor pairwise_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
+                         std::string_view metric) {
+  if (needs_graph("pairwise", x, y, tensor_or_undefined(weight), tensor_or_undefined(bias))) {
+    return PairwiseFunction::apply(x, y, weight, bias, std::string(metric));
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return pairwise(x, y, weight, bias, metric);
+}
+
+// What classify and its derivatives have in common: all but the tensors that are differentiated.
+struct ClassifyOptions {
+  OptionalTensor query_labels, ways;
+  c10::SymInt num_classes;
+  std::string method, metric;
+  double scale;
+  int64_t reduction;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["num_classes"] = num_classes;
+    ctx->saved_data["method"] = method;
+    ctx->saved_data["metric"] = metric;
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["reduction"] = reduction;
+  }
+
+  static ClassifyOptions restore(AutogradContext* ctx, const Tensor& query_labels, const Tensor& ways) {
+    auto& data = ctx->saved_data;
+    return {optional_of(query_labels), optional_of(ways), data["num_classes"].toSymInt(), data["method"].toStringRef(),
+            data["metric"].toStringRef(), data["scale"].toDouble(), data["reduction"].toInt()};
+  }
+};
+
+struct ClassifyDoubleBackwardFunction : Function<ClassifyDoubleBackwardFunction> {
+  static variable_list forward(AutogradContext*, const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad,
+                               const Tensor& support, const Tensor& support_labels, const Tensor& query,
+                               const Tensor& rows, const Tensor& valid, const ClassifyOptions& o) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [gg, gs, gq] =
+        classify_double_backward(gg_support, gg_query, grad, support, support_labels, query, o.query_labels, o.ways,
+                                 rows, valid, o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    return {gg, gs, gq};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    return no_third_derivative("classify_double_backward");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> classify_double_backward_autograd(
+    const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad, const Tensor& support,
+    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
+    const Tensor& rows, const Tensor& valid, c10::SymInt num_classes, std::string_view method,
+    std::string_view metric, double scale, int64_t reduction) {
+  if (needs_graph("classify_double_backward", gg_support, gg_query, grad, support, query)) {
+    const auto r = ClassifyDoubleBackwardFunction::apply(
+        gg_support, gg_query, grad, support, support_labels, query, rows, valid,
+        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale, reduction});
+    return {r[0], r[1], r[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return classify_double_backward(gg_support, gg_query, grad, support, support_labels, query, query_labels, ways, rows,
+                                  valid, num_classes, method, metric, scale, reduction);
+}
+
+struct ClassifyBackwardFunction : Function<ClassifyBackwardFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& support,
+                               const Tensor& support_labels, const Tensor& query, const Tensor& rows,
+                               const Tensor& valid, const ClassifyOptions& o) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({grad, support, support_labels, query, rows, valid, tensor_or_undefined(o.query_labels),
+                            tensor_or_undefined(o.ways)});
+    o.save(ctx);
+    auto [gs, gq] = classify_backward(grad, support, support_labels, query, o.query_labels, o.ways, rows, valid,
+                                      o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    return {gs, gq};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto s = ctx->get_saved_variables();
+    const auto o = ClassifyOptions::restore(ctx, s[6], s[7]);
+    auto [gg, gs, gq] = classify_double_backward(grads[0], grads[1], s[0], s[1], s[2], s[3], o.query_labels, o.ways,
+                                                 s[4], s[5], o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    return {gg, gs, Tensor(), gq, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const Tensor& support,
+                                                      const Tensor& support_labels, const Tensor& query,
+                                                      const OptionalTensor& query_labels, const OptionalTensor& ways,
+                                                      const Tensor& rows, const Tensor& valid,
+                                                      c10::SymInt num_classes, std::string_view method,
+                                                      std::string_view metric, double scale, int64_t reduction) {
+  if (needs_graph("classify_backward", grad, support, query)) {
+    const auto r = ClassifyBackwardFunction::apply(
+        grad, support, support_labels, query, rows, valid,
+        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale, reduction});
+    return {r[0], r[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return classify_backward(grad, support, support_labels, query, query_labels, ways, rows, valid, num_classes, method,
+                           metric, scale, reduction);
+}
+
+struct ClassifyFunction : Function<ClassifyFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
+                               const Tensor& query, const ClassifyOptions& o) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, rows, valid] = classify(support, support_labels, query, o.query_labels, o.ways, o.num_classes, o.method,
+                                       o.metric, o.scale, o.reduction);
+    ctx->save_for_backward({support, support_labels, query, rows, valid, tensor_or_undefined(o.query_labels),
+                            tensor_or_undefined(o.ways)});
+    o.save(ctx);
+    ctx->mark_non_differentiable({rows, valid});
+    return {out, rows, valid};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto s = ctx->get_saved_variables();
+    const auto o = ClassifyOptions::restore(ctx, s[5], s[6]);
+    auto [gs, gq] = classify_backward(grads[0], s[0], s[1], s[2], o.query_labels, o.ways, s[3], s[4], o.num_classes,
+                                      o.method, o.metric, o.scale, o.reduction);
+    return {gs, Tensor(), gq, Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> classify_autograd(const Tensor& support, const Tensor& support_labels,
+                                                     const Tensor& query, const OptionalTensor& query_labels,
+                                                     const OptionalTensor& ways, c10::SymInt num_classes,
+                                                     std::string_view method, std::string_view metric, double scale,
+                                                     int64_t reduction) {
+  if (needs_graph("classify", support, query)) {
+    const auto r = ClassifyFunction::apply(
+        support, support_labels, query,
+        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale, reduction});
+    return {r[0], r[1], r[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return classify(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale, reduction);
+}
+
+// Under autocast distances and losses run in float32, as torch.cdist does: every floating tensor argument of these ops
+// is cast, whatever its position.
+void autocast_to_float32(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const c10::DeviceType device =
+      keys.has(c10::DispatchKey::AutocastCUDA) ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+  c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  for (auto it = stack->end() - op.schema().arguments().size(); it != stack->end(); ++it) {
+    c10::IValue& argument = *it;
+    if (argument.isTensor() && argument.toTensor().defined()) {
+      argument = at::autocast::cached_cast(at::kFloat, argument.toTensor(), device);
+    }
+  }
+  op.callBoxed(stack);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
+  m.impl("prototypes", prototypes_autograd);
+  m.impl("prototypes_backward", prototypes_backward_autograd);
+  m.impl("pairwise", pairwise_autograd);
+  m.impl("pairwise_backward", pairwise_backward_autograd);
+  m.impl("pairwise_double_backward", pairwise_double_backward_autograd);
+  m.impl("classify", classify_autograd);
+  m.impl("classify_backward", classify_backward_autograd);
+  m.impl("classify_double_backward", classify_double_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) {
+  m.impl("pairwise", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("classify", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+}
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCUDA, m) {
+  m.impl("pairwise", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("classify", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+}
+
+}  // namespace metafast

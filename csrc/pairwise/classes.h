@@ -1,0 +1,125 @@
+// CPU: class probabilities of a tile of queries, and the gradients that reach their logarithms.
+#pragma once
+
+#include <limits>
+
+#include "pairwise/params.h"
+#include "pairwise/tile.h"
+
+namespace metafast::METAFAST_ISA {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Of one task: which rows and classes take part, and the probabilities of one tile of queries.
+template <typename T>
+class ClassProbabilities {
+  using V = Vec<T>;
+
+ public:
+  ClassProbabilities(const Classes<T>& p, int64_t task)
+      : p_(p), ways_(p.ways ? p.ways[task] : p.way), labels_(p.row_labels ? p.row_labels + task * p.rows : nullptr),
+        all_(p.rows), own_(labels_ ? p.rows : 0), top_(labels_ ? p.way : 0), sum_(labels_ ? p.way : 0) {}
+
+  int64_t ways() const { return ways_; }
+
+  // The class of row j, or -1 where the row takes no part.
+  int64_t class_of(int64_t j) const {
+    const int64_t label = labels_ ? labels_[j] : j;
+    return label >= 0 && label < ways_ ? label : -1;
+  }
+
+  // Probabilities of the rows, from their logits.
+  void set(const V* logits) {
+    logits_ = logits;
+    const V lowest = Math<V>::constant(-kInfinity);
+    V top = lowest;
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      if (class_of(j) >= 0) top = logits[j] > top ? logits[j] : top;
+    }
+    V sum{};
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      all_[j] = class_of(j) >= 0 ? Math<V>::exp(logits[j] - top) : V{};
+      sum += all_[j];
+    }
+    log_sum_ = top + Math<V>::log(sum);
+    const V scale = 1 / sum;
+    for (int64_t j = 0; j < p_.rows; ++j) all_[j] *= scale;
+    if (labels_ == nullptr) return;
+
+    for (int64_t n = 0; n < p_.way; ++n) {
+      top_[n] = lowest;
+      sum_[n] = V{};
+    }
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      const int64_t n = class_of(j);
+      if (n >= 0) top_[n] = logits[j] > top_[n] ? logits[j] : top_[n];
+    }
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      const int64_t n = class_of(j);
+      own_[j] = n >= 0 ? Math<V>::exp(logits[j] - top_[n]) : V{};
+      if (n >= 0) sum_[n] += own_[j];
+    }
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      const int64_t n = class_of(j);
+      if (n >= 0) own_[j] /= sum_[n];
+    }
+  }
+
+  // log p(n), for a class that takes part
+  V log_prob(int64_t n) const {
+    const V log_class = labels_ ? top_[n] + Math<V>::log(sum_[n]) : logits_[n];
+    return log_class - log_sum_;
+  }
+
+  V all(int64_t j) const { return all_[j]; }  // probability of row j among all rows
+  V own(int64_t j) const { return labels_ ? own_[j] : V{} + 1; }  // and among the rows of its class
+
+ private:
+  const Classes<T>& p_;
+  int64_t ways_;
+  const int64_t* labels_;
+  const V* logits_ = nullptr;
+  Scratch<V> all_, own_, top_, sum_;
+  V log_sum_{};
+};
+
+// The gradients of the class log-probabilities of a tile, from those of log_probs or of the loss.
+template <typename T>
+class ClassGradients {
+  using V = Vec<T>;
+
+ public:
+  ClassGradients(const Classes<T>& p, const LossGradient<T>& grad)
+      : p_(p), grad_(grad), scale_(grad.divisor ? 1 / *grad.divisor : T(1)), per_class_(p.way) {}
+
+  void set(int64_t task, int64_t q, int count, int64_t ways) {
+    sum_ = V{};
+    for (int64_t n = 0; n < p_.way; ++n) per_class_[n] = V{};
+    for (int i = 0; i < count; ++i) {
+      const int64_t query = task * p_.queries + q + i;
+      const T* grad = grad_.grad + query * grad_.query_stride;
+      if (p_.query_labels != nullptr) {
+        const int64_t label = p_.query_labels[query];
+        if (label < 0 || label >= ways) continue;
+        lane<T>(per_class_.get(), label, i) = sum_[i] = -*grad * scale_;
+      } else {
+        for (int64_t n = 0; n < ways; ++n) {
+          lane<T>(per_class_.get(), n, i) = grad[n];
+          sum_[i] += grad[n];
+        }
+      }
+    }
+  }
+
+  V of(int64_t n) const { return per_class_[n]; }
+  V sum() const { return sum_; }
+
+ private:
+  const Classes<T>& p_;
+  const LossGradient<T>& grad_;
+  T scale_;
+  Scratch<V> per_class_;
+  V sum_{};
+};
+
+}  // namespace metafast::METAFAST_ISA

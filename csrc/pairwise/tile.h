@@ -1,0 +1,306 @@
+// The arithmetic of the CPU kernels: a tile of kLanes queries, one per lane, against all rows of their task.
+//
+// Per-pair quantities (distances, their gradients) live in tiles: one vector for each row j, lane i for query i.
+// Three loops touch features, and everything else is per pair:
+//
+//   sum_terms       sum_d w_d value(x_id, y_jd)                        for every pair   (forward)
+//   sum_tangents    its change when x moves along u, y along v, w along z               (double backward)
+//   spread, spread_second                                                               (backward, double backward)
+//                   per-pair factors times the derivatives of the terms, onto the gradients of x, y and w
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "common/simd.h"
+#include "pairwise/math.h"
+
+namespace metafast::METAFAST_ISA {
+
+// The n <= kLanes queries of a tile. Lanes past the last repeat it, so that no lane reads outside.
+template <typename T>
+struct Queries {
+  const T* first;
+  int64_t stride;
+  int count;
+
+  const T* operator[](int i) const { return first + (i < count ? i : count - 1) * stride; }
+};
+
+// Uninitialised, aligned scratch memory of one work item.
+template <typename V>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<V*>(std::aligned_alloc(64, (count * sizeof(V) + 63) / 64 * 64))) {
+    if (data_ == nullptr && count > 0) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  V* get() const { return data_; }
+  V& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  V* data_;
+};
+
+template <typename T>
+METAFAST_HD T& lane(Vec<T>* tile, int64_t row, int i) {
+  return reinterpret_cast<T*>(tile + row)[i];
+}
+
+template <typename T>
+METAFAST_HD T sum_of_lanes(Vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+// --- forward -------------------------------------------------------------------------------------------------
+
+// kQueries queries from i on against kRows rows from y on: lane r * kQueries + i of the result is the sum of that
+// pair. kQueries * kRows = kLanes sums are in flight, which hides the latency of the adds.
+template <class Term, bool kWeighted, int kQueries, int kRows, typename T>
+METAFAST_HD Vec<T> sum_block(const Queries<T>& x, int i, const T* y, int64_t features, const T* weight) {
+  const T* px[kQueries];
+  const T* py[kRows];
+#pragma GCC unroll 16
+  for (int q = 0; q < kQueries; ++q) px[q] = x[i + q];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) py[r] = y + r * features;
+  Vec<T> sums[kQueries * kRows] = {};
+  const auto add = [&](auto load_at) __attribute__((always_inline)) {
+    Vec<T> rows[kRows], w{};
+    if constexpr (kWeighted) w = load_at(weight);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) rows[r] = load_at(py[r]);
+#pragma GCC unroll 16
+    for (int q = 0; q < kQueries; ++q) {
+      Vec<T> query = load_at(px[q]);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        Vec<T> value = Term::value(query, rows[r]);
+        sums[r * kQueries + q] += kWeighted ? w * value : value;
+      }
+    }
+  };
+  int64_t d = 0;
+  for (; d + kLanes<T> <= features; d += kLanes<T>) {
+    add([d](const T* p) __attribute__((always_inline)) { return load(p + d); });
+  }
+  if (d < features) {  // every term is 0 at (0, 0), so the padding adds nothing
+    const int rest = static_cast<int>(features - d);
+    add([d, rest](const T* p) __attribute__((always_inline)) { return load_partial(p + d, rest); });
+  }
+  return sum_lanes<T>(sums);
+}
+
+template <class Term, bool kWeighted, typename T>
+void sum_terms(const Queries<T>& x, const T* y, int64_t rows, int64_t features, const T* weight, Vec<T>* out) {
+  constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4, kRows = kLanes<T> / kQueries;
+  int64_t j = 0;
+  if constexpr (kRows > 1) {
+    for (; j + kRows <= rows; j += kRows) {
+      for (int i = 0; i < kLanes<T>; i += kQueries) {
+        Vec<T> sums{};
+        if (i < x.count) {
+          sums = sum_block<Term, kWeighted, kQueries, kRows>(x, i, y + j * features, features, weight);
+        }
+        for (int r = 0; r < kRows; ++r) {
+          __builtin_memcpy(&lane<T>(out, j + r, i), reinterpret_cast<const T*>(&sums) + r * kQueries, kQueries * sizeof(T));
+        }
+      }
+    }
+  }
+  for (; j < rows; ++j) {
+    out[j] = sum_block<Term, kWeighted, kLanes<T>, 1>(x, 0, y + j * features, features, weight);
+  }
+}
+
+// Sums of squares of the queries, one per lane.
+template <typename T>
+Vec<T> squared_norms(const Queries<T>& x, int64_t features) {
+  Vec<T> sums[kLanes<T>] = {};
+  for (int i = 0; i < x.count; ++i) {
+    for (int64_t d = 0; d < features; d += kLanes<T>) {
+      Vec<T> v = load_some(x[i] + d, features - d);
+      sums[i] += v * v;
+    }
+  }
+  return sum_lanes<T>(sums);
+}
+
+// Inner products of each query with the same row of another array.
+template <typename T>
+Vec<T> inner_products(const Queries<T>& x, const Queries<T>& u, int64_t features) {
+  Vec<T> sums[kLanes<T>] = {};
+  for (int i = 0; i < x.count; ++i) {
+    for (int64_t d = 0; d < features; d += kLanes<T>) {
+      sums[i] += load_some(x[i] + d, features - d) * load_some(u[i] + d, features - d);
+    }
+  }
+  return sum_lanes<T>(sums);
+}
+
+// --- backward ------------------------------------------------------------------------------------------------
+
+// grad_x_i = sum_j factor_ij w dx and grad_y_j += sum_i factor_ij w dy for kRows rows from y on, and grad_weight +=
+// sum_ij factor_ij value / kDerivative. The rows and their gradients stay in registers while the queries pass.
+template <class Term, bool kWeighted, int kRows, typename T>
+METAFAST_HD void spread_block(const Queries<T>& x, const T* y, int64_t features, const T* weight, const Vec<T>* factor,
+                              bool first, T* grad_x, T* grad_y, T* grad_weight) {
+  for (int64_t d = 0; d < features; d += kLanes<T>) {
+    const int64_t rest = features - d;
+    Vec<T> rows[kRows], grads[kRows], w{}, grad_w{};
+    if constexpr (kWeighted) w = load_some(weight + d, rest);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      rows[r] = load_some(y + r * features + d, rest);
+      grads[r] = Vec<T>{};
+    }
+    for (int i = 0; i < x.count; ++i) {
+      Vec<T> query = load_some(x.first + i * x.stride + d, rest);
+      Vec<T> grad{};
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        Vec<T> f = broadcast<T>(reinterpret_cast<const T*>(factor + r)[i]);
+        grad += f * Term::dx(query, rows[r]);
+        grads[r] += f * Term::dy(query, rows[r]);
+        if constexpr (kWeighted) grad_w += f * Term::value(query, rows[r]);
+      }
+      if constexpr (kWeighted) grad *= w;
+      T* out = grad_x + i * features + d;
+      store_some(out, first ? grad : grad + load_some(out, rest), rest);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      T* out = grad_y + r * features + d;
+      store_some(out, load_some(out, rest) + (kWeighted ? w * grads[r] : grads[r]), rest);
+    }
+    if constexpr (kWeighted) {
+      constexpr T scale = T(1) / Term::kDerivative;
+      store_some(grad_weight + d, load_some(grad_weight + d, rest) + scale * grad_w, rest);
+    }
+  }
+}
+
+template <class Term, bool kWeighted, typename T>
+void spread(const Queries<T>& x, const T* y, int64_t rows, int64_t features, const T* weight, const Vec<T>* factor,
+            T* grad_x, T* grad_y, T* grad_weight) {
+  constexpr int kRows = 5;  // the common way; 2 * 5 vectors and the query fit the 16 registers of AVX2
+  const auto block = [&](auto count, int64_t j) {
+    spread_block<Term, kWeighted, decltype(count)::value>(x, y + j * features, features, weight, factor + j, j == 0,
+                                                          grad_x, grad_y + j * features, grad_weight);
+  };
+  int64_t j = 0;
+  for (; j + kRows <= rows; j += kRows) block(std::integral_constant<int, kRows>{}, j);
+  for (; j < rows; ++j) block(std::integral_constant<int, 1>{}, j);
+  if (rows == 0) {
+    for (int i = 0; i < x.count; ++i) __builtin_memset(grad_x + i * features, 0, features * sizeof(T));
+  }
+}
+
+// --- double backward -----------------------------------------------------------------------------------------
+
+// out_ij = sum_d kDerivative w (u dx + v dy) + z value, the tangent of sum_terms.
+template <class Term, bool kWeighted, typename T>
+void sum_tangents(const Queries<T>& x, const Queries<T>& u, const T* y, const T* v, int64_t rows, int64_t features,
+                  const T* weight, const T* z, Vec<T>* out) {
+  for (int64_t j = 0; j < rows; ++j) {
+    Vec<T> sums[kLanes<T>] = {};
+    for (int64_t d = 0; d < features; d += kLanes<T>) {
+      const int64_t rest = features - d;
+      Vec<T> row = load_some(y + j * features + d, rest), row_tangent = load_some(v + j * features + d, rest);
+      Vec<T> w = broadcast<T>(Term::kDerivative), weight_tangent{};
+      if constexpr (kWeighted) {
+        w *= load_some(weight + d, rest);
+        weight_tangent = load_some(z + d, rest);
+      }
+      for (int i = 0; i < x.count; ++i) {
+        Vec<T> query = load_some(x[i] + d, rest), tangent = load_some(u[i] + d, rest);
+        sums[i] += w * (tangent * Term::dx(query, row) + row_tangent * Term::dy(query, row));
+        if constexpr (kWeighted) sums[i] += weight_tangent * Term::value(query, row);
+      }
+    }
+    out[j] = sum_lanes<T>(sums);
+  }
+}
+
+// The gradients of sum_ij factor_ij / kDerivative * tangent_ij, the factors held fixed, plus those of spread() for
+// the factors `first`:
+//   grad_x_i  = sum_j factor_ij (w ddx + z dx) + first_ij w dx      grad_y_j += likewise
+//   grad_weight += sum_ij factor_ij (u dx + v dy) + first_ij value / kDerivative
+template <class Term, bool kWeighted, typename T>
+void spread_second(const Queries<T>& x, const Queries<T>& u, const T* y, const T* v, int64_t rows, int64_t features,
+                   const T* weight, const T* z, const Vec<T>* factor, const Vec<T>* first, T* grad_x, T* grad_y,
+                   T* grad_weight) {
+  for (int64_t d = 0; d < features; d += kLanes<T>) {
+    const int64_t rest = features - d;
+    Vec<T> w = broadcast<T>(1), weight_tangent{}, grad_w{};
+    if constexpr (kWeighted) {
+      w = load_some(weight + d, rest);
+      weight_tangent = load_some(z + d, rest);
+    }
+    for (int i = 0; i < x.count; ++i) {
+      Vec<T> query = load_some(x[i] + d, rest), tangent = load_some(u[i] + d, rest), grad{};
+      for (int64_t j = 0; j < rows; ++j) {
+        Vec<T> row = load_some(y + j * features + d, rest), row_tangent = load_some(v + j * features + d, rest);
+        Vec<T> f = broadcast<T>(reinterpret_cast<const T*>(factor + j)[i]);
+        Vec<T> e = broadcast<T>(reinterpret_cast<const T*>(first + j)[i]);
+        Vec<T> dx = Term::dx(query, row), dy = Term::dy(query, row);
+        Vec<T> slope = kWeighted ? f * weight_tangent + e * w : e;
+        T* out = grad_y + j * features + d;
+        grad += slope * dx;
+        Vec<T> grad_row = slope * dy;
+        if constexpr (Term::kCurved) {
+          grad += f * w * Term::ddx(query, row, tangent, row_tangent);
+          grad_row += f * w * Term::ddy(query, row, tangent, row_tangent);
+        }
+        store_some(out, load_some(out, rest) + grad_row, rest);
+        if constexpr (kWeighted) {
+          constexpr T scale = T(1) / Term::kDerivative;
+          grad_w += f * (tangent * dx + row_tangent * dy) + scale * e * Term::value(query, row);
+        }
+      }
+      store_some(grad_x + i * features + d, grad, rest);
+    }
+    if constexpr (kWeighted) store_some(grad_weight + d, load_some(grad_weight + d, rest) + grad_w, rest);
+  }
+}
+
+// out += factor * row
+template <typename T>
+void add_scaled(T factor, const T* row, int64_t features, T* out) {
+  for (int64_t d = 0; d < features; ++d) out[d] += factor * row[d];
+}
+
+// --- tiles in memory -----------------------------------------------------------------------------------------
+
+// [count, J] rows of an array with lanes as columns, and back.
+template <typename T>
+void load_tile(const T* rows, int64_t columns, int count, Vec<T>* tile) {
+  for (int64_t j = 0; j < columns; ++j) {
+    tile[j] = Vec<T>{};
+    for (int i = 0; i < count; ++i) lane<T>(tile, j, i) = rows[i * columns + j];
+  }
+}
+
+template <typename T>
+void store_tile(Vec<T>* tile, int64_t columns, int count, T* rows) {
+  for (int i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < columns; ++j) rows[i * columns + j] = lane<T>(tile, j, i);
+  }
+}
+
+template <typename T>
+void clear(T* p, int64_t count) {
+  if (p != nullptr) std::fill_n(p, count, T(0));
+}
+
+template <typename T>
+void scale_tile(Vec<T>* tile, int64_t rows, T factor, const Vec<T>* from) {
+  for (int64_t j = 0; j < rows; ++j) tile[j] = factor * from[j];
+}
+
+}  // namespace metafast::METAFAST_ISA
