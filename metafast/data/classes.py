@@ -14,7 +14,7 @@ class ImageClasses:
     """Images grouped by class.
 
     Attributes:
-        images: float32 [C, M, ch, H, W], C classes with M examples each. Handwriting has ink = 1.0, paper = 0.0.
+        images: float32 [C, M, ch, H, W], C classes with M examples each. Handwriting: ink = 1.0, paper = 0.0.
         names: the C class names, in the order of ``images``.
         counts: int64 [C], the number of examples that class c really has; rows of ``images[c]`` from
             ``counts[c]`` on are zero padding. ``None`` when every class has M.
@@ -31,7 +31,7 @@ class ImageClasses:
             raise TypeError(f"images: expected float32, got {self.images.dtype}")
         classes, examples = self.images.shape[:2]
         if len(self.names) != classes:
-            raise ValueError(f"names: expected {classes} names, one per class of images, got {len(self.names)}")
+            raise ValueError(f"names: expected {classes}, one for each class, got {len(self.names)}")
         if self.counts is None:
             return
         if self.counts.dtype != torch.int64:
@@ -39,7 +39,7 @@ class ImageClasses:
         if self.counts.shape != (classes,):
             raise ValueError(f"counts: expected shape ({classes},), got {tuple(self.counts.shape)}")
         if self.counts.device != self.images.device:
-            raise ValueError(f"counts: expected device {self.images.device}, that of images, got {self.counts.device}")
+            raise ValueError(f"counts: expected on {self.images.device}, as images, got {self.counts.device}")
         if classes and not 0 <= int(self.counts.min()) <= int(self.counts.max()) <= examples:
             raise ValueError(f"counts: expected values in 0..{examples}, got {self.counts.tolist()}")
 
@@ -58,10 +58,10 @@ class ImageClasses:
         return ImageClasses(self.images[index], names, None if self.counts is None else self.counts[index])
 
     def rotated(self) -> ImageClasses:
-        """4C classes: each class turned counter-clockwise by 0, 90, 180 and 270 degrees is a class of its own.
+        """4C classes: every class turned counter-clockwise by 0, 90, 180 and 270 degrees is a new class.
 
-        Class c becomes classes 4c..4c+3, named ``"<name>/rot000"`` .. ``"<name>/rot270"``. This is the customary
-        augmentation for Omniglot (Santoro et al. 2016, "Meta-Learning with Memory-Augmented Neural Networks").
+        Class c becomes classes 4c..4c+3, named ``<name>/rot000`` to ``<name>/rot270``: the usual augmentation
+        for Omniglot (Santoro et al. 2016, "Meta-Learning with Memory-Augmented Neural Networks").
 
         Raises:
             ValueError: the images are not square.

@@ -13,11 +13,11 @@ from .paths import data_root
 
 
 def digits(root: str | os.PathLike[str] | None = None) -> ImageClasses:
-    """The ten digits, 174 to 183 examples each: images float32 [10, 183, 1, 8, 8], ink = 1.0, with ``counts``.
+    """The ten digits, 174 to 183 examples each: float32 [10, 183, 1, 8, 8], ink = 1.0, with ``counts``.
 
-    The test part of "Optical Recognition of Handwritten Digits" (Alpaydin, Kaynak, UCI repository, 1998), read from
-    ``digits/digits.csv.gz`` in ``root`` (default: METAFAST_DATA, else the user's cache folder) if it is there, else
-    out of scikit-learn's package. Both hold the same 1,797 images.
+    The test part of "Optical Recognition of Handwritten Digits" (Alpaydin, Kaynak, UCI repository, 1998),
+    read from ``digits/digits.csv.gz`` in ``root`` (default: METAFAST_DATA, else the user's cache folder) if
+    it is there, else out of scikit-learn's package. Both hold the same 1,797 images.
 
     Raises:
         ImportError: there is no file, and scikit-learn is not installed.

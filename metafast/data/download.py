@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 
 _BLOCK = 1 << 16
@@ -28,8 +29,9 @@ class Remote:
 def download(remote: Remote, target: Path) -> None:
     """Fetches ``remote`` to ``target``; on any failure ``target`` does not exist.
 
-    The bytes go to a ``.part`` file in the same folder, which takes the name ``target`` only once its digest is
-    right, so that nobody ever sees half a file. A progress bar is drawn if stderr is a terminal.
+    The bytes go to a ``.part`` file in the same folder, which takes the name ``target`` once its digest is
+    right, so that nobody ever sees half a file. A progress bar is drawn if stderr is a terminal and
+    rich is installed.
 
     Raises:
         ConnectionError: the address could not be reached or the transfer broke off; says what to do instead.
@@ -58,8 +60,8 @@ def download(remote: Remote, target: Path) -> None:
 def _body(url: str, target: Path) -> Iterator[bytes]:
     """The bytes behind ``url``, in blocks; ConnectionError if they cannot be had, or not all of them."""
     advice = (
-        f"Without network access, put the file at {target} by hand, or set METAFAST_DATA to a folder that holds "
-        f"{target.parent.name}/{target.name}."
+        f"Put the file at {target} by hand, or set METAFAST_DATA to a data folder that has it "
+        f"(as {target.parent.name}/{target.name})."
     )
     received = 0
     try:
@@ -75,8 +77,8 @@ def _body(url: str, target: Path) -> Iterator[bytes]:
 
 
 def _with_progress(blocks: Iterator[bytes], name: str, length: str | None) -> Iterator[bytes]:
-    """The same blocks; on a terminal, with a progress bar on stderr."""
-    if not sys.stderr.isatty():
+    """The same blocks; on a terminal, with a progress bar on stderr if rich is there to draw it."""
+    if not sys.stderr.isatty() or find_spec("rich") is None:
         yield from blocks
         return
     from rich.console import Console

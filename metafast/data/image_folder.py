@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .classes import ImageClasses
+from .pixels import pillow, read_pixels
 from .resize import resize_area
 
 
 def image_folder(path: str | os.PathLike[str], *, image_size: int, grayscale: bool = True) -> ImageClasses:
     """One class per sub-folder of ``path``, one example per image file in it, in sorted order.
 
-    Every format that Pillow reads is taken; other files are passed over. Images are resized to a square by the box
-    (area) filter, whatever their proportions, with values 0..1 (black..white).
+    Every format that Pillow reads is taken; other files are passed over. Images are resized to a square by
+    the box (area) filter, whatever their proportions, with values 0..1 (black..white).
 
     Args:
         image_size: side of the square images.
@@ -46,16 +46,13 @@ def image_folder(path: str | os.PathLike[str], *, image_size: int, grayscale: bo
 
 def _read_folder(folder: Path, image_size: int, grayscale: bool) -> Tensor:
     """[M, ch, image_size, image_size]"""
-    from PIL import Image
-
-    readable = Image.registered_extensions()
+    readable = pillow().registered_extensions()
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in readable)
     if not files:
         raise ValueError(f"path: expected images in {folder}, found none")
     examples = []
     for file in files:
-        with Image.open(file) as image:
-            pixels = torch.from_numpy(np.array(image.convert("L" if grayscale else "RGB")))
+        pixels = torch.from_numpy(read_pixels(file, grayscale=grayscale))
         channels = pixels.unsqueeze(0) if grayscale else pixels.movedim(-1, 0)
         examples.append(resize_area(channels.float() / 255, image_size, image_size))
     return torch.stack(examples)

@@ -1,6 +1,6 @@
 """The files of Omniglot: where they come from, and how they are read.
 
-Omniglot: Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program induction",
+Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program induction",
 Science 350:1332-1338, 2015. Two kinds of image set are read: the official archive of PNG files
 (``images_background.zip``) and its conversion to one array (``images_background.npz``).
 """
@@ -16,17 +16,24 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .download import Remote, download
+from .pixels import read_pixels
 
 _OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-_VINYALS = "https://raw.githubusercontent.com/jakesnell/prototypical-networks/master/data/omniglot/splits/vinyals"
+_VINYALS_LISTS = (
+    "https://raw.githubusercontent.com/jakesnell/prototypical-networks/master/data/omniglot/splits/vinyals"
+)
 
-# By path under the data folder, which is also the path under METAFAST_MIRROR.
+# By path under the data folder, which is also the path under METAFAST_MIRROR: address, algorithm, digest.
 REMOTES = {
     "omniglot/images_background.zip": Remote(
-        f"{_OFFICIAL}/images_background.zip", "md5", "68d2efa1b9178cc56df9314c21c6e718"
+        f"{_OFFICIAL}/images_background.zip",
+        "md5",
+        "68d2efa1b9178cc56df9314c21c6e718",
     ),
     "omniglot/images_evaluation.zip": Remote(
-        f"{_OFFICIAL}/images_evaluation.zip", "md5", "6b91aef0f799c5bb55b94e3f2daec811"
+        f"{_OFFICIAL}/images_evaluation.zip",
+        "md5",
+        "6b91aef0f799c5bb55b94e3f2daec811",
     ),
     "omniglot/all_runs.zip": Remote(
         f"{_OFFICIAL}/one-shot-classification/all_runs.zip",
@@ -34,16 +41,24 @@ REMOTES = {
         "437c1eeab0af8484112e1b4cc0f3d541ec727f7c47b9b202da738af9dfd6c325",
     ),
     "omniglot/splits_vinyals/train.txt": Remote(
-        f"{_VINYALS}/train.txt", "sha256", "984522c194c30fb678ce53304a160a42faf5403ad4f9a67010f32dd3a35738e0"
+        f"{_VINYALS_LISTS}/train.txt",
+        "sha256",
+        "984522c194c30fb678ce53304a160a42faf5403ad4f9a67010f32dd3a35738e0",
     ),
     "omniglot/splits_vinyals/val.txt": Remote(
-        f"{_VINYALS}/val.txt", "sha256", "11f99e54faee3e26f53d3231c1cceac5bf7b8730e9be31cb6dab256551dc0c1a"
+        f"{_VINYALS_LISTS}/val.txt",
+        "sha256",
+        "11f99e54faee3e26f53d3231c1cceac5bf7b8730e9be31cb6dab256551dc0c1a",
     ),
     "omniglot/splits_vinyals/trainval.txt": Remote(
-        f"{_VINYALS}/trainval.txt", "sha256", "5276ae50c755596d0bff7f2284e85625695549a85ee6e36b6491ad1e5d1cc26a"
+        f"{_VINYALS_LISTS}/trainval.txt",
+        "sha256",
+        "5276ae50c755596d0bff7f2284e85625695549a85ee6e36b6491ad1e5d1cc26a",
     ),
     "omniglot/splits_vinyals/test.txt": Remote(
-        f"{_VINYALS}/test.txt", "sha256", "845264cc5c156180828ccf17915668b17ee21424d0170df6e7d81676aa5d1204"
+        f"{_VINYALS_LISTS}/test.txt",
+        "sha256",
+        "845264cc5c156180828ccf17915668b17ee21424d0170df6e7d81676aa5d1204",
     ),
 }
 
@@ -102,19 +117,21 @@ def read_vinyals_split(root: Path, split: str, may_download: bool) -> tuple[str,
 
 
 def read_run_images(root: Path, may_download: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The 20 one-shot runs: training and test images, bool [20, 20, 105, 105], True is paper; answers int64 [20, 20].
+    """The 20 one-shot runs: training images, test images and answers.
 
-    ``answers[r, i]`` is the index of the training image that has the class of test image i of run r.
+    Returns:
+        Two times bool [20, 20, 105, 105], True is paper; and int64 [20, 20], whose element [r, i] is the
+        index of the training image of run r that shows the character of its test image i.
     """
     with zipfile.ZipFile(find_file(root, "omniglot/all_runs.zip", may_download)) as archive:
-        runs, items = range(1, 21), range(1, 21)
-        training = [[_read_png(archive, f"run{r:02d}/training/class{i:02d}.png") for i in items] for r in runs]
-        test = [[_read_png(archive, f"run{r:02d}/test/item{i:02d}.png") for i in items] for r in runs]
-        answers = np.zeros((20, 20), dtype=np.int64)
-        for r in runs:
-            for line in archive.read(f"run{r:02d}/class_labels.txt").decode().splitlines():
+        numbers = [f"{i:02d}" for i in range(1, 21)]
+        training = [[_read_png(archive, f"run{r}/training/class{i}.png") for i in numbers] for r in numbers]
+        test = [[_read_png(archive, f"run{r}/test/item{i}.png") for i in numbers] for r in numbers]
+        answers = np.empty((20, 20), dtype=np.int64)
+        for run, r in enumerate(numbers):
+            for line in archive.read(f"run{r}/class_labels.txt").decode().splitlines():
                 item, answer = (int(path.removesuffix(".png")[-2:]) for path in line.split())
-                answers[r - 1, item - 1] = answer - 1
+                answers[run, item - 1] = answer - 1
     return np.array(training), np.array(test), answers
 
 
@@ -129,8 +146,9 @@ def _read_archive(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """Reads alphabet/characterNN/NNNN_DD.png, below any folder, DD being the drawer."""
     with zipfile.ZipFile(path) as archive:
         classes: dict[str, list[str]] = {}
-        for entry in sorted(name for name in archive.namelist() if name.endswith(".png")):
-            classes.setdefault("/".join(PurePosixPath(entry).parts[-3:-1]), []).append(entry)
+        drawings = [PurePosixPath(entry) for entry in archive.namelist() if entry.endswith(".png")]
+        for drawing in sorted(drawings, key=lambda path: path.name):  # by NNNN, which counts all characters
+            classes.setdefault("/".join(drawing.parts[-3:-1]), []).append(str(drawing))
         drawers = {len(entries) for entries in classes.values()}
         if len(drawers) != 1:
             raise ValueError(f"{path}: expected as many drawings of every character, got {sorted(drawers)}")
@@ -140,10 +158,8 @@ def _read_archive(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def _read_png(archive: zipfile.ZipFile, entry: str) -> np.ndarray:
     """bool [H, W], True is paper."""
-    from PIL import Image
-
-    with archive.open(entry) as file, Image.open(file) as image:
-        return np.asarray(image.convert("L")) > 127
+    with archive.open(entry) as file:
+        return read_pixels(file, grayscale=True) > 127
 
 
 def _write_array(path: Path, images: np.ndarray, names: tuple[str, ...]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 def data_root(root: str | os.PathLike[str] | None) -> Path:
     """The folder that holds ``omniglot/`` and ``digits/``.
 
-    ``root`` if given, else the environment variable METAFAST_DATA, else ``metafast`` in the user's cache folder
-    (XDG_CACHE_HOME, by default ``~/.cache``).
+    ``root`` if given, else the environment variable METAFAST_DATA, else ``metafast`` in the user's cache
+    folder (XDG_CACHE_HOME, by default ``~/.cache``).
     """
     if root is not None:
         return Path(root)

@@ -16,11 +16,10 @@ def _overlaps(source: int, target: int) -> Tensor:
 
 
 def resize_area(images: Tensor, height: int, width: int) -> Tensor:
-    """Resizes by the box (area) filter: each target pixel is the mean of the source over exactly the area it covers.
+    """Resizes by the box (area) filter: a target pixel is the mean of the source over the area it covers.
 
-    Source pixels on a target pixel's border count by the fraction inside, so the filter is exact and symmetric for
-    any ratio such as 105 to 28, and commutes with rotation by 90 degrees. (``F.interpolate(mode="area")`` counts
-    border pixels in full, which blurs non-integer ratios.)
+    Source pixels on a target pixel's border count by the fraction inside, so the mean is exact for any ratio,
+    such as 105 to 28. (``F.interpolate(mode="area")`` counts border pixels in full.)
 
     Args:
         images: float32 [..., H, W].

@@ -13,12 +13,12 @@ from .sampling import random_bits, sample_without_replacement
 class EpisodeSampler:
     """Draws ``tasks`` episodes of ``ways`` classes at a time from ``classes``.
 
-    The sampler has no state: ``batch(step)`` is a pure function of (seed, step), bit for bit the same on every
-    device, so a run resumes by continuing at its step. Task t of a batch does not depend on ``tasks``.
+    The sampler has no state: ``batch(step)`` is a pure function of (seed, step), the same bits every time and
+    on every device, so a run resumes by continuing at its step. Task t of a batch does not depend on T.
 
-    Within an episode the classes are distinct, the examples of a class are distinct, and so support and query are
-    disjoint; every such episode is equally likely. Examples come class by class: the support labels of a task are
-    ``shots`` times 0, then ``shots`` times 1, and so on, as is the custom; the same holds for the query.
+    Within an episode the classes are distinct, the examples of a class are distinct, and so support and query
+    are disjoint; every such episode is equally likely. Examples come class by class, as is the custom: the
+    support labels of a task are ``shots`` times 0, then ``shots`` times 1, and so on; the same for the query.
 
     Args:
         classes: what to draw from.
@@ -45,9 +45,9 @@ class EpisodeSampler:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        for name, value, least in (("ways", ways, 1), ("shots", shots, 1), ("queries", queries, 0), ("tasks", tasks, 1)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name, value in (("ways", ways), ("shots", shots), ("queries", queries), ("tasks", tasks)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if ways > len(classes):
             raise ValueError(f"ways: expected at most {len(classes)}, the number of classes, got {ways}")
         counts = classes.counts
@@ -66,7 +66,7 @@ class EpisodeSampler:
         self.seed = seed
 
     def batch(self, step: int) -> Episodes:
-        """The episodes of ``step`` (an int >= 0): support [T, N*shots, ch, H, W], query [T, N*queries, ch, H, W]."""
+        """The episodes of ``step`` >= 0: support [T, N*shots, ch, H, W], query [T, N*queries, ch, H, W]."""
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
         images, counts = self.classes.images, self.classes.counts
@@ -74,9 +74,10 @@ class EpisodeSampler:
         bits = random_bits(self.seed, step, (self.tasks, self.ways * (1 + draws)), images.device)
         chosen = sample_without_replacement(bits[:, : self.ways], len(self.classes))  # [T, N]
         population = images.shape[1] if counts is None else counts[chosen].unsqueeze(-1)
-        examples = sample_without_replacement(bits[:, self.ways :].unflatten(1, (self.ways, draws)), population)
+        bits = bits[:, self.ways :].unflatten(1, (self.ways, draws))
+        examples = sample_without_replacement(bits, population)  # [T, N, shots + queries]
 
-        rows = chosen.unsqueeze(-1) * images.shape[1] + examples  # [T, N, shots + queries], into [C*M, ...]
+        rows = chosen.unsqueeze(-1) * images.shape[1] + examples  # into images as [C*M, ...]
         return Episodes(
             self._take(rows[..., : self.shots]),
             self._labels(self.shots),

@@ -23,7 +23,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The output function of SplitMix64: a bijection of 64 bits that flips every output bit with probability 1/2."""
+    """The output function of SplitMix64, a bijection of the 64-bit integers."""
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
     return x ^ _shift_right(x, 31)
@@ -44,10 +44,10 @@ def random_bits(seed: int, step: int, shape: tuple[int, ...], device: torch.devi
 def sample_without_replacement(bits: Tensor, population: Tensor | int) -> Tensor:
     """For each row, K distinct integers out of 0..population-1, every ordered choice equally likely.
 
-    A partial Fisher-Yates shuffle ("for i: swap a[i], a[r_i] with r_i uniform in i..population-1; take a[i]") whose
-    array is never built: what position p holds at step i is what step j left there, j the last earlier step with
-    r_j = p. Following these links to their ends by pointer doubling takes O(K^2) memory and O(log K) operations a
-    row, whatever the population.
+    A partial Fisher-Yates shuffle (for i in 0..K-1: swap a[i] with a[r_i], r_i uniform in i..population-1;
+    take a[i]) whose array a is never built: what position p holds at step i, the last earlier step j with
+    r_j = p put there, and it is what position j held at step j. Following the links to their ends, by pointer
+    doubling, takes O(K^2) memory a row and O(log K) tensor operations, whatever the population.
 
     Args:
         bits: int64 [..., K], uniform in 0..2^63-1.
