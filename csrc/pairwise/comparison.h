@@ -127,7 +127,7 @@ class Comparison {
       if constexpr (M::kCosine) {
         const V ab = norm_.inverse * norms_[j].inverse;
         const CosineSecond<V> c =
-            cosine_second<V>(grad[j], first[j], out[j], ab, tangent[j], tangent_x_, broadcast<T>(tangent_y(v, j)),
+            cosine_second<V>(grad[j], first[j], out[j], tangent[j], ab, tangent_x_, broadcast<T>(tangent_y(v, j)),
                              norm_.slope, broadcast<T>(norms_[j].slope));
         grad[j] = c.ddx;
         first[j] = c.dx;

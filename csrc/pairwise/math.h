@@ -116,34 +116,29 @@ METAFAST_HD InverseNorm<V> inverse_norm(V sum_of_squares) {
   return {inverse, norm < epsilon ? V{} : inverse * inverse};
 }
 
-// The second derivative of the cosine distance: for one pair, given grad g and an extra first-order factor e
-// (0 in the plain distance), tangents u of x and v of y, s = slope_x x.u, t = slope_y y.v, and
-// p = -(u.y + x.v), the raw tangent of r. With c = 1 - out:
-//   tangent of out:  gamma = a b p + c (s + t)
-//   grad_x = sum over y of [ g (ddx term) a b + e' dx ] + rho u + sigma x   (x and y swap for grad_y), where
-//   factor of ddx:   g a b;   factor of dx:  a b (e - g (s + t))
-//   rho   += g c slope_x;     sigma += slope_x (e c - g (gamma + 2 c s))
-template <typename V>
-struct CosineSecond {
-  V tangent, ddx, dx, rho_x, sigma_x, rho_y, sigma_y;
-};
-
+// With tangents u of x and v of y, s = slope_x x.u, t = slope_y y.v and p = -(u.y + x.v), the tangent of r: the tangent
+// of out.
 template <typename V>
 METAFAST_HD V cosine_tangent(V out, V ab, V p, V s, V t) {
   return ab * p + (1 - out) * (s + t);
 }
 
+// The gradient of g * tangent + e * out, with g and e held fixed, given that tangent. For one pair:
+//   grad_x += ddx * (the term's ddx) + dx * (the term's dx) + rho_x u + sigma_x x        and likewise grad_y
 template <typename V>
-METAFAST_HD CosineSecond<V> cosine_second(V g, V e, V out, V ab, V p, V s, V t, V slope_x, V slope_y) {
+struct CosineSecond {
+  V ddx, dx, rho_x, sigma_x, rho_y, sigma_y;
+};
+
+template <typename V>
+METAFAST_HD CosineSecond<V> cosine_second(V g, V e, V out, V tangent, V ab, V s, V t, V slope_x, V slope_y) {
   V c = 1 - out;
-  V gamma = cosine_tangent(out, ab, p, s, t);
-  return {gamma,
-          g * ab,
+  return {g * ab,
           ab * (e - g * (s + t)),
           g * c * slope_x,
-          slope_x * (e * c - g * (gamma + 2 * c * s)),
+          slope_x * (e * c - g * (tangent + 2 * c * s)),
           g * c * slope_y,
-          slope_y * (e * c - g * (gamma + 2 * c * t))};
+          slope_y * (e * c - g * (tangent + 2 * c * t))};
 }
 
 // --- class probabilities -------------------------------------------------------------------------------------
