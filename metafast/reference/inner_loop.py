@@ -1,0 +1,195 @@
+"""Reference of the inner loop family: SGD on each task's copy of an MLP, and the query loss after it.
+
+The functions have the signatures of `metafast.inner_loop`. The inner gradients come from ``torch.func.grad``, so
+what is returned can be differentiated to any order, by autograd and by every transform of ``torch.func``.
+
+An MLP is its parameters ``[W1, b1, ..., WL, bL]`` in the layout of ``nn.Linear``, each shared by all tasks (``W``
+``[O, I]``, ``b`` ``[O]``) or of each task (``[T, O, I]``, ``[T, O]``). Inputs are ``[T, S, D]``. Targets are
+``[T, S, O]`` for ``"mse"``, whose loss is the mean over a task's examples and outputs, and int64 ``[T, S]`` for
+``"cross_entropy"``, the mean over a task's examples that are not labelled -100. A task without any has the loss NaN,
+and no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pairwise import IGNORED
+
+LearningRate = float | Tensor | Sequence[Tensor]
+
+_ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "none": lambda x: x}
+
+
+def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of each task's own: [T, B, I], [T, O, I], [T, O] -> [T, B, O]."""
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+def _mlp(params: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
+    for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+        x = _ACTIVATIONS[activation](task_linear(x, weight, bias))
+    return task_linear(x, params[-2], params[-1])
+
+
+def _task_losses(params: Sequence[Tensor], x: Tensor, y: Tensor, loss: str, activation: str) -> Tensor:
+    """The loss of each task: params [T, ...], x [T, S, D], y [T, S, O] or [T, S] -> [T]."""
+    out = _mlp(params, x, activation)
+    if loss == "mse":
+        return (out - y).square().mean((1, 2))
+    if loss != "cross_entropy":
+        raise ValueError(f"loss: expected 'mse' or 'cross_entropy', got {loss!r}")
+    losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")  # [T, S], 0 where ignored
+    valid = (y != IGNORED).sum(1)
+    return torch.where(valid > 0, losses.sum(1) / valid.clamp_min(1), torch.nan)
+
+
+def _per_task(params: Sequence[Tensor], tasks: int) -> list[Tensor]:
+    shared = [p.dim() == 2 - i % 2 for i, p in enumerate(params)]
+    return [p.expand(tasks, *p.shape) if s else p for p, s in zip(params, shared, strict=True)]
+
+
+def _rate(lr: LearningRate, step: int, parameter: int) -> float | Tensor:
+    """The learning rate of parameter number `parameter` (W and b of a layer are two) in step `step`."""
+    if isinstance(lr, Tensor):
+        return lr if lr.dim() == 0 else lr[step, parameter // 2]
+    return lr[parameter] if isinstance(lr, Sequence) else lr
+
+
+def _trajectory(
+    params: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    loss: str,
+    lr: LearningRate,
+    steps: int,
+    activation: str,
+    momentum: float,
+    first_order: bool,
+) -> list[tuple[Tensor, ...]]:
+    """theta_0, ..., theta_K, each [T, ...]."""
+    theta = tuple(_per_task(params, x.shape[0]))
+    thetas = [theta]
+    gradient = torch.func.grad(lambda theta: _task_losses(theta, x, y, loss, activation).sum())
+    buffers: list[Tensor] | None = None
+    for step in range(steps):
+        grads = gradient(theta)
+        if first_order:
+            grads = [g.detach() for g in grads]
+        buffers = (
+            grads if buffers is None else [momentum * b + g for b, g in zip(buffers, grads, strict=True)]
+        )
+        theta = tuple(p - _rate(lr, step, i) * b for i, (p, b) in enumerate(zip(theta, buffers, strict=True)))
+        thetas.append(theta)
+    return thetas
+
+
+def inner_sgd(
+    params: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: str,
+    lr: LearningRate,
+    steps: int,
+    activation: str = "relu",
+    momentum: float = 0.0,
+    first_order: bool = False,
+) -> list[Tensor]:
+    """Train each task's copy of an MLP by `steps` steps of full-batch SGD.
+
+    theta_{k+1} = theta_k - lr * m_{k+1}, where m_{k+1} = momentum * m_k + grad loss(theta_k) and m_0 = 0, as in
+    ``torch.optim.SGD``. With `first_order` the gradients count as constants in the backward (Finn et al. 2017,
+    section 5.2).
+
+    Args:
+        params: ``[W1, b1, ..., WL, bL]``, shared by all tasks or one of each task.
+        x: Support inputs, [T, S, D].
+        y: Support targets: [T, S, O], or labels [T, S] with cross_entropy.
+        loss: ``"mse"`` or ``"cross_entropy"``.
+        lr: A number or 0-d tensor; [K, L], a rate for each step and layer (MAML++); or a sequence of tensors, one
+            for each parameter and of the shape of one task's parameter (Meta-SGD).
+        steps: K.
+        activation: Between layers: ``"relu"``, ``"tanh"`` or ``"none"``.
+
+    Returns:
+        The adapted parameters, each [T, ...].
+    """
+    thetas = _trajectory(params, x, y, loss, lr, steps, activation, momentum, first_order)
+    return list(thetas[-1])
+
+
+def maml_loss(
+    params: Sequence[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    *,
+    loss: str,
+    lr: LearningRate,
+    steps: int,
+    activation: str = "relu",
+    momentum: float = 0.0,
+    first_order: bool = False,
+    step_weights: Sequence[float] | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The query loss after `inner_sgd` on the support: MAML's objective (Finn et al. 2017, equation 1).
+
+    Args:
+        params: and all arguments not named here: as in `inner_sgd`.
+        query_x: Query inputs, [T, Q, D].
+        query_y: Query targets: [T, Q, O], or labels [T, Q] with cross_entropy.
+        step_weights: [K], the weight of the query loss after each step (MAML++'s multi-step loss). By default only
+            the loss after the last step counts, with weight 1.
+        reduction: ``"mean"`` over tasks, or ``"none"``.
+
+    Returns:
+        A scalar, or [T] with reduction ``"none"``.
+    """
+    thetas = _trajectory(params, support_x, support_y, loss, lr, steps, activation, momentum, first_order)
+    if step_weights is None:
+        losses = _task_losses(thetas[-1], query_x, query_y, loss, activation)
+    else:
+        losses = sum(
+            weight * _task_losses(theta, query_x, query_y, loss, activation)
+            for weight, theta in zip(step_weights, thetas[1:], strict=True)
+        )
+    return losses.mean() if reduction == "mean" else losses
+
+
+def sgd_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: float | Tensor | Sequence[Tensor],
+    *,
+    momentum_buffers: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One differentiable step of ``torch.optim.SGD`` on many tensors, none of them changed in place.
+
+    Args:
+        params: Tensors of any shapes.
+        grads: Their gradients.
+        lr: A number or 0-d tensor, or one tensor for each parameter, broadcast to its shape.
+        momentum_buffers: What the previous step returned; by default zeros.
+
+    Returns:
+        The new parameters, and the new momentum buffers (none without momentum).
+    """
+    new_params, new_buffers = [], []
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        step = grad + weight_decay * param if weight_decay else grad
+        if momentum:
+            buffer = step if momentum_buffers is None else momentum * momentum_buffers[i] + step
+            new_buffers.append(buffer)
+            step = step + momentum * buffer if nesterov else buffer
+        new_params.append(param - (lr[i] if isinstance(lr, Sequence) else lr) * step)
+    return new_params, new_buffers
