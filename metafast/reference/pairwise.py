@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # torch's ignore_index: a label that takes no part
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _COSINE_EPS = 1e-8  # the smallest norm that cosine divides by, as in F.cosine_similarity
 
 
-def _float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Give `function` float32 tensors under autocast, as the compiled operations do (and torch.cdist)."""
 
     @functools.wraps(function)
@@ -78,7 +79,7 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.square().sum(-1, keepdim=True).clamp_min(_COSINE_EPS**2).sqrt()
 
 
-@_float32_under_autocast
+@float32_under_autocast
 def pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str) -> Tensor:
     """out[q, n] = link(bias + sum_d weight[d] * phi(x[q, d], y[n, d])).
 
@@ -148,20 +149,24 @@ def _matching(
     return of_class - of_all
 
 
-def _reduce_nll(log_probs: Tensor, query_labels: Tensor, reduction: str) -> Tensor:
-    """F.nll_loss(ignore_index=-100) whose labels and log probabilities broadcast."""
-    classes = torch.arange(log_probs.shape[-1], device=query_labels.device)
-    nll = -torch.where(query_labels.unsqueeze(-1) == classes, log_probs, 0.0).sum(-1)  # [..., Q]
-    if reduction == "none":
+def reduction_code(reduction: str) -> int:
+    """The number by which the registered operation knows a reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    return REDUCTIONS[reduction]
+
+
+def reduce_nll(nll: Tensor, query_labels: Tensor, reduction: int) -> Tensor:
+    """[..., Q] -> [], unless the reduction is "none". The mean is over the queries that are not ignored."""
+    if reduction == REDUCTIONS["none"]:
         return nll
-    if reduction == "sum":
-        return nll.sum()
-    if reduction == "mean":
-        return nll.sum() / (query_labels != IGNORED).expand(nll.shape).sum()
-    raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    total = _wide(nll).sum()
+    if reduction == REDUCTIONS["mean"]:
+        total = total / (query_labels != IGNORED).expand(nll.shape).sum()
+    return total.to(nll.dtype)
 
 
-@_float32_under_autocast
+@float32_under_autocast
 def classify(
     support: Tensor,
     support_labels: Tensor,
@@ -172,7 +177,7 @@ def classify(
     method: str,
     metric: str,
     scale: float,
-    reduction: str,
+    reduction: int,
 ) -> Tensor:
     """Log probabilities [..., Q, N], or with `query_labels` their negative log likelihood."""
     dtype = support.dtype
@@ -186,7 +191,9 @@ def classify(
         log_probs = log_probs.masked_fill(absent.unsqueeze(-2), -torch.inf)
     if query_labels is None:
         return log_probs.to(dtype)
-    return _reduce_nll(log_probs, query_labels, reduction).to(dtype)
+    of_label = query_labels.unsqueeze(-1) == torch.arange(num_classes, device=query.device)
+    nll = -torch.where(of_label, log_probs, 0.0).sum(-1)  # [..., Q]; an ignored label is no class
+    return reduce_nll(nll, query_labels, reduction).to(dtype)
 
 
 def prototypical_log_probs(
@@ -199,9 +206,7 @@ def prototypical_log_probs(
     ways: Tensor | None = None,
 ) -> Tensor:
     """log p(class | query) of Prototypical Networks: -> [..., Q, N]."""
-    return classify(
-        support, support_labels, query, None, ways, num_classes, "prototypical", metric, 1.0, "none"
-    )
+    return classify(support, support_labels, query, None, ways, num_classes, "prototypical", metric, 1.0, 0)
 
 
 def prototypical_loss(
@@ -226,7 +231,7 @@ def prototypical_loss(
         "prototypical",
         metric,
         1.0,
-        reduction,
+        reduction_code(reduction),
     )
 
 
@@ -241,9 +246,7 @@ def matching_log_probs(
     ways: Tensor | None = None,
 ) -> Tensor:
     """log p(class | query) of Matching Networks: -> [..., Q, N]."""
-    return classify(
-        support, support_labels, query, None, ways, num_classes, "matching", metric, scale, "none"
-    )
+    return classify(support, support_labels, query, None, ways, num_classes, "matching", metric, scale, 0)
 
 
 def matching_loss(
@@ -260,7 +263,16 @@ def matching_loss(
 ) -> Tensor:
     """The negative log likelihood of Matching Networks."""
     return classify(
-        support, support_labels, query, query_labels, ways, num_classes, "matching", metric, scale, reduction
+        support,
+        support_labels,
+        query,
+        query_labels,
+        ways,
+        num_classes,
+        "matching",
+        metric,
+        scale,
+        reduction_code(reduction),
     )
 
 

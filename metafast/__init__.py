@@ -1,0 +1,39 @@
+"""Fused C++/CUDA operations for meta-learning that drop into existing PyTorch code."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+# isort: off
+from metafast import _load  # noqa: F401  (first: it loads the compiled module, which registers the ops)
+
+# isort: on
+from metafast import _fake, reference
+from metafast._doors import trace_doors
+from metafast._info import info
+from metafast.pairwise import (
+    matching_log_probs,
+    matching_loss,
+    pairwise_distance,
+    prototypes,
+    prototypical_log_probs,
+    prototypical_loss,
+    relation_scores,
+)
+
+__version__ = version("metafast")
+
+_fake.register("metafast")
+
+__all__ = [
+    "info",
+    "matching_log_probs",
+    "matching_loss",
+    "pairwise_distance",
+    "prototypes",
+    "prototypical_log_probs",
+    "prototypical_loss",
+    "reference",
+    "relation_scores",
+    "trace_doors",
+]

@@ -1,0 +1,98 @@
+"""Shapes and dtypes of every op's results without computing them, for torch.compile and torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def _gradient(like: Tensor) -> Tensor:
+    """Results are dense, whatever the strides of the argument that they are the gradient of."""
+    return like.new_empty(like.shape)
+
+
+def _prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return embeddings.new_empty(*embeddings.shape[:-2], num_classes, embeddings.shape[-1])
+
+
+def _prototypes_backward(grad: Tensor, labels: Tensor) -> Tensor:
+    return grad.new_empty(*labels.shape, grad.shape[-1])
+
+
+def _pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], y.shape[-2])
+
+
+def _pairwise_backward(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, metric: str
+) -> tuple[Tensor, ...]:
+    of_shared = (x.new_empty(0 if shared is None else shared.shape) for shared in (weight, bias))
+    return _gradient(x), _gradient(y), *of_shared
+
+
+def _pairwise_double_backward(
+    gg_x: Tensor, gg_y: Tensor, gg_weight: Tensor | None, gg_bias: Tensor | None, grad: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return _gradient(grad), *_pairwise_backward(grad, *args)
+
+
+def _classify(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor | None,
+    ways: Tensor | None,
+    num_classes: int,
+    method: str,
+    metric: str,
+    scale: float,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if query_labels is None:
+        sizes = (*query.shape[:-1], num_classes)
+    else:
+        sizes = () if reduction else query.shape[:-1]
+    kept = {"dtype": _compute_dtype(support)}
+    rows = (*support.shape[:-2], num_classes, support.shape[-1]) if method == "prototypical" else (0,)
+    return (
+        support.new_empty(sizes),
+        support.new_empty(rows, **kept),
+        support.new_empty(min(reduction, 1), **kept),
+    )
+
+
+def _classify_backward(
+    grad: Tensor, support: Tensor, support_labels: Tensor, query: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return _gradient(support), _gradient(query)
+
+
+def _classify_double_backward(
+    gg_support: Tensor, gg_query: Tensor, grad: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradient(grad), _gradient(gg_support), _gradient(gg_query)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "prototypes": _prototypes,
+    "prototypes_backward": _prototypes_backward,
+    "pairwise": _pairwise,
+    "pairwise_backward": _pairwise_backward,
+    "pairwise_double_backward": _pairwise_double_backward,
+    "classify": _classify,
+    "classify_backward": _classify_backward,
+    "classify_double_backward": _classify_double_backward,
+}
+
+
+def register(namespace: str) -> None:
+    """Gives every op of the namespace its fake kernel."""
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
