@@ -55,19 +55,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("detected_isa", [] { return isa_name(detected_isa()); });
 
-  // The ops again, typed: torch.ops.metafast.<op> costs microseconds more per call, in Python's argument parsing
-  // (bench/overhead.py). The same dispatcher sees the call.
+  // The ops again, typed: torch.ops.metafast.<op> costs microseconds more per call, in Python's argument
+  // parsing (bench/overhead.py). The same dispatcher sees the call.
   const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("prototypes", [](const Tensor& embeddings, const Tensor& labels, int64_t num_classes) {
-    return prototypes(embeddings, labels, num_classes);
-  }, release);
+  m.def(
+      "prototypes",
+      [](const Tensor& embeddings, const Tensor& labels, int64_t num_classes) {
+        return prototypes(embeddings, labels, num_classes);
+      },
+      release);
   m.def("pairwise", &pairwise, release);
-  m.def("classify", [](const Tensor& support, const Tensor& support_labels, const Tensor& query,
-                       const OptionalTensor& query_labels, const OptionalTensor& ways, int64_t num_classes,
-                       std::string_view method, std::string_view metric, double scale, int64_t reduction) {
-    return std::get<0>(classify(support, support_labels, query, query_labels, ways, num_classes, method, metric,
-                                scale, reduction));
-  }, release);
+  m.def(
+      "classify",
+      [](const Tensor& support, const Tensor& support_labels, const Tensor& query,
+         const OptionalTensor& query_labels, const OptionalTensor& ways, int64_t num_classes,
+         std::string_view method, std::string_view metric, double scale, int64_t reduction) {
+        return std::get<0>(classify(support, support_labels, query, query_labels, ways, num_classes, method,
+                                    metric, scale, reduction));
+      },
+      release);
 }
 
 }  // namespace metafast

@@ -1,22 +1,25 @@
-// Every op of metafast and its schema: the table of contents. csrc/<family>/op.cpp implements them for CPU and CUDA,
-// autograd.cpp differentiates them, metafast/_fake.py gives their shapes to torch.compile.
+// Every op of metafast and its schema: the table of contents. csrc/<family>/op.cpp implements them for CPU
+// and CUDA, autograd.cpp differentiates them, metafast/_fake.py gives their shapes to torch.compile.
 //
-// "..." are leading batch dimensions, the same on all tensors of a call. T tasks, S support, Q queries, N classes,
-// D features. Labels are int64; -100 means ignored.
+// "..." are leading batch dimensions, the same on all tensors of a call. T tasks, S support, Q queries, N
+// classes, D features. Labels are int64; -100 means ignored.
 #include <torch/library.h>
 
 // TORCH_LIBRARY pastes its argument, so the macro has to be expanded before.
 #define METAFAST_LIBRARY(name, m) TORCH_LIBRARY(name, m)
 
 METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
-  // --- pairwise ----------------------------------------------------------------------------------------------
+  // --- pairwise
+  // ----------------------------------------------------------------------------------------------
 
   // Class means: embeddings [..., S, D], labels [..., S] -> [..., N, D].
   m.def("prototypes(Tensor embeddings, Tensor labels, SymInt num_classes) -> Tensor");
-  // grad[label] / number of examples of the label, 0 where ignored: grad [..., N, D], labels [..., S] -> [..., S, D].
+  // grad[label] / number of examples of the label, 0 where ignored: grad [..., N, D], labels [..., S] ->
+  // [..., S, D].
   m.def("prototypes_backward(Tensor grad, Tensor labels) -> Tensor");
 
-  // x [..., Q, D], y [..., N, D], weight [D], bias [1] -> [..., Q, N]: link(bias + sum_d weight_d * term(x_d, y_d)).
+  // x [..., Q, D], y [..., N, D], weight [D], bias [1] -> [..., Q, N]: link(bias + sum_d weight_d * term(x_d,
+  // y_d)).
   //   metric         term        link
   //   sqeuclidean    (x - y)^2   identity; weight optional
   //   euclidean      (x - y)^2   square root, with gradient 0 at 0
@@ -28,26 +31,31 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   m.def("pairwise(Tensor x, Tensor y, Tensor? weight, Tensor? bias, str metric) -> Tensor");
   // -> grad_x, grad_y, grad_weight, grad_bias; the last two of size 0 without weight, without bias.
   m.def(
-      "pairwise_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor out, str metric) "
+      "pairwise_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor out, str "
+      "metric) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // -> grad_grad, grad_x, grad_y, grad_weight, grad_bias
   m.def(
-      "pairwise_double_backward(Tensor gg_x, Tensor gg_y, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, Tensor x, "
-      "Tensor y, Tensor? weight, Tensor? bias, Tensor out, str metric) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "pairwise_double_backward(Tensor gg_x, Tensor gg_y, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, "
+      "Tensor x, "
+      "Tensor y, Tensor? weight, Tensor? bias, Tensor out, str metric) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 
   // Class log-probabilities or their loss, from logits -scale * distance(query, row):
   //   method prototypical  rows are the class means of the support; softmax over classes
   //   method matching      rows are the support examples; softmax over them, summed within each class
-  // support [..., S, D], support_labels [..., S], query [..., Q, D], query_labels [..., Q], ways [...] -> out, rows,
-  // valid. Without query_labels out is log p [..., Q, N]; with them -log p of the label: reduction 0 [..., Q], 0 where
-  // ignored; 1 their mean over the valid queries; 2 their sum. Classes from ways[t] on are absent: -inf, no gradient.
-  // The backward takes rows (prototypes, else size 0) and valid (how many queries, size 0 without reduction).
+  // support [..., S, D], support_labels [..., S], query [..., Q, D], query_labels [..., Q], ways [...] ->
+  // out, rows, valid. Without query_labels out is log p [..., Q, N]; with them -log p of the label: reduction
+  // 0 [..., Q], 0 where ignored; 1 their mean over the valid queries; 2 their sum. Classes from ways[t] on
+  // are absent: -inf, no gradient. The backward takes rows (prototypes, else size 0) and valid (how many
+  // queries, size 0 without reduction).
   m.def(
       "classify(Tensor support, Tensor support_labels, Tensor query, Tensor? query_labels, Tensor? ways, "
       "SymInt num_classes, str method, str metric, float scale, int reduction) -> (Tensor, Tensor, Tensor)");
   // -> grad_support, grad_query
   m.def(
-      "classify_backward(Tensor grad, Tensor support, Tensor support_labels, Tensor query, Tensor? query_labels, "
+      "classify_backward(Tensor grad, Tensor support, Tensor support_labels, Tensor query, Tensor? "
+      "query_labels, "
       "Tensor? ways, Tensor rows, Tensor valid, SymInt num_classes, str method, str metric, float scale, "
       "int reduction) -> (Tensor, Tensor)");
   // -> grad_grad, grad_support, grad_query

@@ -10,8 +10,8 @@ namespace metafast {
 #define METAFAST_STRING_(x) #x
 #define METAFAST_STRING(x) METAFAST_STRING_(x)
 
-// The registered op `name`, with the signature of the function that stands for it in the family's ops.h. Look it up
-// once, in a static variable.
+// The registered op `name`, with the signature of the function that stands for it in the family's ops.h. Look
+// it up once, in a static variable.
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton()
@@ -19,18 +19,23 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
       .template typed<Signature>();
 }
 
-// Whether an op has to be recorded for its backward. A forward-mode tangent would be lost without notice; the Python
-// API takes such calls to the reference before they come here.
+// Whether an op has to be recorded for its backward. A forward-mode tangent would be lost without notice; the
+// Python API takes such calls to the reference before they come here.
 template <class... Tensors>
 bool needs_graph(const char* op, const Tensors&... inputs) {
-  const auto has_tangent = [](const at::Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); };
-  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(inputs) || ...), op,
-                              ": forward-mode automatic differentiation is not implemented in the compiled op; "
-                              "call it through the metafast package, which uses the reference there");
+  const auto has_tangent = [](const at::Tensor& t) {
+    return t.defined() && t._fw_grad(/*level=*/0).defined();
+  };
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !(has_tangent(inputs) || ...), op,
+      ": forward-mode automatic differentiation is not implemented in the compiled op; "
+      "call it through the metafast package, which uses the reference there");
   return at::GradMode::is_enabled() && ((inputs.defined() && inputs.requires_grad()) || ...);
 }
 
-inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& tensor) { return tensor.value_or(at::Tensor()); }
+inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& tensor) {
+  return tensor.value_or(at::Tensor());
+}
 
 inline std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;

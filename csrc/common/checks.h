@@ -14,36 +14,40 @@ struct Arg {
 
 inline void check_floating(const Arg& arg) {
   const auto type = arg.tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, arg.name,
-                   ": expected a tensor of dtype float32, float64, float16 or bfloat16, got ", type);
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+                   arg.name, ": expected a tensor of dtype float32, float64, float16 or bfloat16, got ",
+                   type);
 }
 
 inline void check_labels_dtype(const Arg& arg) {
-  TORCH_CHECK_TYPE(arg.tensor.scalar_type() == at::kLong, arg.name, ": expected a tensor of dtype int64, got ",
-                   arg.tensor.scalar_type());
+  TORCH_CHECK_TYPE(arg.tensor.scalar_type() == at::kLong, arg.name,
+                   ": expected a tensor of dtype int64, got ", arg.tensor.scalar_type());
 }
 
 // `shape` is how the argument is documented, with '...' for leading dimensions.
 inline void check_min_dim(const Arg& arg, int64_t dim, const char* shape) {
-  TORCH_CHECK_VALUE(arg.tensor.dim() >= dim, arg.name, ": expected shape ", shape, ", got ", arg.tensor.sizes());
+  TORCH_CHECK_VALUE(arg.tensor.dim() >= dim, arg.name, ": expected shape ", shape, ", got ",
+                    arg.tensor.sizes());
 }
 
 inline void check_sizes(const Arg& arg, at::IntArrayRef expected, const char* shape) {
-  TORCH_CHECK_VALUE(arg.tensor.sizes() == expected, arg.name, ": expected shape ", shape, " = ", expected, ", got ",
-                    arg.tensor.sizes());
+  TORCH_CHECK_VALUE(arg.tensor.sizes() == expected, arg.name, ": expected shape ", shape, " = ", expected,
+                    ", got ", arg.tensor.sizes());
 }
 
 inline void check_same_dtype(const Arg& like, std::initializer_list<Arg> args) {
   for (const Arg& arg : args) {
-    TORCH_CHECK_TYPE(arg.tensor.scalar_type() == like.tensor.scalar_type(), arg.name, ": expected the dtype of ",
-                     like.name, ", ", like.tensor.scalar_type(), ", got ", arg.tensor.scalar_type());
+    TORCH_CHECK_TYPE(arg.tensor.scalar_type() == like.tensor.scalar_type(), arg.name,
+                     ": expected the dtype of ", like.name, ", ", like.tensor.scalar_type(), ", got ",
+                     arg.tensor.scalar_type());
   }
 }
 
 inline void check_same_device(const Arg& like, std::initializer_list<Arg> args) {
   for (const Arg& arg : args) {
-    TORCH_CHECK_VALUE(arg.tensor.device() == like.tensor.device(), arg.name, ": expected a tensor on the device of ",
-                      like.name, ", ", like.tensor.device(), ", got one on ", arg.tensor.device());
+    TORCH_CHECK_VALUE(arg.tensor.device() == like.tensor.device(), arg.name,
+                      ": expected a tensor on the device of ", like.name, ", ", like.tensor.device(),
+                      ", got one on ", arg.tensor.device());
   }
 }
 

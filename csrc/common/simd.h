@@ -1,8 +1,8 @@
 // SIMD for the CPU kernels: the compiler's vector extensions at the width of the instruction set that this
 // translation unit is compiled for. Vec<T> has the operators of T, lane by lane; comparisons select with ?:.
 //
-// Why no SIMD library: the operators cover all that the kernels do but loads of a part of a vector, sums across
-// lanes and four elementary functions, which are below.
+// Why no SIMD library: the operators cover all that the kernels do but loads of a part of a vector, a
+// transposition and four elementary functions, which are below.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ using Mask = Vec<typename MaskOf<T>::type>;
 
 template <typename T>
 METAFAST_HD Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x, also for x = -0, so no subtraction is left; 0 + x would be one
 }
 
 template <typename T>
@@ -89,51 +89,93 @@ METAFAST_HD Vec<T> load_partial(const T* p, int n) {
 
 template <typename T>
 METAFAST_HD void store_partial(T* p, Vec<T> v, int n) {
-  for (int i = 0; i < n; ++i) p[i] = v[i];
-}
-
-// load(p) where n >= kLanes elements are left, else load_partial(p, n); likewise store.
-template <typename T>
-METAFAST_HD Vec<T> load_some(const T* p, int64_t n) {
-  return n >= kLanes<T> ? load(p) : load_partial(p, static_cast<int>(n));
-}
-
-template <typename T>
-METAFAST_HD void store_some(T* p, Vec<T> v, int64_t n) {
-  if (n >= kLanes<T>) {
-    store(p, v);
-  } else {
-    store_partial(p, v, static_cast<int>(n));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), v);
   }
-}
-
-// --- sums across lanes ---------------------------------------------------------------------------------------
-
-// Lanes l of a with bit kHalf of l clear, of b elsewhere, each plus its partner lane l ^ kHalf.
-template <int kHalf, typename T, int... l>
-METAFAST_HD Vec<T> merge_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
-  constexpr int n = kLanes<T>;
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, (l & kHalf ? n + l : l)...) +
-         __builtin_shufflevector(a, b, (l & kHalf ? n + (l ^ kHalf) : (l ^ kHalf))...);
+  if constexpr (sizeof(T) == 8) {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    _mm256_maskstore_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane), v);
+  }
 #else
-  return __builtin_shuffle(a, b, Mask<T>{(l & kHalf ? n + l : l)...}) +
-         __builtin_shuffle(a, b, Mask<T>{(l & kHalf ? n + (l ^ kHalf) : (l ^ kHalf))...});
+  for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
 
-// Lane l of the result is the sum of the lanes of sums[l]: a tree of blends and shuffles, two for each pair of
-// vectors, where summing the vectors one by one would take a tree for each.
-template <typename T, int kCount = kLanes<T>>
-METAFAST_HD Vec<T> sum_lanes(Vec<T>* sums) {
-  if constexpr (kCount == 1) {
-    return sums[0];
-  } else {
-    constexpr int half = kCount / 2;
-    for (int i = 0; i < half; ++i) {
-      sums[i] = merge_halves<half, T>(sums[i], sums[i + half], std::make_integer_sequence<int, kLanes<T>>{});
+// Whether a comparison holds in any lane.
+template <typename T>
+METAFAST_HD bool any(Mask<T> mask) {
+#if defined(__AVX512F__)
+  return sizeof(T) == 4 ? _mm512_movepi32_mask((__m512i)mask) != 0 : _mm512_movepi64_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  bool result = false;
+  for (int i = 0; i < kLanes<T>; ++i) result |= mask[i] != 0;
+  return result;
+#endif
+}
+
+// Calls f(offset, access) over `count` elements, a vector at a time; access.load(p) and access.store(p, v)
+// read and write at p + offset, the last time perhaps only a part of a vector. The two calls are compiled
+// apart, so that no vector of the main loop asks whether it is whole.
+template <typename T>
+struct WholeVector {
+  int64_t offset;
+  METAFAST_HD Vec<T> load(const T* p) const { return METAFAST_ISA::load(p + offset); }
+  METAFAST_HD void store(T* p, Vec<T> v) const { METAFAST_ISA::store(p + offset, v); }
+};
+
+template <typename T>
+struct PartOfVector {
+  int64_t offset;
+  int count;
+  METAFAST_HD Vec<T> load(const T* p) const { return load_partial(p + offset, count); }
+  METAFAST_HD void store(T* p, Vec<T> v) const { store_partial(p + offset, v, count); }
+};
+
+template <typename T, class F>
+METAFAST_HD void for_vectors(int64_t count, F&& f) {
+  int64_t offset = 0;
+  for (; offset + kLanes<T> <= count; offset += kLanes<T>) f(WholeVector<T>{offset});
+  if (offset < count) f(PartOfVector<T>{offset, static_cast<int>(count - offset)});
+}
+
+// --- transposition
+// -------------------------------------------------------------------------------------------
+
+// One step of transpose(): exchanges between a and b the lanes in which bit kHalf of the lane number differs
+// from the vector (clear for a, set for b).
+template <int kHalf, typename T, int... l>
+METAFAST_HD void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
+  constexpr int n = kLanes<T>;
+  const Vec<T> first = a, second = b;
+#if defined(__clang__) || __GNUC__ >= 12
+  a = __builtin_shufflevector(first, second, (l & kHalf ? n + (l ^ kHalf) : l)...);
+  b = __builtin_shufflevector(first, second, (l & kHalf ? n + l : (l ^ kHalf))...);
+#else
+  a = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + (l ^ kHalf) : l)...});
+  b = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + l : (l ^ kHalf))...});
+#endif
+}
+
+// The square of kLanes vectors: lane i of rows[l] and lane l of rows[i] change places.
+template <typename T, int kHalf = kLanes<T> / 2>
+METAFAST_HD void transpose(Vec<T>* rows) {
+  if constexpr (kHalf > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & kHalf) == 0) {
+        exchange<kHalf, T>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
+      }
     }
-    return sum_lanes<T, half>(sums);
+    transpose<T, kHalf / 2>(rows);
   }
 }
 
@@ -141,9 +183,10 @@ METAFAST_HD Vec<T> sum_lanes(Vec<T>* sums) {
 
 namespace metafast {
 
-// --- elementary functions ------------------------------------------------------------------------------------
-// float: minimax polynomials on reduced arguments, within 2 ulp for exp and log and 4 ulp for tanh of the correctly
-// rounded result (measured over the whole range by tests/test_simd.py); exp flushes results below FLT_MIN to zero.
+// --- elementary functions
+// ------------------------------------------------------------------------------------ float: minimax
+// polynomials on reduced arguments, within 2 ulp for exp and log and 4 ulp for tanh of the correctly rounded
+// result (measured over the whole range by tests/test_simd.py); exp flushes results below FLT_MIN to zero.
 // double: the C library, lane by lane.
 
 template <>
@@ -151,7 +194,7 @@ struct Math<METAFAST_ISA::Vec<float>> {
   using V = METAFAST_ISA::Vec<float>;
   using I = METAFAST_ISA::Vec<int32_t>;
 
-  static METAFAST_HD V constant(double c) { return V{} + static_cast<float>(c); }
+  static METAFAST_HD V constant(double c) { return static_cast<float>(c) - V{}; }
 
   static METAFAST_HD V exp(V x) {
     const V low = constant(-87.33654), high = constant(88.72283);
@@ -160,7 +203,8 @@ struct Math<METAFAST_ISA::Vec<float>> {
     // x = n log 2 + r; adding and taking away 1.5 * 2^23 rounds to the nearest integer n.
     const V magic = constant(12582912.0);
     V n = (clamped * constant(1.44269504088896341) + magic) - magic;
-    V r = clamped - n * constant(0.693359375);  // log 2 in two parts: the first has few bits, so n * it is exact
+    V r = clamped -
+          n * constant(0.693359375);  // log 2 in two parts: the first has few bits, so n * it is exact
     r = r - n * constant(-2.12194440054690583e-4);
     V p = constant(0.001381459878757596);
     p = p * r + constant(0.008368716575205326);
@@ -228,16 +272,24 @@ template <>
 struct Math<METAFAST_ISA::Vec<double>> {
   using V = METAFAST_ISA::Vec<double>;
 
-  static METAFAST_HD V constant(double c) { return V{} + c; }
+  static METAFAST_HD V constant(double c) { return c - V{}; }
   template <typename F>
   static METAFAST_HD V each(V x, F f) {
     for (int i = 0; i < METAFAST_ISA::kLanes<double>; ++i) x[i] = f(x[i]);
     return x;
   }
-  static METAFAST_HD V exp(V x) { return each(x, [](double v) { return ::exp(v); }); }
-  static METAFAST_HD V log(V x) { return each(x, [](double v) { return ::log(v); }); }
-  static METAFAST_HD V sqrt(V x) { return each(x, [](double v) { return __builtin_sqrt(v); }); }
-  static METAFAST_HD V tanh(V x) { return each(x, [](double v) { return ::tanh(v); }); }
+  static METAFAST_HD V exp(V x) {
+    return each(x, [](double v) { return ::exp(v); });
+  }
+  static METAFAST_HD V log(V x) {
+    return each(x, [](double v) { return ::log(v); });
+  }
+  static METAFAST_HD V sqrt(V x) {
+    return each(x, [](double v) { return __builtin_sqrt(v); });
+  }
+  static METAFAST_HD V tanh(V x) {
+    return each(x, [](double v) { return ::tanh(v); });
+  }
 };
 
 }  // namespace metafast

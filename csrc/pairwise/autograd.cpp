@@ -1,6 +1,6 @@
-// First and second derivatives of the pairwise ops. Each op's backward is an op, so it is differentiated like one:
-// op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its backward are linear
-// and transposes of each other, so they are differentiable without end.
+// First and second derivatives of the pairwise ops. Each op's backward is an op, so it is differentiated like
+// one: op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its
+// backward are linear and transposes of each other, so they are differentiable without end.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -9,9 +9,10 @@
 
 namespace metafast {
 
-// --- the ops, through the dispatcher ---------------------------------------------------------------------------
+// --- the ops, through the dispatcher
+// ---------------------------------------------------------------------------
 
-#define METAFAST_CALL(op, ...)                                  \
+#define METAFAST_CALL(op, ...)                                     \
   static const auto handle = find_op<decltype(metafast::op)>(#op); \
   return handle.call(__VA_ARGS__)
 
@@ -28,46 +29,51 @@ Tensor pairwise(const Tensor& x, const Tensor& y, const OptionalTensor& weight, 
   METAFAST_CALL(pairwise, x, y, weight, bias, metric);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
-                                                             const OptionalTensor& weight, const OptionalTensor& bias,
-                                                             const Tensor& out, std::string_view metric) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward(const Tensor& grad, const Tensor& x,
+                                                             const Tensor& y, const OptionalTensor& weight,
+                                                             const OptionalTensor& bias, const Tensor& out,
+                                                             std::string_view metric) {
   METAFAST_CALL(pairwise_backward, grad, x, y, weight, bias, out, metric);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward(
     const Tensor& gg_x, const Tensor& gg_y, const OptionalTensor& gg_weight, const OptionalTensor& gg_bias,
-    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& out, std::string_view metric) {
-  METAFAST_CALL(pairwise_double_backward, gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out, metric);
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& out, std::string_view metric) {
+  METAFAST_CALL(pairwise_double_backward, gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out,
+                metric);
 }
 
-std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor& support_labels, const Tensor& query,
-                                            const OptionalTensor& query_labels, const OptionalTensor& ways,
-                                            c10::SymInt num_classes, std::string_view method, std::string_view metric,
-                                            double scale, int64_t reduction) {
-  METAFAST_CALL(classify, support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,
-                reduction);
+std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor& support_labels,
+                                            const Tensor& query, const OptionalTensor& query_labels,
+                                            const OptionalTensor& ways, c10::SymInt num_classes,
+                                            std::string_view method, std::string_view metric, double scale,
+                                            int64_t reduction) {
+  METAFAST_CALL(classify, support, support_labels, query, query_labels, ways, num_classes, method, metric,
+                scale, reduction);
 }
 
-std::tuple<Tensor, Tensor> classify_backward(const Tensor& grad, const Tensor& support, const Tensor& support_labels,
-                                             const Tensor& query, const OptionalTensor& query_labels,
-                                             const OptionalTensor& ways, const Tensor& rows, const Tensor& valid,
-                                             c10::SymInt num_classes, std::string_view method,
-                                             std::string_view metric, double scale, int64_t reduction) {
-  METAFAST_CALL(classify_backward, grad, support, support_labels, query, query_labels, ways, rows, valid, num_classes,
-                method, metric, scale, reduction);
+std::tuple<Tensor, Tensor> classify_backward(const Tensor& grad, const Tensor& support,
+                                             const Tensor& support_labels, const Tensor& query,
+                                             const OptionalTensor& query_labels, const OptionalTensor& ways,
+                                             const Tensor& rows, const Tensor& valid, c10::SymInt num_classes,
+                                             std::string_view method, std::string_view metric, double scale,
+                                             int64_t reduction) {
+  METAFAST_CALL(classify_backward, grad, support, support_labels, query, query_labels, ways, rows, valid,
+                num_classes, method, metric, scale, reduction);
 }
 
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward(
     const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad, const Tensor& support,
-    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
-    const Tensor& rows, const Tensor& valid, c10::SymInt num_classes, std::string_view method,
-    std::string_view metric, double scale, int64_t reduction) {
-  METAFAST_CALL(classify_double_backward, gg_support, gg_query, grad, support, support_labels, query, query_labels,
-                ways, rows, valid, num_classes, method, metric, scale, reduction);
+    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels,
+    const OptionalTensor& ways, const Tensor& rows, const Tensor& valid, c10::SymInt num_classes,
+    std::string_view method, std::string_view metric, double scale, int64_t reduction) {
+  METAFAST_CALL(classify_double_backward, gg_support, gg_query, grad, support, support_labels, query,
+                query_labels, ways, rows, valid, num_classes, method, metric, scale, reduction);
 }
 
-// --- their autograd kernels ------------------------------------------------------------------------------------
+// --- their autograd kernels
+// ------------------------------------------------------------------------------------
 
 namespace {
 
@@ -76,7 +82,8 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 
 struct PrototypesFunction : Function<PrototypesFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& labels, c10::SymInt num_classes) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& embeddings, const Tensor& labels,
+                        c10::SymInt num_classes) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({labels});
     return prototypes(embeddings, labels, std::move(num_classes));
@@ -87,7 +94,8 @@ struct PrototypesFunction : Function<PrototypesFunction> {
 };
 
 Tensor prototypes_autograd(const Tensor& embeddings, const Tensor& labels, c10::SymInt num_classes) {
-  if (needs_graph("prototypes", embeddings)) return PrototypesFunction::apply(embeddings, labels, num_classes);
+  if (needs_graph("prototypes", embeddings))
+    return PrototypesFunction::apply(embeddings, labels, num_classes);
   at::AutoDispatchBelowADInplaceOrView guard;
   return prototypes(embeddings, labels, num_classes);
 }
@@ -100,7 +108,8 @@ struct PrototypesBackwardFunction : Function<PrototypesBackwardFunction> {
     return prototypes_backward(grad, labels);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {prototypes(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_classes"].toSymInt()), Tensor()};
+    return {prototypes(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_classes"].toSymInt()),
+            Tensor()};
   }
 };
 
@@ -115,9 +124,10 @@ Tensor grad_if(const Tensor& argument, const Tensor& grad) { return argument.def
 
 struct PairwiseDoubleBackwardFunction : Function<PairwiseDoubleBackwardFunction> {
   static variable_list forward(AutogradContext*, const Tensor& gg_x, const Tensor& gg_y,
-                               const OptionalTensor& gg_weight, const OptionalTensor& gg_bias, const Tensor& grad,
-                               const Tensor& x, const Tensor& y, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const Tensor& out, const std::string& metric) {
+                               const OptionalTensor& gg_weight, const OptionalTensor& gg_bias,
+                               const Tensor& grad, const Tensor& x, const Tensor& y,
+                               const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& out,
+                               const std::string& metric) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [gg, gx, gy, gw, gb] =
         pairwise_double_backward(gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out, metric);
@@ -130,12 +140,13 @@ struct PairwiseDoubleBackwardFunction : Function<PairwiseDoubleBackwardFunction>
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_autograd(
     const Tensor& gg_x, const Tensor& gg_y, const OptionalTensor& gg_weight, const OptionalTensor& gg_bias,
-    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& out, std::string_view metric) {
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& out, std::string_view metric) {
   if (needs_graph("pairwise_double_backward", gg_x, gg_y, tensor_or_undefined(gg_weight),
-                  tensor_or_undefined(gg_bias), grad, x, y, tensor_or_undefined(weight), tensor_or_undefined(bias))) {
-    const auto r = PairwiseDoubleBackwardFunction::apply(gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight, bias, out,
-                                                         std::string(metric));
+                  tensor_or_undefined(gg_bias), grad, x, y, tensor_or_undefined(weight),
+                  tensor_or_undefined(bias))) {
+    const auto r = PairwiseDoubleBackwardFunction::apply(gg_x, gg_y, gg_weight, gg_bias, grad, x, y, weight,
+                                                         bias, out, std::string(metric));
     return {r[0], r[1], r[2], r[3], r[4]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -156,17 +167,16 @@ struct PairwiseBackwardFunction : Function<PairwiseBackwardFunction> {
     const auto saved = ctx->get_saved_variables();
     const auto &weight = saved[3], &bias = saved[4];
     auto [gg, gx, gy, gw, gb] = pairwise_double_backward(
-        grads[0], grads[1], optional_of(grad_if(weight, grads[2])), optional_of(grad_if(bias, grads[3])), saved[0],
-        saved[1], saved[2], optional_of(weight), optional_of(bias), saved[5],
+        grads[0], grads[1], optional_of(grad_if(weight, grads[2])), optional_of(grad_if(bias, grads[3])),
+        saved[0], saved[1], saved[2], optional_of(weight), optional_of(bias), saved[5],
         ctx->saved_data["metric"].toStringView());
     return {gg, gx, gy, grad_if(weight, gw), grad_if(bias, gb), Tensor(), Tensor()};
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_autograd(const Tensor& grad, const Tensor& x,
-                                                                      const Tensor& y, const OptionalTensor& weight,
-                                                                      const OptionalTensor& bias, const Tensor& out,
-                                                                      std::string_view metric) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_autograd(
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& out, std::string_view metric) {
   if (needs_graph("pairwise_backward", grad, x, y, tensor_or_undefined(weight), tensor_or_undefined(bias))) {
     const auto r = PairwiseBackwardFunction::apply(grad, x, y, weight, bias, out, std::string(metric));
     return {r[0], r[1], r[2], r[3]};
@@ -187,14 +197,15 @@ struct PairwiseFunction : Function<PairwiseFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &weight = saved[2], &bias = saved[3];
-    auto [gx, gy, gw, gb] = pairwise_backward(grads[0], saved[0], saved[1], optional_of(weight), optional_of(bias),
-                                              saved[4], ctx->saved_data["metric"].toStringView());
+    auto [gx, gy, gw, gb] =
+        pairwise_backward(grads[0], saved[0], saved[1], optional_of(weight), optional_of(bias), saved[4],
+                          ctx->saved_data["metric"].toStringView());
     return {gx, gy, grad_if(weight, gw), grad_if(bias, gb), Tensor()};
   }
 };
 
-Tensor pairwise_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-                         std::string_view metric) {
+Tensor pairwise_autograd(const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+                         const OptionalTensor& bias, std::string_view metric) {
   if (needs_graph("pairwise", x, y, tensor_or_undefined(weight), tensor_or_undefined(bias))) {
     return PairwiseFunction::apply(x, y, weight, bias, std::string(metric));
   }
@@ -220,19 +231,22 @@ struct ClassifyOptions {
 
   static ClassifyOptions restore(AutogradContext* ctx, const Tensor& query_labels, const Tensor& ways) {
     auto& data = ctx->saved_data;
-    return {optional_of(query_labels), optional_of(ways), data["num_classes"].toSymInt(), data["method"].toStringRef(),
-            data["metric"].toStringRef(), data["scale"].toDouble(), data["reduction"].toInt()};
+    return {optional_of(query_labels),      optional_of(ways),
+            data["num_classes"].toSymInt(), data["method"].toStringRef(),
+            data["metric"].toStringRef(),   data["scale"].toDouble(),
+            data["reduction"].toInt()};
   }
 };
 
 struct ClassifyDoubleBackwardFunction : Function<ClassifyDoubleBackwardFunction> {
-  static variable_list forward(AutogradContext*, const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad,
-                               const Tensor& support, const Tensor& support_labels, const Tensor& query,
-                               const Tensor& rows, const Tensor& valid, const ClassifyOptions& o) {
+  static variable_list forward(AutogradContext*, const Tensor& gg_support, const Tensor& gg_query,
+                               const Tensor& grad, const Tensor& support, const Tensor& support_labels,
+                               const Tensor& query, const Tensor& rows, const Tensor& valid,
+                               const ClassifyOptions& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [gg, gs, gq] =
-        classify_double_backward(gg_support, gg_query, grad, support, support_labels, query, o.query_labels, o.ways,
-                                 rows, valid, o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    auto [gg, gs, gq] = classify_double_backward(gg_support, gg_query, grad, support, support_labels, query,
+                                                 o.query_labels, o.ways, rows, valid, o.num_classes, o.method,
+                                                 o.metric, o.scale, o.reduction);
     return {gg, gs, gq};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -242,18 +256,19 @@ struct ClassifyDoubleBackwardFunction : Function<ClassifyDoubleBackwardFunction>
 
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward_autograd(
     const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad, const Tensor& support,
-    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
-    const Tensor& rows, const Tensor& valid, c10::SymInt num_classes, std::string_view method,
-    std::string_view metric, double scale, int64_t reduction) {
+    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels,
+    const OptionalTensor& ways, const Tensor& rows, const Tensor& valid, c10::SymInt num_classes,
+    std::string_view method, std::string_view metric, double scale, int64_t reduction) {
   if (needs_graph("classify_double_backward", gg_support, gg_query, grad, support, query)) {
     const auto r = ClassifyDoubleBackwardFunction::apply(
         gg_support, gg_query, grad, support, support_labels, query, rows, valid,
-        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale, reduction});
+        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale,
+                        reduction});
     return {r[0], r[1], r[2]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return classify_double_backward(gg_support, gg_query, grad, support, support_labels, query, query_labels, ways, rows,
-                                  valid, num_classes, method, metric, scale, reduction);
+  return classify_double_backward(gg_support, gg_query, grad, support, support_labels, query, query_labels,
+                                  ways, rows, valid, num_classes, method, metric, scale, reduction);
 }
 
 struct ClassifyBackwardFunction : Function<ClassifyBackwardFunction> {
@@ -261,45 +276,48 @@ struct ClassifyBackwardFunction : Function<ClassifyBackwardFunction> {
                                const Tensor& support_labels, const Tensor& query, const Tensor& rows,
                                const Tensor& valid, const ClassifyOptions& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({grad, support, support_labels, query, rows, valid, tensor_or_undefined(o.query_labels),
-                            tensor_or_undefined(o.ways)});
+    ctx->save_for_backward({grad, support, support_labels, query, rows, valid,
+                            tensor_or_undefined(o.query_labels), tensor_or_undefined(o.ways)});
     o.save(ctx);
-    auto [gs, gq] = classify_backward(grad, support, support_labels, query, o.query_labels, o.ways, rows, valid,
-                                      o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    auto [gs, gq] = classify_backward(grad, support, support_labels, query, o.query_labels, o.ways, rows,
+                                      valid, o.num_classes, o.method, o.metric, o.scale, o.reduction);
     return {gs, gq};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
     const auto o = ClassifyOptions::restore(ctx, s[6], s[7]);
-    auto [gg, gs, gq] = classify_double_backward(grads[0], grads[1], s[0], s[1], s[2], s[3], o.query_labels, o.ways,
-                                                 s[4], s[5], o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    auto [gg, gs, gq] =
+        classify_double_backward(grads[0], grads[1], s[0], s[1], s[2], s[3], o.query_labels, o.ways, s[4],
+                                 s[5], o.num_classes, o.method, o.metric, o.scale, o.reduction);
     return {gg, gs, Tensor(), gq, Tensor(), Tensor(), Tensor()};
   }
 };
 
 std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const Tensor& support,
                                                       const Tensor& support_labels, const Tensor& query,
-                                                      const OptionalTensor& query_labels, const OptionalTensor& ways,
-                                                      const Tensor& rows, const Tensor& valid,
-                                                      c10::SymInt num_classes, std::string_view method,
-                                                      std::string_view metric, double scale, int64_t reduction) {
+                                                      const OptionalTensor& query_labels,
+                                                      const OptionalTensor& ways, const Tensor& rows,
+                                                      const Tensor& valid, c10::SymInt num_classes,
+                                                      std::string_view method, std::string_view metric,
+                                                      double scale, int64_t reduction) {
   if (needs_graph("classify_backward", grad, support, query)) {
-    const auto r = ClassifyBackwardFunction::apply(
-        grad, support, support_labels, query, rows, valid,
-        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale, reduction});
+    const auto r =
+        ClassifyBackwardFunction::apply(grad, support, support_labels, query, rows, valid,
+                                        ClassifyOptions{query_labels, ways, num_classes, std::string(method),
+                                                        std::string(metric), scale, reduction});
     return {r[0], r[1]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return classify_backward(grad, support, support_labels, query, query_labels, ways, rows, valid, num_classes, method,
-                           metric, scale, reduction);
+  return classify_backward(grad, support, support_labels, query, query_labels, ways, rows, valid, num_classes,
+                           method, metric, scale, reduction);
 }
 
 struct ClassifyFunction : Function<ClassifyFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
                                const Tensor& query, const ClassifyOptions& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, rows, valid] = classify(support, support_labels, query, o.query_labels, o.ways, o.num_classes, o.method,
-                                       o.metric, o.scale, o.reduction);
+    auto [out, rows, valid] = classify(support, support_labels, query, o.query_labels, o.ways, o.num_classes,
+                                       o.method, o.metric, o.scale, o.reduction);
     ctx->save_for_backward({support, support_labels, query, rows, valid, tensor_or_undefined(o.query_labels),
                             tensor_or_undefined(o.ways)});
     o.save(ctx);
@@ -309,8 +327,8 @@ struct ClassifyFunction : Function<ClassifyFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
     const auto o = ClassifyOptions::restore(ctx, s[5], s[6]);
-    auto [gs, gq] = classify_backward(grads[0], s[0], s[1], s[2], o.query_labels, o.ways, s[3], s[4], o.num_classes,
-                                      o.method, o.metric, o.scale, o.reduction);
+    auto [gs, gq] = classify_backward(grads[0], s[0], s[1], s[2], o.query_labels, o.ways, s[3], s[4],
+                                      o.num_classes, o.method, o.metric, o.scale, o.reduction);
     return {gs, Tensor(), gq, Tensor()};
   }
 };
@@ -318,20 +336,22 @@ struct ClassifyFunction : Function<ClassifyFunction> {
 std::tuple<Tensor, Tensor, Tensor> classify_autograd(const Tensor& support, const Tensor& support_labels,
                                                      const Tensor& query, const OptionalTensor& query_labels,
                                                      const OptionalTensor& ways, c10::SymInt num_classes,
-                                                     std::string_view method, std::string_view metric, double scale,
-                                                     int64_t reduction) {
+                                                     std::string_view method, std::string_view metric,
+                                                     double scale, int64_t reduction) {
   if (needs_graph("classify", support, query)) {
-    const auto r = ClassifyFunction::apply(
-        support, support_labels, query,
-        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale, reduction});
+    const auto r =
+        ClassifyFunction::apply(support, support_labels, query,
+                                ClassifyOptions{query_labels, ways, num_classes, std::string(method),
+                                                std::string(metric), scale, reduction});
     return {r[0], r[1], r[2]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return classify(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale, reduction);
+  return classify(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,
+                  reduction);
 }
 
-// Under autocast distances and losses run in float32, as torch.cdist does: every floating tensor argument of these ops
-// is cast, whatever its position.
+// Under autocast distances and losses run in float32, as torch.cdist does: every floating tensor argument of
+// these ops is cast, whatever its position.
 void autocast_to_float32(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const c10::DeviceType device =
       keys.has(c10::DispatchKey::AutocastCUDA) ? c10::DeviceType::CUDA : c10::DeviceType::CPU;

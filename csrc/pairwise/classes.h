@@ -17,8 +17,13 @@ class ClassProbabilities {
 
  public:
   ClassProbabilities(const Classes<T>& p, int64_t task)
-      : p_(p), ways_(p.ways ? p.ways[task] : p.way), labels_(p.row_labels ? p.row_labels + task * p.rows : nullptr),
-        all_(p.rows), own_(labels_ ? p.rows : 0), top_(labels_ ? p.way : 0), sum_(labels_ ? p.way : 0) {}
+      : p_(p),
+        ways_(p.ways ? p.ways[task] : p.way),
+        labels_(p.row_labels ? p.row_labels + task * p.rows : nullptr),
+        all_(p.rows),
+        own_(labels_ ? p.rows : 0),
+        top_(labels_ ? p.way : 0),
+        sum_(labels_ ? p.way : 0) {}
 
   int64_t ways() const { return ways_; }
 
@@ -71,7 +76,7 @@ class ClassProbabilities {
     return log_class - log_sum_;
   }
 
-  V all(int64_t j) const { return all_[j]; }  // probability of row j among all rows
+  V all(int64_t j) const { return all_[j]; }                      // probability of row j among all rows
   V own(int64_t j) const { return labels_ ? own_[j] : V{} + 1; }  // and among the rows of its class
 
  private:

@@ -25,16 +25,30 @@ Chunk<T> chunk_of(const Pairs<T>& p, int64_t item) {
   constexpr int64_t kQuantum = 16;  // a multiple of all lane counts
   const int64_t task = item / p.chunks, chunk = item % p.chunks;
   const int64_t size = ((p.queries + p.chunks - 1) / p.chunks + kQuantum - 1) / kQuantum * kQuantum;
-  return {item, task, std::min(p.queries, chunk * size), std::min(p.queries, (chunk + 1) * size),
-          p.x + task * p.x_task_stride, p.y + task * p.y_task_stride};
+  return {item,
+          task,
+          std::min(p.queries, chunk * size),
+          std::min(p.queries, (chunk + 1) * size),
+          p.x + task * p.x_task_stride,
+          p.y + task * p.y_task_stride};
 }
 
-// f(q, queries) for every tile of the chunk; q is the task's index of its first query.
+// f(q, queries) for every tile of the chunk; q is the task's index of its first query. The tile after it is
+// fetched from memory meanwhile, and so are, to be written, the rows of `grad` (null, or laid out as x) that
+// belong to it: a tile is too short for the processor to see the pattern.
 template <typename T, class F>
-void for_each_tile(const Pairs<T>& p, const Chunk<T>& chunk, F&& f) {
+void for_each_tile(const Pairs<T>& p, const Chunk<T>& chunk, T* grad, F&& f) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t ahead = kLanes<T> * p.features;
   for (int64_t q = chunk.begin; q < chunk.end; q += kLanes<T>) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, chunk.end - q));
-    f(q, Queries<T>{chunk.x + q * p.features, p.features, count});
+    const T* x = chunk.x + q * p.features;
+    for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(x + i);
+    if (grad != nullptr) {
+      T* next = grad + (chunk.task * p.queries + q) * p.features;
+      for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(next + i, 1);
+    }
+    f(q, Queries<T>{x, p.features, count});
   }
 }
 
@@ -45,13 +59,27 @@ class Comparison {
   using Term = typename M::Term;
   using Link = typename M::Link;
 
+  // Squared distances to many rows: |x|^2 - 2 x.y + |y|^2 takes one operation per feature where (x - y)^2
+  // takes two.
+  static constexpr bool kCanCentre = std::is_same_v<Term, SquaredDifference> && !kWeighted;
+  static constexpr int64_t kManyRows = 8;
+
  public:
-  Comparison(const Pairs<T>& p, const Chunk<T>& chunk)
-      : p_(p), y_(chunk.y), norms_(M::kCosine ? p.rows : 0), sums_(M::kCosine ? 2 * p.rows : 0) {
+  Comparison(const Pairs<T>& p, const Chunk<T>& chunk, bool with_tangents = false)
+      : p_(p),
+        y_(chunk.y),
+        columns_(p.features),
+        tangent_columns_(with_tangents ? p.features : 0),
+        norms_(M::kCosine ? p.rows : 0),
+        sums_(M::kCosine ? 2 * p.rows : 0),
+        centred_(kCanCentre && p.rows >= kManyRows),
+        centre_(centred_ ? p.features : 0),
+        centred_rows_(centred_ ? p.rows * p.features : 0),
+        squares_(centred_ ? p.rows : 0) {
+    if (centred_) centre();
     if constexpr (M::kCosine) {
       for (int64_t j = 0; j < p.rows; ++j) {
-        V squares = squared_norms(Queries<T>{row(j), 0, 1}, p.features);
-        norms_[j] = inverse_norm<T>(squares[0]);
+        norms_[j] = inverse_norm<T>(inner_product(row(j), row(j), p.features));
         sums_[j] = sums_[p.rows + j] = V{};
       }
     }
@@ -61,9 +89,14 @@ class Comparison {
 
   // out_j = metric(x, y_j)
   void distances(const Queries<T>& x, V* out) {
-    sum_terms<Term, kWeighted>(x, y_, p_.rows, p_.features, p_.weight, out);
+    load_columns(x, p_.features, columns_.get());
+    if (centred_) {
+      centred_distances(out);
+    } else {
+      sum_terms<Term, kWeighted>(columns_.get(), y_, p_.rows, p_.features, p_.weight, out);
+    }
     if constexpr (M::kCosine) {
-      norm_ = inverse_norm<V>(squared_norms(x, p_.features));
+      norm_ = inverse_norm<V>(inner_products<T>(columns_.get(), columns_.get(), p_.features));
       for (int64_t j = 0; j < p_.rows; ++j) out[j] = 1 + norm_.inverse * norms_[j].inverse * out[j];
     } else if constexpr (!std::is_same_v<Link, IdentityLink>) {
       const V bias = broadcast<T>(p_.bias ? *p_.bias : T(0));
@@ -71,8 +104,8 @@ class Comparison {
     }
   }
 
-  // Takes grad_j, the gradient of out_j, which it overwrites; sets grad_x [count, D], adds to grad_y [J, D] and
-  // grad_weight [D]; returns the gradient of the bias, one summand per lane.
+  // Takes grad_j, the gradient of out_j, which it overwrites; sets grad_x [count, D], adds to grad_y [J, D]
+  // and grad_weight [D]; returns the gradient of the bias, one summand per lane.
   V backward(const Queries<T>& x, const V* out, V* grad, T* grad_x, T* grad_y, T* grad_weight) {
     V bias{}, own{};
     for (int64_t j = 0; j < p_.rows; ++j) {
@@ -103,12 +136,14 @@ class Comparison {
     }
   }
 
-  // Tangents of the distances, x moving along u, y along v [J, D], the weight along z, the bias along `bias_tangent`.
-  void tangents(const Queries<T>& x, const Queries<T>& u, const T* v, const T* z, T bias_tangent, const V* out,
-                V* tangent) {
-    sum_tangents<Term, kWeighted>(x, u, y_, v, p_.rows, p_.features, p_.weight, z, tangent);
+  // After distances() of the same tile: their tangents, x moving along u, y along v [J, D], the weight along
+  // z, the bias along `bias_tangent`.
+  void tangents(const Queries<T>& u, const T* v, const T* z, T bias_tangent, const V* out, V* tangent) {
+    load_columns(u, p_.features, tangent_columns_.get());
+    sum_tangents<Term, kWeighted>(columns_.get(), tangent_columns_.get(), centred_ ? centred_rows_.get() : y_,
+                                  v, p_.rows, p_.features, p_.weight, z, tangent);
     if constexpr (M::kCosine) {
-      tangent_x_ = norm_.slope * inner_products(x, u, p_.features);
+      tangent_x_ = norm_.slope * inner_products<T>(columns_.get(), tangent_columns_.get(), p_.features);
       for (int64_t j = 0; j < p_.rows; ++j) {
         tangent[j] = cosine_tangent<V>(out[j], norm_.inverse * norms_[j].inverse, tangent[j], tangent_x_,
                                        broadcast<T>(tangent_y(v, j)));
@@ -118,17 +153,18 @@ class Comparison {
     }
   }
 
-  // Gradients of sum_j grad_j * tangent_j + first_j * out_j, with grad and first held fixed. It overwrites both and
-  // takes from tangents() its `tangent`. As backward(), it adds to grad_y and grad_weight and returns the bias's part.
-  V double_backward(const Queries<T>& x, const Queries<T>& u, const T* v, const T* z, const V* out, const V* tangent,
-                    V* grad, V* first, T* grad_x, T* grad_y, T* grad_weight) {
+  // Gradients of sum_j grad_j * tangent_j + first_j * out_j, with grad and first held fixed. It overwrites
+  // both and takes from tangents() its `tangent`. As backward(), it adds to grad_y and grad_weight and
+  // returns the bias's part.
+  V double_backward(const Queries<T>& x, const Queries<T>& u, const T* v, const T* z, const V* out,
+                    const V* tangent, V* grad, V* first, T* grad_x, T* grad_y, T* grad_weight) {
     V bias{}, rho{}, sigma{};
     for (int64_t j = 0; j < p_.rows; ++j) {
       if constexpr (M::kCosine) {
         const V ab = norm_.inverse * norms_[j].inverse;
         const CosineSecond<V> c =
-            cosine_second<V>(grad[j], first[j], out[j], tangent[j], ab, tangent_x_, broadcast<T>(tangent_y(v, j)),
-                             norm_.slope, broadcast<T>(norms_[j].slope));
+            cosine_second<V>(grad[j], first[j], out[j], tangent[j], ab, tangent_x_,
+                             broadcast<T>(tangent_y(v, j)), norm_.slope, broadcast<T>(norms_[j].slope));
         grad[j] = c.ddx;
         first[j] = c.dx;
         rho += c.rho_x;
@@ -136,7 +172,8 @@ class Comparison {
         sums_[j] += c.rho_y;
         sums_[p_.rows + j] += c.sigma_y;
       } else {
-        // tangent = link' * raw tangent: the link's curvature times grad * raw tangent joins the first-order part.
+        // tangent = link' * raw tangent: the link's curvature times grad * raw tangent joins the first-order
+        // part.
         const V slope = Link::first(out[j]);
         V sum_grad = first[j] * slope;
         if constexpr (!std::is_same_v<Link, IdentityLink>) {
@@ -148,8 +185,8 @@ class Comparison {
         grad[j] = grad[j] * slope * Term::kDerivative;
       }
     }
-    spread_second<Term, kWeighted>(x, u, y_, v, p_.rows, p_.features, p_.weight, z, grad, first, grad_x, grad_y,
-                                   grad_weight);
+    spread_second<Term, kWeighted>(x, u, y_, v, p_.rows, p_.features, p_.weight, z, grad, first, grad_x,
+                                   grad_y, grad_weight);
     if constexpr (M::kCosine) {
       for (int i = 0; i < x.count; ++i) {
         add_scaled(rho[i], u[i], p_.features, grad_x + i * p_.features);
@@ -170,18 +207,57 @@ class Comparison {
   }
 
  private:
+  // Distances do not change when everything moves: with the mean of the rows at the origin, norms are as
+  // small as the spread of the rows allows, and little cancels in |x|^2 - 2 x.y + |y|^2.
+  void centre() {
+    const int64_t features = p_.features;
+    std::fill_n(centre_.get(), features, T(0));
+    for (int64_t j = 0; j < p_.rows; ++j) add_scaled(T(1) / p_.rows, row(j), features, centre_.get());
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      T* out = centred_rows_.get() + j * features;
+      for (int64_t d = 0; d < features; ++d) out[d] = row(j)[d] - centre_[d];
+      squares_[j] = inner_product(out, out, features);
+    }
+  }
+
+  // The squared distances, from columns_, which it centres. Where much cancels all the same, in pairs much
+  // closer to each other than to the centre, the differences are squared and summed as they are. That keeps
+  // the relative error below kCancelled^-1 roundings of the sum of the norms.
+  void centred_distances(V* out) {
+    constexpr T kCancelled = T(1) / 32;
+    V* x = columns_.get();
+    V square{};
+    for (int64_t d = 0; d < p_.features; ++d) {
+      x[d] -= centre_[d];
+      square += x[d] * x[d];
+    }
+    sum_terms<NegativeProduct, false, T>(x, centred_rows_.get(), p_.rows, p_.features, nullptr, out);
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      const V scale = square + squares_[j], distance = scale + 2 * out[j];
+      out[j] = distance;
+      const Mask<T> kept =
+          distance >= kCancelled * scale;  // false for NaN, from infinite features for example
+      if (any<T>(~kept)) {
+        V exact;
+        sum_terms<Term, false, T>(x, centred_rows_.get() + j * p_.features, 1, p_.features, nullptr, &exact);
+        out[j] = kept ? distance : exact;
+      }
+    }
+  }
+
   T tangent_y(const T* v, int64_t j) const {
-    T product = 0;
-    for (int64_t d = 0; d < p_.features; ++d) product += row(j)[d] * v[j * p_.features + d];
-    return norms_[j].slope * product;
+    return norms_[j].slope * inner_product(row(j), v + j * p_.features, p_.features);
   }
 
   const Pairs<T>& p_;
   const T* y_;
-  Scratch<InverseNorm<T>> norms_;  // cosine: of the rows
-  Scratch<V> sums_;                // cosine: multiples of the rows (and of v) that finish_*() adds to grad_y
-  InverseNorm<V> norm_{};          // cosine: of the tile's queries
-  V tangent_x_{};                  // cosine: slope * <x, u> of the tile's queries
+  Scratch<V> columns_, tangent_columns_;  // the tile's queries and their tangents, by column
+  Scratch<InverseNorm<T>> norms_;         // cosine: of the rows
+  Scratch<V> sums_;  // cosine: multiples of the rows (and of v) that finish_*() adds to grad_y
+  bool centred_;
+  Scratch<T> centre_, centred_rows_, squares_;  // centred: mean row, rows minus it, their squared norms
+  InverseNorm<V> norm_{};                       // cosine: of the tile's queries
+  V tangent_x_{};                               // cosine: slope * <x, u> of the tile's queries
 };
 
 }  // namespace metafast::METAFAST_ISA

@@ -1,12 +1,14 @@
-// CPU kernels of the pairwise family. Each run() takes work items [begin, end): a task, or one chunk of a task's
-// queries, which it walks in tiles of one query per SIMD lane. Every tile is finished, from features to gradients,
-// while it is in the cache; nothing of the size [Q, J, D], and in the losses nothing of [Q, J], reaches memory.
+// CPU kernels of the pairwise family. Each run() takes work items [begin, end): a task, or one chunk of a
+// task's queries, which it walks in tiles of one query per SIMD lane. Every tile is finished, from features
+// to gradients, while it is in the cache; nothing of the size [Q, J, D], and in the losses nothing of [Q, J],
+// reaches memory.
 #include "pairwise/classes.h"
 #include "pairwise/comparison.h"
 
 namespace metafast::METAFAST_ISA {
 
-// --- prototypes ----------------------------------------------------------------------------------------------
+// --- prototypes
+// ----------------------------------------------------------------------------------------------
 
 template <typename T>
 void run(const Prototypes<T>& p, int64_t begin, int64_t end) {
@@ -54,7 +56,8 @@ void run(const PrototypesBackward<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- pairwise ------------------------------------------------------------------------------------------------
+// --- pairwise
+// ------------------------------------------------------------------------------------------------
 
 template <class M, bool kWeighted, typename T>
 void walk(const Pairwise<T>& p, int64_t begin, int64_t end) {
@@ -62,7 +65,7 @@ void walk(const Pairwise<T>& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile<T>(p, chunk, nullptr, [&](int64_t q, const Queries<T>& x) {
       compare.distances(x, out.get());
       store_tile(out.get(), p.rows, x.count, p.out + (chunk.task * p.queries + q) * p.rows);
     });
@@ -80,7 +83,7 @@ void walk(const PairwiseBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_weight, p.features);
     Vec<T> bias{};
     Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       if constexpr (M::kCosine) {
         compare.distances(x, out.get());
@@ -107,12 +110,12 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_y, p.rows * p.features);
     clear(grad_weight, p.features);
     Vec<T> bias{};
-    Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
+    Comparison<M, kWeighted, T> compare(p, chunk, /*with_tangents=*/true);
+    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};
       compare.distances(x, out.get());
-      compare.tangents(x, u, v, p.gg_weight, bias_tangent, out.get(), tangent.get());
+      compare.tangents(u, v, p.gg_weight, bias_tangent, out.get(), tangent.get());
       store_tile(tangent.get(), p.rows, x.count, p.grad_grad + query * p.rows);
       load_tile(p.grad + query * p.rows, p.rows, x.count, grad.get());
       std::fill_n(first.get(), p.rows, Vec<T>{});
@@ -124,7 +127,8 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- classify ------------------------------------------------------------------------------------------------
+// --- classify
+// ------------------------------------------------------------------------------------------------
 
 template <class M, typename T>
 void walk(const Classify<T>& p, int64_t begin, int64_t end) {
@@ -133,15 +137,14 @@ void walk(const Classify<T>& p, int64_t begin, int64_t end) {
     const Chunk<T> chunk = chunk_of(p, item);
     Comparison<M, false, T> compare(p, chunk);
     ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile<T>(p, chunk, nullptr, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       compare.distances(x, logits.get());
       scale_tile(logits.get(), p.rows, -p.scale, logits.get());
       probabilities.set(logits.get());
       for (int64_t n = 0; n < p.way && p.log_probs != nullptr; ++n) {
-        const Vec<T> log_prob = n < probabilities.ways()
-                                    ? probabilities.log_prob(n)
-                                    : Math<Vec<T>>::constant(-kInfinity);
+        const Vec<T> log_prob =
+            n < probabilities.ways() ? probabilities.log_prob(n) : Math<Vec<T>>::constant(-kInfinity);
         for (int i = 0; i < x.count; ++i) p.log_probs[(query + i) * p.way + n] = log_prob[i];
       }
       for (int i = 0; i < x.count && p.nll != nullptr; ++i) {
@@ -163,7 +166,7 @@ void walk(const ClassifyBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_y, p.rows * p.features);
     Comparison<M, false, T> compare(p, chunk);
     ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
       compare.distances(x, out.get());
       scale_tile(grad.get(), p.rows, -p.scale, out.get());
       probabilities.set(grad.get());
@@ -171,8 +174,8 @@ void walk(const ClassifyBackward<T>& p, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < p.rows; ++j) {
         const int64_t n = probabilities.class_of(j);
         grad[j] = n < 0 ? Vec<T>{}
-                        : -p.scale * logit_gradient<Vec<T>>(gradients.of(n), probabilities.own(j), gradients.sum(),
-                                                            probabilities.all(j));
+                        : -p.scale * logit_gradient<Vec<T>>(gradients.of(n), probabilities.own(j),
+                                                            gradients.sum(), probabilities.all(j));
       }
       compare.backward(x, out.get(), grad.get(), p.grad_x + (chunk.task * p.queries + q) * p.features, grad_y,
                        nullptr);
@@ -191,16 +194,16 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
     const T* v = p.gg_y + chunk.task * p.rows * p.features;
     T* grad_y = p.grad_y + chunk.index * p.rows * p.features;
     clear(grad_y, p.rows * p.features);
-    Comparison<M, false, T> compare(p, chunk);
+    Comparison<M, false, T> compare(p, chunk, /*with_tangents=*/true);
     ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};
       compare.distances(x, out.get());
       scale_tile(logits.get(), p.rows, -p.scale, out.get());
       probabilities.set(logits.get());
       gradients.set(chunk.task, q, x.count, probabilities.ways());
-      compare.tangents(x, u, v, nullptr, T(0), out.get(), tangent.get());
+      compare.tangents(u, v, nullptr, T(0), out.get(), tangent.get());
 
       // Means of the logits' tangents -scale * tangent, over all rows and over those of each class.
       V mean{};
@@ -218,7 +221,8 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
         if (n < 0) continue;
         const V g = gradients.of(n), own = probabilities.own(j), all = probabilities.all(j);
         grad[j] = -p.scale * logit_gradient<V>(g, own, gradients.sum(), all);
-        first[j] = -p.scale * logit_second<V>(g, own, gradients.sum(), all, -p.scale * tangent[j], class_mean[n], mean);
+        first[j] = -p.scale *
+                   logit_second<V>(g, own, gradients.sum(), all, -p.scale * tangent[j], class_mean[n], mean);
       }
       for (int i = 0; i < x.count; ++i) {
         if (p.query_labels != nullptr) {
@@ -227,7 +231,8 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
           p.grad_grad[query + i] = valid ? mean[i] - class_mean[label][i] : T(0);
         } else {
           for (int64_t n = 0; n < p.way; ++n) {
-            p.grad_grad[(query + i) * p.way + n] = n < probabilities.ways() ? class_mean[n][i] - mean[i] : T(0);
+            p.grad_grad[(query + i) * p.way + n] =
+                n < probabilities.ways() ? class_mean[n][i] - mean[i] : T(0);
           }
         }
       }
@@ -238,7 +243,8 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- from the metric of the arguments to the kernel compiled for it ------------------------------------------------
+// --- from the metric of the arguments to the kernel compiled for it
+// ------------------------------------------------
 
 template <class Params>
 void run_metric(const Params& p, int64_t begin, int64_t end) {
@@ -246,25 +252,36 @@ void run_metric(const Params& p, int64_t begin, int64_t end) {
   switch (p.metric) {
     case Metric::sqeuclidean:
       return weighted ? walk<SqEuclidean, true>(p, begin, end) : walk<SqEuclidean, false>(p, begin, end);
-    case Metric::euclidean: return walk<Euclidean, false>(p, begin, end);
-    case Metric::cosine: return walk<Cosine, false>(p, begin, end);
+    case Metric::euclidean:
+      return walk<Euclidean, false>(p, begin, end);
+    case Metric::cosine:
+      return walk<Cosine, false>(p, begin, end);
     case Metric::cityblock:
       return weighted ? walk<CityBlock, true>(p, begin, end) : walk<CityBlock, false>(p, begin, end);
-    case Metric::dot: return walk<Dot, false>(p, begin, end);
-    case Metric::relation_relu: return walk<RelationRelu, true>(p, begin, end);
-    case Metric::relation_tanh: return walk<RelationTanh, true>(p, begin, end);
+    case Metric::dot:
+      return walk<Dot, false>(p, begin, end);
+    case Metric::relation_relu:
+      return walk<RelationRelu, true>(p, begin, end);
+    case Metric::relation_tanh:
+      return walk<RelationTanh, true>(p, begin, end);
   }
 }
 
 template <class Params>
 void run_distance(const Params& p, int64_t begin, int64_t end) {
   switch (p.metric) {
-    case Metric::sqeuclidean: return walk<SqEuclidean>(p, begin, end);
-    case Metric::euclidean: return walk<Euclidean>(p, begin, end);
-    case Metric::cosine: return walk<Cosine>(p, begin, end);
-    case Metric::cityblock: return walk<CityBlock>(p, begin, end);
-    case Metric::dot: return walk<Dot>(p, begin, end);
-    default: __builtin_unreachable();  // op.cpp lets only the five distances through
+    case Metric::sqeuclidean:
+      return walk<SqEuclidean>(p, begin, end);
+    case Metric::euclidean:
+      return walk<Euclidean>(p, begin, end);
+    case Metric::cosine:
+      return walk<Cosine>(p, begin, end);
+    case Metric::cityblock:
+      return walk<CityBlock>(p, begin, end);
+    case Metric::dot:
+      return walk<Dot>(p, begin, end);
+    default:
+      __builtin_unreachable();  // op.cpp lets only the five distances through
   }
 }
 
@@ -298,7 +315,8 @@ void run(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
   run_distance(p, begin, end);
 }
 
-// --- sums ----------------------------------------------------------------------------------------------------
+// --- sums
+// ----------------------------------------------------------------------------------------------------
 
 template <typename T>
 void run(const ReduceLoss<T>& p, int64_t, int64_t) {
@@ -324,8 +342,8 @@ void run(const SumPartials<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-#define METAFAST_INSTANTIATE(Params)                             \
-  template void run(const Params<float>&, int64_t, int64_t);     \
+#define METAFAST_INSTANTIATE(Params)                         \
+  template void run(const Params<float>&, int64_t, int64_t); \
   template void run(const Params<double>&, int64_t, int64_t);
 METAFAST_INSTANTIATE(Prototypes)
 METAFAST_INSTANTIATE(PrototypesBackward)

@@ -1,19 +1,19 @@
 // The pairwise ops on CPU and CUDA: check the arguments, allocate the results, run the kernels. What each op
 // computes is stated in library.cpp.
-#include "pairwise/ops.h"
-
 #include <torch/library.h>
 
 #include <string>
 
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "pairwise/ops.h"
 #include "pairwise/params.h"
 
 namespace metafast {
 namespace {
 
-// --- arguments -----------------------------------------------------------------------------------------------
+// --- arguments
+// -----------------------------------------------------------------------------------------------
 
 Metric metric_of(std::string_view name) {
   if (name == "sqeuclidean") return Metric::sqeuclidean;
@@ -28,8 +28,10 @@ Metric metric_of(std::string_view name) {
 
 bool is_relation(Metric metric) { return metric == Metric::relation_relu || metric == Metric::relation_tanh; }
 
-// Calls f(position) for every label that is neither a class in [0, way of its task) nor, where allowed, ignored.
-void check_label_values(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes, const char* name) {
+// Calls f(position) for every label that is neither a class in [0, way of its task) nor, where allowed,
+// ignored.
+void check_label_values(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
+                        const char* name) {
   const int64_t columns = labels.size(-1), tasks = columns ? labels.numel() / columns : 0;
   const int64_t* label = labels.const_data_ptr<int64_t>();
   const int64_t* way = ways ? ways->const_data_ptr<int64_t>() : nullptr;
@@ -42,13 +44,14 @@ void check_label_values(const Tensor& labels, const OptionalTensor& ways, int64_
     if (!bad) continue;
     for (int64_t i = t * columns; i < (t + 1) * columns; ++i) {
       TORCH_CHECK_VALUE((label[i] >= 0 && label[i] < classes) || label[i] == kIgnoreLabel, name,
-                        ": expected classes in [0, ", classes, ") or ", kIgnoreLabel, " (ignored), got ", label[i],
-                        " at position ", i - t * columns, " of task ", t);
+                        ": expected classes in [0, ", classes, ") or ", kIgnoreLabel, " (ignored), got ",
+                        label[i], " at position ", i - t * columns, " of task ", t);
     }
   }
 }
 
-void check_every_class(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes, const char* name) {
+void check_every_class(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
+                       const char* name) {
   const int64_t columns = labels.size(-1);
   const int64_t tasks = labels.numel() / std::max<int64_t>(1, columns);
   const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -59,27 +62,32 @@ void check_every_class(const Tensor& labels, const OptionalTensor& ways, int64_t
       if (label[i] >= 0) seen[label[i]] = t;
     }
     for (int64_t n = 0; n < classes; ++n) {
-      TORCH_CHECK_VALUE(seen[n] == t, name, ": expected a support example of every class, got none of class ", n,
-                        " in task ", t);
+      TORCH_CHECK_VALUE(seen[n] == t, name, ": expected a support example of every class, got none of class ",
+                        n, " in task ", t);
     }
   }
 }
 
-// On the CPU, values are checked here; a CUDA kernel asserts on the device instead, which does not synchronise.
-void check_support_labels(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes, const char* name) {
+// On the CPU, values are checked here; a CUDA kernel asserts on the device instead, which does not
+// synchronise.
+void check_support_labels(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
+                          const char* name) {
   if (runs_cuda(labels)) return;
   if (ways) {
     const int64_t* way = ways->const_data_ptr<int64_t>();
     for (int64_t t = 0; t < ways->numel(); ++t) {
-      TORCH_CHECK_VALUE(way[t] >= 1 && way[t] <= num_classes, "ways: expected values in [1, num_classes = ",
-                        num_classes, "], got ", way[t], " for task ", t);
+      TORCH_CHECK_VALUE(way[t] >= 1 && way[t] <= num_classes,
+                        "ways: expected values in [1, num_classes = ", num_classes, "], got ", way[t],
+                        " for task ", t);
     }
   }
   check_label_values(labels, ways, num_classes, name);
   check_every_class(labels, ways, num_classes, name);
 }
 
-int64_t count_tasks(const Tensor& tensor, int64_t event_dims) { return c10::multiply_integers(leading(tensor, event_dims)); }
+int64_t count_tasks(const Tensor& tensor, int64_t event_dims) {
+  return c10::multiply_integers(leading(tensor, event_dims));
+}
 
 at::DimVector sizes_of(at::IntArrayRef leading, std::initializer_list<int64_t> event) {
   at::DimVector sizes(leading.begin(), leading.end());
@@ -87,8 +95,8 @@ at::DimVector sizes_of(at::IntArrayRef leading, std::initializer_list<int64_t> e
   return sizes;
 }
 
-// The tensor in the type that kernels compute in and with dense rows. Where all tasks share one block of rows (an
-// expanded tensor), they go on sharing it: the task stride is 0 and nothing is copied.
+// The tensor in the type that kernels compute in and with dense rows. Where all tasks share one block of rows
+// (an expanded tensor), they go on sharing it: the task stride is 0 and nothing is copied.
 struct Operand {
   Tensor tensor;
   int64_t task_stride;
@@ -104,7 +112,9 @@ Operand rows_of(const Tensor& tensor) {
 
 Tensor dense(const Tensor& tensor) { return tensor.to(compute_type(tensor)).contiguous(); }
 Tensor dense_labels(const Tensor& tensor) { return tensor.contiguous(); }
-OptionalTensor dense(const OptionalTensor& tensor) { return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt; }
+OptionalTensor dense(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
+}
 OptionalTensor dense_labels(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
@@ -114,8 +124,8 @@ const T* data(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// Into how many chunks a task's queries are split, from the shapes alone. With many tasks there is work for all
-// threads; with few, chunks are made, of at least kGrain multiply-adds and 16 queries.
+// Into how many chunks a task's queries are split, from the shapes alone. With many tasks there is work for
+// all threads; with few, chunks are made, of at least kGrain multiply-adds and 16 queries.
 int64_t query_chunks(const Tensor& like, int64_t tasks, int64_t queries, int64_t rows, int64_t features) {
   constexpr int64_t kItems = 32;
   if (runs_cuda(like)) {
@@ -135,20 +145,24 @@ Tensor sum_chunks(const Tensor& partial, int64_t outer, at::IntArrayRef sizes) {
   Tensor out = empty(sizes, partial.options());
   const int64_t chunks = inner > 0 && outer > 0 ? partial.numel() / (outer * inner) : 0;
   with_scalar(partial, [&]<typename T>() {
-    run_kernel(SumPartials<T>{partial.const_data_ptr<T>(), out.mutable_data_ptr<T>(), outer, chunks, inner}, out);
+    run_kernel(SumPartials<T>{partial.const_data_ptr<T>(), out.mutable_data_ptr<T>(), outer, chunks, inner},
+               out);
   });
   return out;
 }
 
-// --- prototypes ----------------------------------------------------------------------------------------------
+// --- prototypes
+// ----------------------------------------------------------------------------------------------
 
-Tensor run_prototypes(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ways, int64_t num_classes) {
+Tensor run_prototypes(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ways,
+                      int64_t num_classes) {
   const int64_t support = embeddings.size(-2), features = embeddings.size(-1);
   Tensor out = empty(sizes_of(leading(embeddings, 2), {num_classes, features}), embeddings.options());
   with_scalar(embeddings, [&]<typename T>() {
-    run_kernel(Prototypes<T>{embeddings.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(), data<int64_t>(ways),
-                             out.mutable_data_ptr<T>(), count_tasks(embeddings, 2), support, num_classes, features},
-               out);
+    run_kernel(
+        Prototypes<T>{embeddings.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(), data<int64_t>(ways),
+                      out.mutable_data_ptr<T>(), count_tasks(embeddings, 2), support, num_classes, features},
+        out);
   });
   return out;
 }
@@ -157,9 +171,10 @@ Tensor run_prototypes_backward(const Tensor& grad, const Tensor& labels, const O
   const int64_t way = grad.size(-2), features = grad.size(-1), support = labels.size(-1);
   Tensor out = empty(sizes_of(leading(grad, 2), {support, features}), grad.options());
   with_scalar(grad, [&]<typename T>() {
-    run_kernel(PrototypesBackward<T>{grad.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(), data<int64_t>(ways),
-                                     out.mutable_data_ptr<T>(), count_tasks(grad, 2), support, way, features},
-               out);
+    run_kernel(
+        PrototypesBackward<T>{grad.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(), data<int64_t>(ways),
+                              out.mutable_data_ptr<T>(), count_tasks(grad, 2), support, way, features},
+        out);
   });
   return out;
 }
@@ -190,7 +205,8 @@ Tensor prototypes_backward_op(const Tensor& grad, const Tensor& labels) {
   return run_prototypes_backward(dense(grad), dense_l, std::nullopt).to(grad.scalar_type());
 }
 
-// --- pairwise ------------------------------------------------------------------------------------------------
+// --- pairwise
+// ------------------------------------------------------------------------------------------------
 
 // The checked, dense arguments of a pairwise comparison and the part of the kernel's struct that they fill.
 struct PairArguments {
@@ -211,12 +227,13 @@ struct PairArguments {
     check_min_dim(ax, 2, "[..., Q, D]");
     check_min_dim(ay, 2, "[..., N, D]");
     check_same_leading(ax, 2, ay, 2);
-    TORCH_CHECK_VALUE(x_arg.size(-1) == y_arg.size(-1), "y: expected the number of features of x, ", x_arg.size(-1),
-                      ", got ", y_arg.size(-1));
+    TORCH_CHECK_VALUE(x_arg.size(-1) == y_arg.size(-1), "y: expected the number of features of x, ",
+                      x_arg.size(-1), ", got ", y_arg.size(-1));
     const bool weighted = is_relation(metric) || metric == Metric::sqeuclidean || metric == Metric::cityblock;
-    TORCH_CHECK_VALUE(!weight_arg || weighted, "weight: expected None with metric ", metric_name, ", got a tensor");
-    TORCH_CHECK_VALUE(!is_relation(metric) || (weight_arg && bias_arg), "weight, bias: expected tensors with metric ",
-                      metric_name, ", got None");
+    TORCH_CHECK_VALUE(!weight_arg || weighted, "weight: expected None with metric ", metric_name,
+                      ", got a tensor");
+    TORCH_CHECK_VALUE(!is_relation(metric) || (weight_arg && bias_arg),
+                      "weight, bias: expected tensors with metric ", metric_name, ", got None");
     TORCH_CHECK_VALUE(!bias_arg || is_relation(metric), "bias: expected None with metric ", metric_name,
                       ", got a tensor");
     if (weight_arg) check_vector(ax, {*weight_arg, "weight"}, x_arg.size(-1), "[D]");
@@ -243,8 +260,18 @@ struct PairArguments {
 
   template <typename T>
   Pairs<T> pairs() const {
-    return {x.tensor.const_data_ptr<T>(), y.tensor.const_data_ptr<T>(), data<T>(weight), data<T>(bias), metric,
-            tasks, queries, rows, features, x.task_stride, y.task_stride, chunks};
+    return {x.tensor.const_data_ptr<T>(),
+            y.tensor.const_data_ptr<T>(),
+            data<T>(weight),
+            data<T>(bias),
+            metric,
+            tasks,
+            queries,
+            rows,
+            features,
+            x.task_stride,
+            y.task_stride,
+            chunks};
   }
 
   at::TensorOptions options() const { return x.tensor.options(); }
@@ -274,14 +301,13 @@ Tensor pairwise_op(const Tensor& x, const Tensor& y, const OptionalTensor& weigh
                    std::string_view metric) {
   const PairArguments args(x, y, weight, bias, metric);
   Tensor out = empty(args.out_sizes(), args.options());
-  with_scalar(out, [&]<typename T>() {
-    run_kernel(Pairwise<T>{args.pairs<T>(), out.mutable_data_ptr<T>()}, out);
-  });
+  with_scalar(
+      out, [&]<typename T>() { run_kernel(Pairwise<T>{args.pairs<T>(), out.mutable_data_ptr<T>()}, out); });
   return out.to(args.dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& grad, const Tensor& x, const Tensor& y,
-                                                                const OptionalTensor& weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& grad, const Tensor& x,
+                                                                const Tensor& y, const OptionalTensor& weight,
                                                                 const OptionalTensor& bias, const Tensor& out,
                                                                 std::string_view metric) {
   const PairArguments args(x, y, weight, bias, metric);
@@ -292,13 +318,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& gr
   check_sizes(ao, args.out_sizes(), "[..., Q, N]");
   const Tensor dense_out = dense(out), dense_grad = dense(grad);
   Tensor grad_x = empty(args.x_sizes(), args.options());
-  const Tensor partial_y = args.partial_y(), partial_weight = args.partial_weight(), partial_bias = args.partial_bias();
+  const Tensor partial_y = args.partial_y(), partial_weight = args.partial_weight(),
+               partial_bias = args.partial_bias();
   with_scalar(grad_x, [&]<typename T>() {
-    run_kernel(PairwiseBackward<T>{args.pairs<T>(), dense_out.const_data_ptr<T>(), dense_grad.const_data_ptr<T>(),
-                                   grad_x.mutable_data_ptr<T>(), partial_y.mutable_data_ptr<T>(),
-                                   data_or_null<T>(partial_weight, args.weight.has_value()),
-                                   data_or_null<T>(partial_bias, args.bias.has_value())},
-               grad_x);
+    run_kernel(
+        PairwiseBackward<T>{args.pairs<T>(), dense_out.const_data_ptr<T>(), dense_grad.const_data_ptr<T>(),
+                            grad_x.mutable_data_ptr<T>(), partial_y.mutable_data_ptr<T>(),
+                            data_or_null<T>(partial_weight, args.weight.has_value()),
+                            data_or_null<T>(partial_bias, args.bias.has_value())},
+        grad_x);
   });
   return {grad_x.to(args.dtype), args.finish_y(partial_y), args.finish_weight(partial_weight),
           args.finish_bias(partial_bias)};
@@ -306,8 +334,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& gr
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
     const Tensor& gg_x, const Tensor& gg_y, const OptionalTensor& gg_weight, const OptionalTensor& gg_bias,
-    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& out, std::string_view metric) {
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& out, std::string_view metric) {
   const PairArguments args(x, y, weight, bias, metric);
   const Arg ax{x, "x"}, ag{grad, "grad"}, ao{out, "out"}, agx{gg_x, "gg_x"}, agy{gg_y, "gg_y"};
   check_same_dtype(ax, {ag, ao, agx, agy});
@@ -319,13 +347,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
   if (gg_weight) PairArguments::check_vector(ax, {*gg_weight, "gg_weight"}, args.features, "[D]");
   if (gg_bias) PairArguments::check_vector(ax, {*gg_bias, "gg_bias"}, 1, "[1]");
 
-  const Tensor dense_out = dense(out), dense_grad = dense(grad), dense_gg_x = dense(gg_x), dense_gg_y = dense(gg_y);
+  const Tensor dense_out = dense(out), dense_grad = dense(grad), dense_gg_x = dense(gg_x),
+               dense_gg_y = dense(gg_y);
   // A weighted kernel always reads the weight's tangent.
   const OptionalTensor dense_gg_weight =
       args.weight && !gg_weight ? OptionalTensor(at::zeros_like(*args.weight)) : dense(gg_weight);
   const OptionalTensor dense_gg_bias = dense(gg_bias);
   Tensor grad_grad = empty(args.out_sizes(), args.options()), grad_x = empty(args.x_sizes(), args.options());
-  const Tensor partial_y = args.partial_y(), partial_weight = args.partial_weight(), partial_bias = args.partial_bias();
+  const Tensor partial_y = args.partial_y(), partial_weight = args.partial_weight(),
+               partial_bias = args.partial_bias();
   with_scalar(grad_x, [&]<typename T>() {
     run_kernel(PairwiseDoubleBackward<T>{args.pairs<T>(), dense_out.const_data_ptr<T>(),
                                          dense_grad.const_data_ptr<T>(), dense_gg_x.const_data_ptr<T>(),
@@ -340,7 +370,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
           args.finish_weight(partial_weight), args.finish_bias(partial_bias)};
 }
 
-// --- classify ------------------------------------------------------------------------------------------------
+// --- classify
+// ------------------------------------------------------------------------------------------------
 
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 
@@ -361,14 +392,19 @@ struct Episode {
   Episode(const Tensor& support_arg, const Tensor& support_labels_arg, const Tensor& query_arg,
           const OptionalTensor& query_labels_arg, const OptionalTensor& ways_arg, int64_t num_classes,
           std::string_view method, std::string_view metric_name, double scale_arg, int64_t reduction_arg)
-      : metric(metric_of(metric_name)), prototypical(method == "prototypical"),
-        reduction(static_cast<Reduction>(reduction_arg)), scale(scale_arg), dtype(query_arg.scalar_type()),
+      : metric(metric_of(metric_name)),
+        prototypical(method == "prototypical"),
+        reduction(static_cast<Reduction>(reduction_arg)),
+        scale(scale_arg),
+        dtype(query_arg.scalar_type()),
         way(num_classes) {
     const Arg as{support_arg, "support"}, al{support_labels_arg, "support_labels"}, aq{query_arg, "query"};
-    TORCH_CHECK_VALUE(prototypical || method == "matching", "method: expected prototypical or matching, got ", method);
+    TORCH_CHECK_VALUE(prototypical || method == "matching", "method: expected prototypical or matching, got ",
+                      method);
     TORCH_CHECK_VALUE(!is_relation(metric), "metric: expected a distance, got ", metric_name);
     TORCH_CHECK_VALUE(reduction_arg >= 0 && reduction_arg <= 2 && (query_labels_arg || reduction_arg == 0),
-                      "reduction: expected 0 (none), 1 (mean) or 2 (sum), and 0 without query_labels, got ", reduction_arg);
+                      "reduction: expected 0 (none), 1 (mean) or 2 (sum), and 0 without query_labels, got ",
+                      reduction_arg);
     TORCH_CHECK_VALUE(num_classes >= 1, "num_classes: expected a number >= 1, got ", num_classes);
     check_floating(as);
     check_same_dtype(as, {aq});
@@ -378,8 +414,9 @@ struct Episode {
     check_min_dim(aq, 2, "[..., Q, D]");
     check_sizes(al, support_arg.sizes().slice(0, support_arg.dim() - 1), "[..., S]");
     check_same_leading(as, 2, aq, 2);
-    TORCH_CHECK_VALUE(support_arg.size(-1) == query_arg.size(-1), "query: expected the number of features of support, ",
-                      support_arg.size(-1), ", got ", query_arg.size(-1));
+    TORCH_CHECK_VALUE(support_arg.size(-1) == query_arg.size(-1),
+                      "query: expected the number of features of support, ", support_arg.size(-1), ", got ",
+                      query_arg.size(-1));
     if (query_labels_arg) {
       const Arg a{*query_labels_arg, "query_labels"};
       check_labels_dtype(a);
@@ -408,16 +445,20 @@ struct Episode {
 
   void check_values() const {
     check_support_labels(support_labels, ways, way, "support_labels");
-    if (query_labels && !runs_cuda(*query_labels)) check_label_values(*query_labels, ways, way, "query_labels");
+    if (query_labels && !runs_cuda(*query_labels))
+      check_label_values(*query_labels, ways, way, "query_labels");
   }
 
   // `rows`: what queries are compared with, [..., J, D]: the prototypes or the support examples.
   template <typename T>
   Classes<T> classes(const Tensor& rows) const {
-    return {{query.tensor.const_data_ptr<T>(), rows.const_data_ptr<T>(), nullptr, nullptr, metric, tasks, queries,
-             rows.size(-2), features, query.task_stride, rows.size(-2) * features, chunks},
-            prototypical ? nullptr : support_labels.const_data_ptr<int64_t>(), data<int64_t>(query_labels),
-            data<int64_t>(ways), way, static_cast<T>(scale)};
+    return {{query.tensor.const_data_ptr<T>(), rows.const_data_ptr<T>(), nullptr, nullptr, metric, tasks,
+             queries, rows.size(-2), features, query.task_stride, rows.size(-2) * features, chunks},
+            prototypical ? nullptr : support_labels.const_data_ptr<int64_t>(),
+            data<int64_t>(query_labels),
+            data<int64_t>(ways),
+            way,
+            static_cast<T>(scale)};
   }
 
   template <typename T>
@@ -444,8 +485,8 @@ struct Episode {
     Tensor result = at::empty({}, options()), valid = at::empty({1}, options());
     with_scalar(per_query, [&]<typename T>() {
       run_kernel(ReduceLoss<T>{per_query.const_data_ptr<T>(), query_labels->const_data_ptr<int64_t>(),
-                               result.mutable_data_ptr<T>(), valid.mutable_data_ptr<T>(), reduction == Reduction::mean,
-                               per_query.numel()},
+                               result.mutable_data_ptr<T>(), valid.mutable_data_ptr<T>(),
+                               reduction == Reduction::mean, per_query.numel()},
                  result);
     });
     return {result, valid};
@@ -457,16 +498,17 @@ std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tens
                                                const OptionalTensor& ways, int64_t num_classes,
                                                std::string_view method, std::string_view metric, double scale,
                                                int64_t reduction) {
-  const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,
-                        reduction);
+  const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric,
+                        scale, reduction);
   episode.check_values();
   const Tensor rows = episode.prototypical
                           ? run_prototypes(episode.support, episode.support_labels, episode.ways, num_classes)
                           : episode.support;
   const bool loss = query_labels.has_value();
-  Tensor out = empty(sizes_of(episode.lead, loss ? std::initializer_list<int64_t>{episode.queries}
-                                                 : std::initializer_list<int64_t>{episode.queries, num_classes}),
-                     episode.options());
+  Tensor out =
+      empty(sizes_of(episode.lead, loss ? std::initializer_list<int64_t>{episode.queries}
+                                        : std::initializer_list<int64_t>{episode.queries, num_classes}),
+            episode.options());
   with_scalar(out, [&]<typename T>() {
     T* result = out.mutable_data_ptr<T>();
     run_kernel(Classify<T>{episode.classes<T>(rows), loss ? nullptr : result, loss ? result : nullptr}, out);
@@ -485,16 +527,18 @@ void check_saved(const Episode& episode, const Tensor& grad, const Tensor& like)
 
 std::tuple<Tensor, Tensor> classify_backward_op(const Tensor& grad, const Tensor& support,
                                                 const Tensor& support_labels, const Tensor& query,
-                                                const OptionalTensor& query_labels, const OptionalTensor& ways,
-                                                const Tensor& saved_rows, const Tensor& valid, int64_t num_classes,
-                                                std::string_view method, std::string_view metric, double scale,
-                                                int64_t reduction) {
-  const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,
-                        reduction);
+                                                const OptionalTensor& query_labels,
+                                                const OptionalTensor& ways, const Tensor& saved_rows,
+                                                const Tensor& valid, int64_t num_classes,
+                                                std::string_view method, std::string_view metric,
+                                                double scale, int64_t reduction) {
+  const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric,
+                        scale, reduction);
   check_saved(episode, grad, support);
   const Tensor rows = episode.prototypical ? saved_rows : episode.support, dense_grad = dense(grad);
   Tensor grad_query = empty(query.sizes(), episode.options());
-  const Tensor partial = empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
+  const Tensor partial =
+      empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
   with_scalar(grad_query, [&]<typename T>() {
     run_kernel(ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(dense_grad, valid),
                                    grad_query.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>()},
@@ -505,11 +549,11 @@ std::tuple<Tensor, Tensor> classify_backward_op(const Tensor& grad, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
     const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad, const Tensor& support,
-    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
-    const Tensor& saved_rows, const Tensor& valid, int64_t num_classes, std::string_view method,
-    std::string_view metric, double scale, int64_t reduction) {
-  const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,
-                        reduction);
+    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels,
+    const OptionalTensor& ways, const Tensor& saved_rows, const Tensor& valid, int64_t num_classes,
+    std::string_view method, std::string_view metric, double scale, int64_t reduction) {
+  const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric,
+                        scale, reduction);
   check_saved(episode, grad, support);
   const Arg as{support, "support"}, ags{gg_support, "gg_support"}, agq{gg_query, "gg_query"};
   check_same_dtype(as, {ags, agq});
@@ -518,21 +562,24 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
   check_sizes(agq, query.sizes(), "[..., Q, D]");
   const Tensor rows = episode.prototypical ? saved_rows : episode.support;
   const Tensor dense_grad = dense(grad), gg_x = dense(gg_query);
-  const Tensor gg_y = episode.prototypical
-                          ? run_prototypes(dense(gg_support), episode.support_labels, episode.ways, num_classes)
-                          : dense(gg_support);
+  const Tensor gg_y = episode.prototypical ? run_prototypes(dense(gg_support), episode.support_labels,
+                                                            episode.ways, num_classes)
+                                           : dense(gg_support);
   const bool loss = query_labels.has_value();
-  Tensor grad_grad = empty(sizes_of(episode.lead, loss ? std::initializer_list<int64_t>{episode.queries}
-                                                       : std::initializer_list<int64_t>{episode.queries, num_classes}),
-                           episode.options());
+  Tensor grad_grad =
+      empty(sizes_of(episode.lead, loss ? std::initializer_list<int64_t>{episode.queries}
+                                        : std::initializer_list<int64_t>{episode.queries, num_classes}),
+            episode.options());
   Tensor grad_query = empty(query.sizes(), episode.options());
-  const Tensor partial = empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
+  const Tensor partial =
+      empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
   with_scalar(grad_query, [&]<typename T>() {
-    run_kernel(ClassifyDoubleBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(dense_grad, valid),
-                                         gg_x.const_data_ptr<T>(), gg_y.const_data_ptr<T>(),
-                                         grad_grad.mutable_data_ptr<T>(), grad_query.mutable_data_ptr<T>(),
-                                         partial.mutable_data_ptr<T>()},
-               grad_query);
+    run_kernel(
+        ClassifyDoubleBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(dense_grad, valid),
+                                  gg_x.const_data_ptr<T>(), gg_y.const_data_ptr<T>(),
+                                  grad_grad.mutable_data_ptr<T>(), grad_query.mutable_data_ptr<T>(),
+                                  partial.mutable_data_ptr<T>()},
+        grad_query);
   });
   if (episode.reduction != Reduction::none) grad_grad = std::get<0>(episode.reduce(grad_grad));
   return {grad_grad.to(episode.dtype), episode.finish_support(partial, rows), grad_query.to(episode.dtype)};

@@ -1,5 +1,5 @@
-// The registered ops of the pairwise family as C++ functions: each call goes through torch's dispatcher, so it sees
-// autograd, autocast and every other layer. library.cpp states what they compute.
+// The registered ops of the pairwise family as C++ functions: each call goes through torch's dispatcher, so
+// it sees autograd, autocast and every other layer. library.cpp states what they compute.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,27 +18,30 @@ Tensor prototypes_backward(const Tensor& grad, const Tensor& labels);
 
 Tensor pairwise(const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
                 std::string_view metric);
-std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
-                                                             const OptionalTensor& weight, const OptionalTensor& bias,
-                                                             const Tensor& out, std::string_view metric);
+std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward(const Tensor& grad, const Tensor& x,
+                                                             const Tensor& y, const OptionalTensor& weight,
+                                                             const OptionalTensor& bias, const Tensor& out,
+                                                             std::string_view metric);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward(
     const Tensor& gg_x, const Tensor& gg_y, const OptionalTensor& gg_weight, const OptionalTensor& gg_bias,
-    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
-    const Tensor& out, std::string_view metric);
+    const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& out, std::string_view metric);
 
-std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor& support_labels, const Tensor& query,
-                                            const OptionalTensor& query_labels, const OptionalTensor& ways,
-                                            c10::SymInt num_classes, std::string_view method, std::string_view metric,
-                                            double scale, int64_t reduction);
-std::tuple<Tensor, Tensor> classify_backward(const Tensor& grad, const Tensor& support, const Tensor& support_labels,
-                                             const Tensor& query, const OptionalTensor& query_labels,
-                                             const OptionalTensor& ways, const Tensor& rows, const Tensor& valid,
-                                             c10::SymInt num_classes, std::string_view method,
-                                             std::string_view metric, double scale, int64_t reduction);
+std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor& support_labels,
+                                            const Tensor& query, const OptionalTensor& query_labels,
+                                            const OptionalTensor& ways, c10::SymInt num_classes,
+                                            std::string_view method, std::string_view metric, double scale,
+                                            int64_t reduction);
+std::tuple<Tensor, Tensor> classify_backward(const Tensor& grad, const Tensor& support,
+                                             const Tensor& support_labels, const Tensor& query,
+                                             const OptionalTensor& query_labels, const OptionalTensor& ways,
+                                             const Tensor& rows, const Tensor& valid, c10::SymInt num_classes,
+                                             std::string_view method, std::string_view metric, double scale,
+                                             int64_t reduction);
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward(
     const Tensor& gg_support, const Tensor& gg_query, const Tensor& grad, const Tensor& support,
-    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
-    const Tensor& rows, const Tensor& valid, c10::SymInt num_classes, std::string_view method,
-    std::string_view metric, double scale, int64_t reduction);
+    const Tensor& support_labels, const Tensor& query, const OptionalTensor& query_labels,
+    const OptionalTensor& ways, const Tensor& rows, const Tensor& valid, c10::SymInt num_classes,
+    std::string_view method, std::string_view metric, double scale, int64_t reduction);
 
 }  // namespace metafast

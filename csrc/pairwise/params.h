@@ -13,10 +13,10 @@ enum class Metric { sqeuclidean, euclidean, cosine, cityblock, dot, relation_rel
 // Class means of the support examples.
 template <typename T>
 struct Prototypes {
-  const T* embeddings;         // [T, S, D]
-  const int64_t* labels;       // [T, S], kIgnoreLabel allowed
-  const int64_t* ways;         // [T] or null: classes from ways[t] on are absent, their prototype is 0
-  T* prototypes;               // [T, N, D]
+  const T* embeddings;    // [T, S, D]
+  const int64_t* labels;  // [T, S], kIgnoreLabel allowed
+  const int64_t* ways;    // [T] or null: classes from ways[t] on are absent, their prototype is 0
+  T* prototypes;          // [T, N, D]
   int64_t tasks, support, way, features;
 
   int64_t items() const { return tasks; }
@@ -26,10 +26,10 @@ struct Prototypes {
 // grad_embeddings[s] = grad[label[s]] / count[label[s]], 0 where the label is ignored or its class absent.
 template <typename T>
 struct PrototypesBackward {
-  const T* grad;               // [T, N, D]
-  const int64_t* labels;       // [T, S]
-  const int64_t* ways;         // [T] or null
-  T* grad_embeddings;          // [T, S, D]
+  const T* grad;          // [T, N, D]
+  const int64_t* labels;  // [T, S]
+  const int64_t* ways;    // [T] or null
+  T* grad_embeddings;     // [T, S, D]
   int64_t tasks, support, way, features;
 
   int64_t items() const { return tasks; }
@@ -39,10 +39,10 @@ struct PrototypesBackward {
 // What every pairwise comparison reads: x rows against y rows.
 template <typename T>
 struct Pairs {
-  const T* x;                  // [T, Q, D]
-  const T* y;                  // [T, J, D]
-  const T* weight;             // [D] or null
-  const T* bias;               // [1] or null
+  const T* x;       // [T, Q, D]
+  const T* y;       // [T, J, D]
+  const T* weight;  // [D] or null
+  const T* bias;    // [1] or null
   Metric metric;
   int64_t tasks, queries, rows, features;
   int64_t x_task_stride, y_task_stride;
@@ -56,84 +56,84 @@ struct Pairs {
 
 template <typename T>
 struct Pairwise : Pairs<T> {
-  T* out;                      // [T, Q, J]
+  T* out;  // [T, Q, J]
 };
 
 template <typename T>
 struct PairwiseBackward : Pairs<T> {
-  const T* out;                // [T, Q, J], of the forward kernel
-  const T* grad;               // [T, Q, J]
-  T* grad_x;                   // [T, Q, D]
-  T* grad_y;                   // [T, chunks, J, D]: partial sums, to be added over the chunks
-  T* grad_weight;              // [T, chunks, D], partial sums; null without weight
-  T* grad_bias;                // [T, chunks], partial sums; null without bias
+  const T* out;    // [T, Q, J], of the forward kernel
+  const T* grad;   // [T, Q, J]
+  T* grad_x;       // [T, Q, D]
+  T* grad_y;       // [T, chunks, J, D]: partial sums, to be added over the chunks
+  T* grad_weight;  // [T, chunks, D], partial sums; null without weight
+  T* grad_bias;    // [T, chunks], partial sums; null without bias
 };
 
 // Derivative of <gg_x, grad_x> + <gg_y, grad_y> + <gg_weight, grad_weight> + gg_bias * grad_bias.
 template <typename T>
 struct PairwiseDoubleBackward : Pairs<T> {
-  const T* out;                // [T, Q, J]
-  const T* grad;               // [T, Q, J]
-  const T* gg_x;               // [T, Q, D]
-  const T* gg_y;               // [T, J, D]
-  const T* gg_weight;          // [D] or null
-  const T* gg_bias;            // [1] or null
-  T* grad_grad;                // [T, Q, J]
-  T* grad_x;                   // [T, Q, D]
-  T* grad_y;                   // [T, chunks, J, D], partial sums
-  T* grad_weight;              // [T, chunks, D], partial sums; null without weight
-  T* grad_bias;                // [T, chunks], partial sums; null without bias
+  const T* out;        // [T, Q, J]
+  const T* grad;       // [T, Q, J]
+  const T* gg_x;       // [T, Q, D]
+  const T* gg_y;       // [T, J, D]
+  const T* gg_weight;  // [D] or null
+  const T* gg_bias;    // [1] or null
+  T* grad_grad;        // [T, Q, J]
+  T* grad_x;           // [T, Q, D]
+  T* grad_y;           // [T, chunks, J, D], partial sums
+  T* grad_weight;      // [T, chunks, D], partial sums; null without weight
+  T* grad_bias;        // [T, chunks], partial sums; null without bias
 };
 
 // Class log-probabilities of queries, from logits -scale * distance(query, row). `weight`, `bias` are null.
 template <typename T>
-struct Classes : Pairs<T> {    // x: the queries, y: prototypes (J = N) or support examples (J = S)
-  const int64_t* row_labels;   // [T, J]: class of each row, kIgnoreLabel allowed; null: row j is class j
-  const int64_t* query_labels; // [T, Q], kIgnoreLabel allowed; null: log-probabilities are wanted, no loss
-  const int64_t* ways;         // [T] or null
-  int64_t way;                 // N
+struct Classes : Pairs<T> {     // x: the queries, y: prototypes (J = N) or support examples (J = S)
+  const int64_t* row_labels;    // [T, J]: class of each row, kIgnoreLabel allowed; null: row j is class j
+  const int64_t* query_labels;  // [T, Q], kIgnoreLabel allowed; null: log-probabilities are wanted, no loss
+  const int64_t* ways;          // [T] or null
+  int64_t way;                  // N
   T scale;
 };
 
 template <typename T>
 struct Classify : Classes<T> {
-  T* log_probs;                // [T, Q, N]; null when query_labels is given
-  T* nll;                      // [T, Q], 0 where ignored; null when query_labels is null
+  T* log_probs;  // [T, Q, N]; null when query_labels is given
+  T* nll;        // [T, Q], 0 where ignored; null when query_labels is null
 };
 
 // Where the gradient of a loss comes from: element t * task_stride + q * query_stride of `grad`, divided by
 // *divisor. Strides of 0 read the one gradient of a reduced loss without expanding it.
 template <typename T>
 struct LossGradient {
-  const T* grad;               // of nll [T, Q], of the reduced loss [1], or of log_probs [T, Q, N]
-  const T* divisor;            // [1] or null
-  int64_t query_stride;        // 1 or 0 with query_labels, else N
+  const T* grad;         // of nll [T, Q], of the reduced loss [1], or of log_probs [T, Q, N]
+  const T* divisor;      // [1] or null
+  int64_t query_stride;  // 1 or 0 with query_labels, else N
 };
 
 template <typename T>
 struct ClassifyBackward : Classes<T> {
   LossGradient<T> grad;
-  T* grad_x;                   // [T, Q, D]
-  T* grad_y;                   // [T, chunks, J, D], partial sums
+  T* grad_x;  // [T, Q, D]
+  T* grad_y;  // [T, chunks, J, D], partial sums
 };
 
 template <typename T>
 struct ClassifyDoubleBackward : Classes<T> {
   LossGradient<T> grad;
-  const T* gg_x;               // [T, Q, D]
-  const T* gg_y;               // [T, J, D]
-  T* grad_grad;                // [T, Q] with query_labels (before the division and the sum), else [T, Q, N]
-  T* grad_x;                   // [T, Q, D]
-  T* grad_y;                   // [T, chunks, J, D], partial sums
+  const T* gg_x;  // [T, Q, D]
+  const T* gg_y;  // [T, J, D]
+  T* grad_grad;   // [T, Q] with query_labels (before the division and the sum), else [T, Q, N]
+  T* grad_x;      // [T, Q, D]
+  T* grad_y;      // [T, chunks, J, D], partial sums
 };
 
 // Sum and number of the valid entries of nll; mean = sum / count is NaN when nothing is valid, as in torch.
 template <typename T>
 struct ReduceLoss {
-  const T* nll;                // [count]
-  const int64_t* query_labels; // [count]
-  T* loss;                     // [1]
-  T* valid;                    // [1]
+  const T* nll;                 // [count]
+  const int64_t* query_labels;  // [count]
+  T* loss;                      // [1]
+  T* valid;                     // [1]
   bool mean;
   int64_t count;
 
@@ -144,8 +144,8 @@ struct ReduceLoss {
 // out[o, i] = sum_c partial[o, c, i], in the order of c.
 template <typename T>
 struct SumPartials {
-  const T* partial;            // [outer, chunks, inner]
-  T* out;                      // [outer, inner]
+  const T* partial;  // [outer, chunks, inner]
+  T* out;            // [outer, inner]
   int64_t outer, chunks, inner;
 
   int64_t items() const { return outer; }
