@@ -183,11 +183,10 @@ METAFAST_HD void transpose(Vec<T>* rows) {
 
 namespace metafast {
 
-// --- elementary functions
-// ------------------------------------------------------------------------------------ float: minimax
-// polynomials on reduced arguments, within 2 ulp for exp and log and 4 ulp for tanh of the correctly rounded
-// result (measured over the whole range by tests/test_simd.py); exp flushes results below FLT_MIN to zero.
-// double: the C library, lane by lane.
+// --- elementary functions ----------------------------------------------------------------------------------
+
+// float: minimax polynomials on reduced arguments, within 2 units in the last place (tests/test_simd.py measures
+// it); exp flushes results below FLT_MIN to zero. double: the C library, lane by lane.
 
 template <>
 struct Math<METAFAST_ISA::Vec<float>> {

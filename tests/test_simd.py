@@ -1,0 +1,38 @@
+"""The vector functions of csrc/common/simd.h: accuracy over the floats, special values, transposition, parts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from metafast import _C
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+}
+ISAS = list(FLAGS)[: list(FLAGS).index(_C.detected_isa()) + 1]  # those that this machine runs
+ULP = dict.fromkeys(("exp", "log", "tanh"), 2.0)  # what simd.h promises
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_vector_functions(isa: str, tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    assert compiler, "the extension was built with a C++ compiler, so there is one"
+    program = tmp_path / "accuracy"
+    subprocess.run(
+        [compiler, "-std=c++20", "-O2", "-ffp-contract=fast", *FLAGS[isa], f"-DMETAFAST_ISA={isa}",
+         f"-I{ROOT / 'csrc'}", str(ROOT / "tests/simd/accuracy.cpp"), "-o", str(program)],
+        check=True,
+    )  # fmt: skip
+    lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split("\n")
+    measured = {name: float(value) for name, value in (line.split() for line in lines if line)}
+    for name, bound in ULP.items():
+        assert measured[name] <= bound, f"{name}: {measured[name]} ulp"
+    assert measured["specials"] == measured["transpose"] == measured["parts"] == 1
