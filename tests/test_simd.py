@@ -1,4 +1,4 @@
-"""The vector functions of csrc/common/simd.h: accuracy over the floats, special values, transposition, parts."""
+"""The vector functions of csrc/common/simd.h: accuracy, special values, transposition, parts of a vector."""
 
 from __future__ import annotations
 
