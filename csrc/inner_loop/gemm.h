@@ -1,0 +1,144 @@
+// The two register-tiled products of the inner loop. Their operands are vectors with tasks or samples in the lanes
+// (lanes.h), so a product is lane by lane, and no tile has a partial vector.
+#pragma once
+
+#include "inner_loop/lanes.h"
+
+namespace metafast::METAFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+// --- parameters times activations ----------------------------------------------------------------------------------
+
+// One product of a sum of products: parameters [cols, depth] with the strides of the call, activations [rows, depth].
+template <typename T>
+struct Factor {
+  const T* parameters;
+  const T* activations;
+  int64_t pitch, depth;  // of the activations, in vectors
+};
+
+struct Strides {
+  int64_t col, depth;  // of the parameters, in scalars
+};
+
+template <class Layout, int kRows, int kCols, int kFactors, typename T>
+METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_t row, int64_t col, T* out,
+                               int64_t out_pitch) {
+  Vec<T> sums[kRows][kCols] = {};
+#pragma GCC unroll 2
+  for (int f = 0; f < kFactors; ++f) {
+    const T* w = factors[f].parameters + col * strides.col;
+    const T* a = factors[f].activations + row * factors[f].pitch * kLanes<T>;
+    const int64_t pitch = factors[f].pitch * kLanes<T>, depth = factors[f].depth;
+    for (int64_t k = 0; k < depth; ++k, w += strides.depth, a += kLanes<T>) {
+      Vec<T> parameters[kCols];
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) parameters[c] = Layout::parameter(w + c * strides.col);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> activation = load(a + r * pitch);
+#pragma GCC unroll 8
+        for (int c = 0; c < kCols; ++c) sums[r][c] += parameters[c] * activation;
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kCols; ++c) store(out + ((row + r) * out_pitch + col + c) * kLanes<T>, sums[r][c]);
+  }
+}
+
+// out[r][c] = sum over factors and k of parameters[c][k] * activations[r][k].
+template <class Layout, int kFactors, typename T>
+void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t cols, T* out, int64_t out_pitch) {
+  // Enough sums in flight to hide the latency of the multiply-add, few enough for the registers.
+  constexpr bool kMany = kRegisters == 32;
+  const auto tiles = [&]<int kRows, int kCols>(int64_t row) __attribute__((always_inline)) {
+    int64_t col = 0;
+    for (; col + kCols <= cols; col += kCols) {
+      multiply_tile<Layout, kRows, kCols, kFactors>(factors, strides, row, col, out, out_pitch);
+    }
+    for (; col < cols; ++col) multiply_tile<Layout, kRows, 1, kFactors>(factors, strides, row, col, out, out_pitch);
+  };
+  int64_t row = 0;
+  if constexpr (kMany) {
+    for (; row + 5 <= rows; row += 5) tiles.template operator()<5, 4>(row);
+    if (rows - row >= 3) {
+      tiles.template operator()<3, 8>(row);
+      row += 3;
+    }
+  }
+  for (; row + 2 <= rows; row += 2) tiles.template operator()<2, kMany ? 8 : 5>(row);
+  if (row < rows) tiles.template operator()<1, 8>(row);
+}
+
+// --- gradient of the parameters ------------------------------------------------------------------------------------
+
+// One product of a sum: gradients [samples, outputs] in the lanes of the layout, activations [samples, features].
+// TasksInLanes: features are vectors. SamplesInLanes: features are lanes, of the transposed activations.
+template <typename T>
+struct OuterFactor {
+  const T* gradients;
+  const T* activations;
+};
+
+struct OuterPitch {
+  int64_t gradients, activations;  // in vectors
+};
+
+template <class Layout, int kOutputs, int kCols, int kFactors, typename T, class Consume>
+METAFAST_HD void outer_tile(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int64_t output,
+                            int64_t col, int64_t cols, const Consume& consume) {
+  Vec<T> sums[kOutputs][kCols] = {};
+  for (int64_t s = 0; s < samples; ++s) {
+#pragma GCC unroll 2
+    for (int f = 0; f < kFactors; ++f) {
+      const T* a = factors[f].activations + (s * pitch.activations + col) * kLanes<T>;
+      Vec<T> activations[kCols];
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) activations[c] = load(a + c * kLanes<T>);
+#pragma GCC unroll 8
+      for (int o = 0; o < kOutputs; ++o) {
+        const Vec<T> gradient = Layout::sample(factors[f].gradients, s, pitch.gradients, output + o);
+#pragma GCC unroll 8
+        for (int c = 0; c < kCols; ++c) sums[o][c] += gradient * activations[c];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < kOutputs; ++o) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kCols; ++c) consume((output + o) * cols + col + c, sums[o][c]);
+  }
+}
+
+// consume(i, v) for every vector i of the gradient [outputs, cols]: the sum over factors and samples of
+// gradients[s][o] * activations[s][c].
+template <class Layout, int kFactors, typename T, class Consume>
+void outer(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int64_t outputs, int64_t cols,
+           const Consume& consume) {
+  constexpr int kOutputs = kRegisters == 32 ? 4 : 2, kCols = 5;
+  const auto tiles = [&]<int kTileOutputs>(int64_t output) __attribute__((always_inline)) {
+    int64_t col = 0;
+    for (; col + kCols <= cols; col += kCols) {
+      outer_tile<Layout, kTileOutputs, kCols, kFactors>(factors, pitch, samples, output, col, cols, consume);
+    }
+    for (; col + 2 <= cols; col += 2) {
+      outer_tile<Layout, kTileOutputs, 2, kFactors>(factors, pitch, samples, output, col, cols, consume);
+    }
+    if (col < cols) {
+      outer_tile<Layout, kTileOutputs, 1, kFactors>(factors, pitch, samples, output, col, cols, consume);
+    }
+  };
+  int64_t output = 0;
+  for (; output + kOutputs <= outputs; output += kOutputs) tiles.template operator()<kOutputs>(output);
+  for (; output < outputs; ++output) tiles.template operator()<1>(output);
+}
+
+}  // namespace metafast::METAFAST_ISA

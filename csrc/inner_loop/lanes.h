@@ -1,0 +1,92 @@
+// What the lanes of a vector hold. Two layouts serve the same code:
+//
+//   TasksInLanes    one task per lane. An example is a row of vectors, a parameter one vector: every operation is
+//                   lane by lane.
+//   SamplesInLanes  one task; its examples are in the lanes, kLanes to a row of vectors. A parameter is a scalar, read
+//                   into all lanes. Only the gradient of the parameters sums over examples, hence over lanes: it has
+//                   features in the lanes instead, and reads the activations transposed.
+//
+// Parameters of a layer are a matrix [O, I + 1], the bias its last column, rows padded to whole vectors. It meets
+// activations with a last feature of constant 1, so that the bias needs no code of its own.
+#pragma once
+
+#include <algorithm>
+
+#include "common/simd.h"
+
+namespace metafast::METAFAST_ISA {
+
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+struct TasksInLanes {
+  static constexpr int kTasks = kLanes<T>, kSamples = 1;
+  static constexpr bool kTransposes = false;
+  static METAFAST_HD Vec<T> parameter(const T* p) { return load(p); }
+  // The vector of elementwise values (learning rates) that all tasks share, for vector i of the parameters.
+  static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return broadcast(values[i]); }
+  static constexpr int64_t shared_size(int64_t vectors) { return vectors; }
+  // Feature o of sample s of an array [rows, pitch], as the outer product of parameter gradients reads it.
+  static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
+    return load(array + (s * pitch + o) * kLanes<T>);
+  }
+};
+
+template <typename T>
+struct SamplesInLanes {
+  static constexpr int kTasks = 1, kSamples = kLanes<T>;
+  static constexpr bool kTransposes = true;
+  static METAFAST_HD Vec<T> parameter(const T* p) { return broadcast(*p); }
+  static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return load(values + i * kLanes<T>); }
+  static constexpr int64_t shared_size(int64_t vectors) { return vectors * kLanes<T>; }
+  static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
+    return broadcast(array[((s / kLanes<T>) * pitch + o) * kLanes<T> + s % kLanes<T>]);
+  }
+};
+
+// Where element (row r, feature i) of one task's or example's lane lies in an array [rows, pitch] of vectors.
+template <typename T>
+METAFAST_HD int64_t lane_offset(int64_t row, int64_t pitch, int64_t feature, int lane) {
+  return (row * pitch + feature) * kLanes<T> + lane;
+}
+
+// --- transposes --------------------------------------------------------------------------------------------
+
+// From tasks to lanes: n elements of each of `tasks` arrays, task_stride apart, into n vectors. Lanes without a task
+// become 0.
+template <typename T>
+void gather_lanes(const T* in, int64_t task_stride, int tasks, int64_t n, T* out) {
+  int64_t i = 0;
+  if (tasks == kLanes<T>) {
+    for (; i + kLanes<T> <= n; i += kLanes<T>) {
+      Vec<T> block[kLanes<T>];
+      for (int t = 0; t < kLanes<T>; ++t) block[t] = load(in + t * task_stride + i);
+      transpose<T>(block);
+      for (int k = 0; k < kLanes<T>; ++k) store(out + (i + k) * kLanes<T>, block[k]);
+    }
+  }
+  for (; i < n; ++i) {
+    Vec<T> v{};
+    for (int t = 0; t < tasks; ++t) v[t] = in[t * task_stride + i];
+    store(out + i * kLanes<T>, v);
+  }
+}
+
+// The way back; lanes without a task are left out.
+template <typename T>
+void scatter_lanes(const T* in, int64_t task_stride, int tasks, int64_t n, T* out) {
+  int64_t i = 0;
+  if (tasks == kLanes<T>) {
+    for (; i + kLanes<T> <= n; i += kLanes<T>) {
+      Vec<T> block[kLanes<T>];
+      for (int k = 0; k < kLanes<T>; ++k) block[k] = load(in + (i + k) * kLanes<T>);
+      transpose<T>(block);
+      for (int t = 0; t < kLanes<T>; ++t) store(out + t * task_stride + i, block[t]);
+    }
+  }
+  for (; i < n; ++i) {
+    for (int t = 0; t < tasks; ++t) out[t * task_stride + i] = in[i * kLanes<T> + t];
+  }
+}
+
+}  // namespace metafast::METAFAST_ISA

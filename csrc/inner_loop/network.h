@@ -1,0 +1,404 @@
+// An MLP of one group of tasks, in the lanes of one layout (lanes.h): forward, backward, and both along a tangent of
+// the parameters, which together give Hessian-vector products (Pearlmutter 1994).
+//
+// Layer l takes activations l to l + 1; activations 0 are the inputs, L the outputs. Arrays are [rows, features] of
+// vectors; `R x` is the tangent of x.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "inner_loop/gemm.h"
+#include "inner_loop/math.h"
+#include "inner_loop/params.h"
+
+namespace metafast::METAFAST_ISA {
+
+// Memory of a thread, in vectors, which it keeps from call to call. Who needs some takes it once: first from an
+// empty Arena, which only counts.
+template <typename T>
+class Arena {
+ public:
+  explicit Arena(T* memory = nullptr) : memory_(memory) {}
+
+  T* take(int64_t vectors) {
+    T* taken = memory_ ? memory_ + used_ * kLanes<T> : nullptr;
+    used_ += vectors;
+    return taken;
+  }
+  T* take_if(bool wanted, int64_t vectors) { return wanted ? take(vectors) : nullptr; }
+  bool counts() const { return memory_ == nullptr; }
+  int64_t bytes() const { return used_ * kVectorBytes; }
+
+ private:
+  T* memory_;
+  int64_t used_ = 0;
+};
+
+inline void* thread_memory(int64_t bytes) {
+  struct Memory {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Memory() { std::free(data); }
+  };
+  static thread_local Memory memory;
+  if (memory.size < bytes) {
+    std::free(memory.data);
+    memory.size = 0;
+    memory.data = std::aligned_alloc(64, div_up(bytes, 64) * 64);
+    if (memory.data == nullptr) throw std::bad_alloc();
+    memory.size = bytes;
+  }
+  return memory.data;
+}
+
+template <typename T>
+METAFAST_HD T sum_of_lanes(Vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+template <class F>
+METAFAST_HD void with_activation(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::relu: return f.template operator()<Relu>();
+    case Activation::tanh: return f.template operator()<Tanh>();
+    case Activation::none: return f.template operator()<Identity>();
+  }
+}
+
+template <class F>
+METAFAST_HD void with_loss(Loss loss, F&& f) {
+  if (loss == Loss::mse) {
+    f.template operator()<MeanSquaredError>();
+  } else {
+    f.template operator()<CrossEntropy>();
+  }
+}
+
+// Features in the lanes: [rows, pitch] of samples in lanes becomes [samples, cols], zero behind the last feature.
+template <typename T>
+void transpose_samples(const T* in, int64_t pitch, int64_t samples, int64_t cols, T* out) {
+  constexpr int n = kLanes<T>;
+  for (int64_t s = 0; s < samples; s += n) {
+    for (int64_t c = 0; c < cols; ++c) {
+      Vec<T> block[n];
+      for (int i = 0; i < n; ++i) {
+        block[i] = c * n + i < pitch ? load(in + (s / n * pitch + c * n + i) * n) : Vec<T>{};
+      }
+      transpose<T>(block);
+      for (int64_t i = 0; i < n && s + i < samples; ++i) store(out + ((s + i) * cols + c) * n, block[i]);
+    }
+  }
+}
+
+// --- the examples of a group of tasks ------------------------------------------------------------------------------
+
+template <class Layout, typename T>
+struct Batch {
+  int64_t samples, rows, features, outputs;
+  T* x;             // [rows, features + 1], the last feature 1
+  T* x_transposed;  // with SamplesInLanes: [samples, ...]; else x
+  T* y;             // [rows, outputs], one-hot for labels
+  T* share;         // [rows]: share of the example in its task's mean, 0: left out
+  T* grad_x;        // [rows, features] or null
+  T* grad_y;        // [rows, outputs] or null
+  Vec<T> undefined; // NaN for tasks without any example, to be added to their loss
+
+  Batch(Arena<T>& arena, const Mlp<T>& mlp, const Examples<T>& examples)
+      : samples(examples.count),
+        rows(div_up(samples, Layout::kSamples)),
+        features(mlp.widths[0]),
+        outputs(mlp.widths[mlp.layers]),
+        x(arena.take(rows * (features + 1))),
+        x_transposed(Layout::kTransposes ? arena.take(samples * div_up(features + 1, kLanes<T>)) : x),
+        y(arena.take(rows * outputs)),
+        share(arena.take(rows)),
+        grad_x(arena.take_if(examples.grad_x != nullptr, rows * features)),
+        grad_y(arena.take_if(examples.grad_y != nullptr, rows * outputs)) {}
+
+  static int64_t row_of(int64_t sample) { return sample / Layout::kSamples; }
+  static int lane_of(int task, int64_t sample) { return task * Layout::kSamples + sample % Layout::kSamples; }
+
+  void load_tasks(const Examples<T>& examples, int64_t first, int tasks) {
+    clear(x, rows * (features + 1));
+    clear(y, rows * outputs);
+    clear(share, rows);
+    if (grad_x) clear(grad_x, rows * features);
+    if (grad_y) clear(grad_y, rows * outputs);
+    undefined = Vec<T>{};
+    for (int64_t r = 0; r < rows; ++r) store(x + (r * (features + 1) + features) * kLanes<T>, Vec<T>{} + 1);
+    for (int t = 0; t < tasks; ++t) {
+      const int64_t begin = (first + t) * samples;
+      int64_t valid = 0;
+      for (int64_t s = 0; s < samples; ++s) {
+        const int64_t row = row_of(s);
+        const int lane = lane_of(t, s);
+        const T* from = examples.x + (begin + s) * features;
+        for (int64_t i = 0; i < features; ++i) x[lane_offset<T>(row, features + 1, i, lane)] = from[i];
+        if (examples.labels != nullptr) {
+          const int64_t label = examples.labels[begin + s];
+          if (label == kIgnoreLabel) continue;
+          y[lane_offset<T>(row, outputs, label, lane)] = 1;
+        } else {
+          const T* target = examples.y + (begin + s) * outputs;
+          for (int64_t o = 0; o < outputs; ++o) y[lane_offset<T>(row, outputs, o, lane)] = target[o];
+        }
+        share[lane_offset<T>(row, 1, 0, lane)] = 1;
+        ++valid;
+      }
+      if (valid == 0) undefined[lane_of(t, 0)] = std::numeric_limits<T>::quiet_NaN();
+      const T mean = T(1) / static_cast<T>(valid * (examples.labels != nullptr ? 1 : outputs));
+      for (int64_t s = 0; s < samples && valid > 0; ++s) share[lane_offset<T>(row_of(s), 1, 0, lane_of(t, s))] *= mean;
+    }
+    if (Layout::kTransposes) {
+      transpose_samples(x, features + 1, samples, div_up(features + 1, kLanes<T>), x_transposed);
+    }
+  }
+
+  // Writes [rows, width] back to [T, samples, width].
+  void store_tasks(const T* array, int64_t width, int64_t first, int tasks, T* out) const {
+    for (int t = 0; t < tasks; ++t) {
+      for (int64_t s = 0; s < samples; ++s) {
+        T* to = out + ((first + t) * samples + s) * width;
+        for (int64_t i = 0; i < width; ++i) to[i] = array[lane_offset<T>(row_of(s), width, i, lane_of(t, s))];
+      }
+    }
+  }
+
+  static void clear(T* array, int64_t vectors) { std::fill_n(array, vectors * kLanes<T>, T(0)); }
+};
+
+// --- the network ---------------------------------------------------------------------------------------------------
+
+template <class Layout, typename T>
+class Network {
+ public:
+  // Parameters of layer l: [widths[l + 1], cols(l)] vectors from vector offset(l) on.
+  int64_t cols(int l) const { return Layout::kTransposes ? div_up(width(l) + 1, kLanes<T>) : width(l) + 1; }
+  int64_t offset(int l) const { return offsets_[l]; }
+  int64_t vectors() const { return offsets_[layers()]; }
+  int64_t width(int l) const { return mlp_.widths[l]; }
+  int layers() const { return mlp_.layers; }
+
+  Network(Arena<T>& arena, const Mlp<T>& mlp, int64_t samples, bool tangents, bool input_gradients) : mlp_(mlp) {
+    const int64_t rows = div_up(samples, Layout::kSamples);
+    offsets_[0] = 0;
+    for (int l = 0; l < layers(); ++l) {
+      offsets_[l + 1] = offsets_[l] + width(l + 1) * cols(l);
+      Layer& layer = layers_[l + 1];
+      layer.pitch = width(l + 1) + (l + 1 < layers());
+      layer.out = arena.take(rows * layer.pitch);
+      layer.grad = arena.take(rows * width(l + 1));
+      layer.out_tangent = arena.take_if(tangents && l + 1 < layers(), rows * layer.pitch);
+      layer.grad_tangent = arena.take_if(tangents, rows * width(l + 1));
+      layer.out_rows = layer.out;
+      layer.tangent_rows = layer.out_tangent;
+      if (l + 1 == layers()) continue;
+      if (Layout::kTransposes) {
+        layer.out_rows = arena.take(samples * cols(l + 1));
+        layer.tangent_rows = arena.take_if(tangents, samples * cols(l + 1));
+      }
+      if (arena.counts()) continue;
+      for (int64_t r = 0; r < rows; ++r) {  // the constant feature that meets the bias
+        store(layer.out + (r * layer.pitch + width(l + 1)) * kLanes<T>, Vec<T>{} + 1);
+        if (tangents) store(layer.out_tangent + (r * layer.pitch + width(l + 1)) * kLanes<T>, Vec<T>{});
+      }
+    }
+    layers_[0].pitch = width(0) + 1;
+    input_scratch_ = arena.take_if(input_gradients, rows * width(0));
+  }
+
+  void forward(const T* theta, const Batch<Layout, T>& batch) {
+    layers_[0].out = batch.x;
+    layers_[0].out_rows = batch.x_transposed;
+    for (int l = 0; l < layers(); ++l) {
+      const Layer &in = layers_[l], &layer = layers_[l + 1];
+      const Factor<T> factor{parameters(theta, l), in.out, in.pitch, width(l) + 1};
+      multiply<Layout, 1>(&factor, forward_strides(l), batch.rows, width(l + 1), layer.out, layer.pitch);
+      if (l + 1 == layers()) break;
+      with_activation(mlp_.activation, [&]<class A>() {
+        each(layer, l + 1, batch.rows, [&](int64_t out, int64_t) {
+          store(layer.out + out, A::value(load(layer.out + out)));
+        });
+      });
+      if (Layout::kTransposes) {
+        transpose_samples(layer.out, layer.pitch, batch.samples, cols(l + 1), layer.out_rows);
+      }
+    }
+  }
+
+  // After forward: the loss in each lane.
+  Vec<T> loss(const Batch<Layout, T>& batch) const {
+    const Layer& last = layers_[layers()];
+    Vec<T> sum{};
+    with_loss(mlp_.loss, [&]<class L>() {
+      for (int64_t r = 0; r < batch.rows; ++r) {
+        sum += L::value(row(last.out, r, last.pitch), row(batch.y, r, last.pitch), load(batch.share + r * kLanes<T>),
+                        batch.outputs);
+      }
+    });
+    return sum + batch.undefined;
+  }
+
+  // After forward: the gradient of `weight` times the loss. consume(l, i, v) takes vector i of the parameters, a part
+  // of layer l, once that layer has passed its gradient on: it may overwrite the parameters.
+  template <class Consume>
+  void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight, const Consume& consume) {
+    loss_gradient(batch, weight);
+    if (batch.grad_y != nullptr) {  // the targets enter mse as -z
+      for (int64_t i = 0; i < batch.rows * batch.outputs; ++i) {
+        subtract(batch.grad_y + i * kLanes<T>, load(layers_[layers()].grad + i * kLanes<T>));
+      }
+    }
+    for (int l = layers() - 1; l >= 0; --l) {
+      const Layer &in = layers_[l], &out = layers_[l + 1];
+      const Factor<T> factor{parameters(theta, l), out.grad, width(l + 1), width(l + 1)};
+      if (l > 0) {
+        multiply<Layout, 1>(&factor, backward_strides(l), batch.rows, width(l), in.grad, width(l));
+        with_activation(mlp_.activation, [&]<class A>() {
+          each(in, l, batch.rows, [&](int64_t a, int64_t g) {
+            store(in.grad + g, load(in.grad + g) * A::slope(load(in.out + a)));
+          });
+        });
+      } else if (batch.grad_x != nullptr) {
+        add_input_gradient<1>(&factor, batch);
+      }
+      const OuterFactor<T> outer_factor{out.grad, in.out_rows};
+      outer<Layout, 1>(&outer_factor, {width(l + 1), cols(l)}, batch.samples, width(l + 1), cols(l),
+                       [&](int64_t i, Vec<T> v) __attribute__((always_inline)) { consume(l, offsets_[l] + i, v); });
+    }
+  }
+
+  // consume(i, v) takes vector i of the Hessian of the loss times the tangent u of the parameters theta. Gradients
+  // of the inputs and targets get the derivative of <u, gradient of the loss>.
+  template <class Consume>
+  void hessian_product(const T* theta, const T* u, const Batch<Layout, T>& batch, const Consume& consume) {
+    forward(theta, batch);
+    forward_tangent(theta, u, batch);
+    loss_gradient(batch, Vec<T>{} + 1);
+    loss_tangent(batch);
+    for (int l = layers() - 1; l >= 0; --l) {
+      const Layer &in = layers_[l], &out = layers_[l + 1];
+      const Factor<T> factors[2] = {{parameters(theta, l), out.grad_tangent, width(l + 1), width(l + 1)},
+                                    {parameters(u, l), out.grad, width(l + 1), width(l + 1)}};
+      const auto consume_layer = [&](int64_t i, Vec<T> v) __attribute__((always_inline)) { consume(offsets_[l] + i, v); };
+      const OuterFactor<T> outer_factors[2] = {{out.grad_tangent, in.out_rows}, {out.grad, in.tangent_rows}};
+      const OuterPitch pitch{width(l + 1), cols(l)};
+      if (l == 0) {  // the inputs have no tangent
+        if (batch.grad_x != nullptr) add_input_gradient<2>(factors, batch);
+        outer<Layout, 1>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), consume_layer);
+        return;
+      }
+      multiply<Layout, 2>(factors, backward_strides(l), batch.rows, width(l), in.grad_tangent, width(l));
+      const Factor<T> factor{parameters(theta, l), out.grad, width(l + 1), width(l + 1)};
+      multiply<Layout, 1>(&factor, backward_strides(l), batch.rows, width(l), in.grad, width(l));
+      with_activation(mlp_.activation, [&]<class A>() {
+        each(in, l, batch.rows, [&](int64_t a, int64_t g) {
+          const Vec<T> out = load(in.out + a), slope = A::slope(out), grad = load(in.grad + g);
+          Vec<T> tangent = load(in.grad_tangent + g) * slope;
+          if constexpr (A::kCurved) tangent += grad * A::bend(out, load(in.out_tangent + a));
+          store(in.grad_tangent + g, tangent);
+          store(in.grad + g, grad * slope);
+        });
+      });
+      outer<Layout, 2>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), consume_layer);
+    }
+  }
+
+ private:
+  struct Layer {
+    int64_t pitch;         // of out and out_tangent: a last feature of constant 1 (0) follows, but for the outputs
+    T *out, *out_tangent;  // activations a and R a, [rows, pitch]
+    T *out_rows, *tangent_rows;  // the same as the outer product reads them (lanes.h)
+    T *grad, *grad_tangent;      // dloss/dz and its tangent, [rows, width]
+  };
+
+  static const Vec<T>* row(const T* array, int64_t r, int64_t pitch) {
+    return reinterpret_cast<const Vec<T>*>(array + r * pitch * kLanes<T>);
+  }
+  static Vec<T>* row(T* array, int64_t r, int64_t pitch) {
+    return reinterpret_cast<Vec<T>*>(array + r * pitch * kLanes<T>);
+  }
+  static void subtract(T* to, Vec<T> v) { store(to, load(to) - v); }
+
+  const T* parameters(const T* theta, int l) const { return theta + offsets_[l] * kLanes<T>; }
+  Strides forward_strides(int l) const { return {cols(l) * kLanes<T>, Layout::kTasks}; }
+  Strides backward_strides(int l) const { return {Layout::kTasks, cols(l) * kLanes<T>}; }
+
+  // f(offset in out, offset in grad) for every feature of activations l
+  template <class F>
+  METAFAST_HD void each(const Layer& layer, int l, int64_t rows, const F& f) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < width(l); ++i) f((r * layer.pitch + i) * kLanes<T>, (r * width(l) + i) * kLanes<T>);
+    }
+  }
+
+  void forward_tangent(const T* theta, const T* u, const Batch<Layout, T>& batch) {
+    for (int l = 0; l < layers(); ++l) {
+      const Layer &in = layers_[l], &layer = layers_[l + 1];
+      const bool last = l + 1 == layers();
+      T* out = last ? layer.grad_tangent : layer.out_tangent;
+      const Factor<T> factors[2] = {{parameters(u, l), in.out, in.pitch, width(l) + 1},
+                                    {parameters(theta, l), in.out_tangent, in.pitch, width(l)}};
+      if (l == 0) {
+        multiply<Layout, 1>(factors, forward_strides(l), batch.rows, width(l + 1), out, layer.pitch);
+      } else {
+        multiply<Layout, 2>(factors, forward_strides(l), batch.rows, width(l + 1), out, layer.pitch);
+      }
+      if (last) break;
+      with_activation(mlp_.activation, [&]<class A>() {
+        each(layer, l + 1, batch.rows, [&](int64_t a, int64_t) {
+          store(layer.out_tangent + a, load(layer.out_tangent + a) * A::slope(load(layer.out + a)));
+        });
+      });
+      if (Layout::kTransposes) {
+        transpose_samples(layer.out_tangent, layer.pitch, batch.samples, cols(l + 1), layer.tangent_rows);
+      }
+    }
+  }
+
+  void loss_gradient(const Batch<Layout, T>& batch, Vec<T> weight) {
+    const Layer& last = layers_[layers()];
+    with_loss(mlp_.loss, [&]<class L>() {
+      for (int64_t r = 0; r < batch.rows; ++r) {
+        Vec<T>* grad = row(last.grad, r, last.pitch);
+        L::gradient(row(last.out, r, last.pitch), row(batch.y, r, last.pitch), load(batch.share + r * kLanes<T>),
+                    batch.outputs, grad);
+        for (int64_t o = 0; o < batch.outputs; ++o) grad[o] *= weight;
+      }
+    });
+  }
+
+  void loss_tangent(const Batch<Layout, T>& batch) {
+    const Layer& last = layers_[layers()];
+    with_loss(mlp_.loss, [&]<class L>() {
+      for (int64_t r = 0; r < batch.rows; ++r) {
+        L::tangent(row(last.out, r, last.pitch), load(batch.share + r * kLanes<T>), batch.outputs,
+                   row(last.grad_tangent, r, last.pitch));
+      }
+    });
+    if (batch.grad_y == nullptr) return;
+    for (int64_t i = 0; i < batch.rows * batch.outputs; ++i) {
+      subtract(batch.grad_y + i * kLanes<T>, load(last.grad_tangent + i * kLanes<T>));
+    }
+  }
+
+  template <int kFactors>
+  void add_input_gradient(const Factor<T>* factors, const Batch<Layout, T>& batch) {
+    multiply<Layout, kFactors>(factors, backward_strides(0), batch.rows, width(0), input_scratch_, width(0));
+    for (int64_t i = 0; i < batch.rows * width(0); ++i) {
+      subtract(batch.grad_x + i * kLanes<T>, -load(input_scratch_ + i * kLanes<T>));
+    }
+  }
+
+  const Mlp<T>& mlp_;
+  int64_t offsets_[kMaxLayers + 1];
+  Layer layers_[kMaxLayers + 1] = {};
+  T* input_scratch_;
+};
+
+}  // namespace metafast::METAFAST_ISA

@@ -1,0 +1,427 @@
+// The inner loop ops on CPU and CUDA: check the arguments, allocate the results, run the kernel. What each op
+// computes is stated in library.cpp.
+#include "inner_loop/ops.h"
+
+#include <torch/library.h>
+
+#include <limits>
+#include <string>
+
+#include "common/checks.h"
+#include "common/dispatch.h"
+#include "inner_loop/params.h"
+#include "pairwise/params.h"
+
+namespace metafast {
+namespace {
+
+constexpr const char* kOtherNetworks = "; metafast.adapt takes other networks";
+
+void check_real(const Arg& arg) {
+  const auto type = arg.tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, arg.name,
+                   ": expected a tensor of dtype float32 or float64, got ", type);
+}
+
+Loss loss_of(std::string_view name) {
+  if (name == "mse") return Loss::mse;
+  if (name == "cross_entropy") return Loss::cross_entropy;
+  TORCH_CHECK_VALUE(false, "loss: expected mse or cross_entropy, got ", name);
+}
+
+Activation activation_of(std::string_view name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "tanh") return Activation::tanh;
+  if (name == "none") return Activation::none;
+  TORCH_CHECK_VALUE(false, "activation: expected relu, tanh or none, got ", name, kOtherNetworks);
+}
+
+struct Set {  // of examples of every task
+  Tensor x, y;
+};
+
+// The checked, dense arguments that all ops share, and the part of the kernel's struct that they fill.
+class Problem {
+ public:
+  Problem(at::TensorList params, const Tensor& x, const Tensor& y, const char* x_name, const char* y_name,
+          at::TensorList lr, std::string_view loss, int64_t steps, std::string_view activation, double momentum,
+          bool first_order)
+      : loss_(loss_of(loss)),
+        activation_(activation_of(activation)),
+        steps_(steps),
+        momentum_(momentum),
+        first_order_(first_order) {
+    TORCH_CHECK_VALUE(steps >= 0, "steps: expected a number >= 0, got ", steps);
+    check_min_dim({x, x_name}, 3, "[T, S, D]");
+    check_real({x, x_name});
+    tasks_ = x.size(0);
+    load_network(params, x, x_name);
+    support_ = load_set(x, y, x_name, y_name);
+    load_lr(lr);
+  }
+
+  void set_query(const Tensor& x, const Tensor& y, const OptionalTensor& step_weights) {
+    query_ = load_set(x, y, "query_x", "query_y");
+    if (!step_weights) return;
+    const Arg arg{*step_weights, "step_weights"}, like{support_.x, "support_x"};
+    TORCH_CHECK_VALUE(steps_ > 0, "step_weights: expected None with steps = 0, got a tensor");
+    TORCH_CHECK_VALUE(!step_weights->requires_grad(), "step_weights: expected a tensor without gradient");
+    check_same_dtype(like, {arg});
+    check_same_device(like, {arg});
+    check_sizes(arg, {steps_}, "[K]");
+    step_weights_ = step_weights->contiguous();
+  }
+
+  int64_t tasks() const { return tasks_; }
+  bool shared() const { return shared_; }
+  const std::vector<Tensor>& params() const { return params_; }
+  const std::vector<Tensor>& lr() const { return lr_; }
+  const Set& support() const { return support_; }
+  const Set& query() const { return query_; }
+  at::TensorOptions options() const { return support_.x.options(); }
+  int64_t lr_columns() const { return lr_.size() > 1 ? parameter_count() : steps_ * layers(); }
+  int64_t layers() const { return static_cast<int64_t>(params_.size()) / 2; }
+
+  int64_t parameter_count() const {  // of one task
+    int64_t sum = 0;
+    for (size_t i = 0; i < params_.size(); ++i) sum += c10::multiply_integers(shape(i));
+    return sum;
+  }
+
+  // The shape of parameter i of one task.
+  at::IntArrayRef shape(size_t i) const { return params_[i].sizes().slice(shared_ ? 0 : 1); }
+
+  at::DimVector task_shape(size_t i) const {
+    at::DimVector sizes{tasks_};
+    sizes.append(shape(i).begin(), shape(i).end());
+    return sizes;
+  }
+
+  template <typename T>
+  InnerLoop<T> kernel() const {
+    InnerLoop<T> p{};
+    p.mlp.layers = static_cast<int>(layers());
+    p.mlp.activation = activation_;
+    p.mlp.loss = loss_;
+    p.mlp.shared = shared_;
+    p.mlp.widths[0] = support_.x.size(2);
+    for (size_t i = 0; i < params_.size(); ++i) {
+      p.mlp.params[i] = params_[i].const_data_ptr<T>();
+      p.mlp.widths[i / 2 + 1] = shape(i)[0];
+    }
+    p.sgd.steps = steps_;
+    p.sgd.momentum = static_cast<T>(momentum_);
+    p.sgd.first_order = first_order_;
+    if (lr_.size() == 1) {
+      p.sgd.rates = lr_[0].const_data_ptr<T>();
+      p.sgd.step_stride = lr_[0].dim() == 2 ? layers() : 0;
+      p.sgd.layer_stride = lr_[0].dim() == 2 ? 1 : 0;
+    } else {
+      for (size_t i = 0; i < lr_.size(); ++i) p.sgd.elements[i] = lr_[i].const_data_ptr<T>();
+    }
+    p.tasks = tasks_;
+    fill(p.support, support_);
+    if (query_.x.defined()) fill(p.query, query_);
+    if (step_weights_.defined()) p.step_weights = step_weights_.const_data_ptr<T>();
+    p.loss_scale = 1;
+    p.sums.params = p.sums.lr = p.sums.loss = -1;
+    return p;
+  }
+
+ private:
+  Loss loss_;
+  Activation activation_;
+  int64_t steps_, tasks_;
+  double momentum_;
+  bool first_order_, shared_ = true;
+  std::vector<Tensor> params_, lr_;
+  Set support_, query_;
+  Tensor step_weights_;
+
+  void load_network(at::TensorList params, const Tensor& x, const char* x_name) {
+    TORCH_CHECK_VALUE(params.size() >= 2 && params.size() % 2 == 0 && params.size() <= 2 * kMaxLayers,
+                      "params: expected W1, b1, ..., WL, bL of 1 to ", kMaxLayers, " layers, got ", params.size(),
+                      " tensors", kOtherNetworks);
+    TORCH_CHECK_VALUE(params[0].dim() == 2 || params[0].dim() == 3,
+                      "params[0]: expected shape [O, I] or [T, O, I], got ", params[0].sizes(), kOtherNetworks);
+    shared_ = params[0].dim() == 2;
+    int64_t inputs = x.size(2);
+    for (size_t i = 0; i < params.size(); ++i) {
+      const std::string name = "params[" + std::to_string(i) + "]";
+      const Arg arg{params[i], name.c_str()};
+      check_same_dtype({x, x_name}, {arg});
+      check_same_device({x, x_name}, {arg});
+      const int64_t outputs = params[i - i % 2].size(-2);  // of its layer's W
+      at::DimVector expected;
+      if (!shared_) expected.push_back(tasks_);
+      expected.push_back(outputs);
+      if (i % 2 == 0) expected.push_back(inputs);
+      check_sizes(arg, expected, i % 2 == 0 ? (shared_ ? "[O, I]" : "[T, O, I]") : (shared_ ? "[O]" : "[T, O]"));
+      if (i % 2 == 1) inputs = outputs;
+      if (i + 2 < params.size()) {
+        TORCH_CHECK_VALUE(params[i - i % 2 + 2].dim() == params[0].dim(), "params[", i - i % 2 + 2, "]: expected ",
+                          params[0].dim(), " dimensions as params[0], got shape ", params[i - i % 2 + 2].sizes());
+      }
+      params_.push_back(params[i].contiguous());
+    }
+  }
+
+  Set load_set(const Tensor& x, const Tensor& y, const char* x_name, const char* y_name) const {
+    const Arg ax{x, x_name}, ay{y, y_name}, like{params_[0], "params[0]"};
+    check_same_dtype(like, {ax});
+    check_same_device(like, {ax, ay});
+    TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) == tasks_ && x.size(2) == params_[0].size(-1), x_name,
+                      ": expected shape [T, S, D] with T = ", tasks_, ", D = ", params_[0].size(-1), ", got ",
+                      x.sizes());
+    const int64_t outputs = params_.back().size(-1);
+    if (loss_ == Loss::mse) {
+      check_same_dtype(like, {ay});
+      check_sizes(ay, {tasks_, x.size(1), outputs}, "[T, S, O]");
+    } else {
+      check_labels_dtype(ay);
+      check_sizes(ay, {tasks_, x.size(1)}, "[T, S]");
+    }
+    Set set{x.contiguous(), y.contiguous()};
+    if (loss_ == Loss::cross_entropy && !runs_cuda(y)) check_label_values(set.y, outputs, y_name);
+    return set;
+  }
+
+  static void check_label_values(const Tensor& labels, int64_t outputs, const char* name) {
+    const int64_t* label = labels.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < labels.numel(); ++i) {
+      TORCH_CHECK_VALUE((label[i] >= 0 && label[i] < outputs) || label[i] == kIgnoreLabel, name,
+                        ": expected classes in [0, ", outputs, ") or ", kIgnoreLabel, " (ignored), got ", label[i],
+                        " at position ", i % labels.size(1), " of task ", i / labels.size(1));
+    }
+  }
+
+  void load_lr(at::TensorList lr) {
+    TORCH_CHECK_VALUE(lr.size() == 1 || lr.size() == params_.size(),
+                      "lr: expected one tensor or one for each parameter, got ", lr.size(), " for ", params_.size(),
+                      " parameters");
+    for (size_t i = 0; i < lr.size(); ++i) {
+      const std::string name = lr.size() == 1 ? "lr" : "lr[" + std::to_string(i) + "]";
+      const Arg arg{lr[i], name.c_str()}, like{params_[0], "params[0]"};
+      check_same_dtype(like, {arg});
+      check_same_device(like, {arg});
+      if (lr.size() > 1) {
+        check_sizes(arg, shape(i), "of the parameter");
+      } else if (lr[0].dim() != 0) {
+        check_sizes(arg, {steps_, layers()}, "[K, L]");
+      }
+      lr_.push_back(lr[i].contiguous());
+    }
+  }
+
+  template <typename T>
+  void fill(Examples<T>& examples, const Set& set) const {
+    examples.count = set.x.size(1);
+    examples.x = set.x.const_data_ptr<T>();
+    if (loss_ == Loss::mse) {
+      examples.y = set.y.const_data_ptr<T>();
+    } else {
+      examples.labels = set.y.const_data_ptr<int64_t>();
+    }
+  }
+};
+
+// What a backward returns: gradients of params, lr, support x and y, query x and y, of size 0 where not wanted.
+class Gradients {
+ public:
+  Gradients(const Problem& problem, bool params, bool lr, bool support_x, bool support_y, bool query_x, bool query_y)
+      : problem_(problem), want_params_(params), want_lr_(lr) {
+    const at::TensorOptions options = problem.options();
+    const auto like = [&](const Tensor& tensor, bool wanted) {
+      return wanted ? empty(tensor.sizes(), options) : at::empty({0}, options);
+    };
+    support_ = {like(problem.support().x, support_x), like(problem.support().y, support_y)};
+    if (problem.query().x.defined()) query_ = {like(problem.query().x, query_x), like(problem.query().y, query_y)};
+    for (size_t i = 0; i < problem.params().size(); ++i) {
+      const bool allocate = params && !problem.shared();
+      params_.push_back(allocate ? empty(problem.task_shape(i), options) : at::empty({0}, options));
+    }
+  }
+
+  template <typename T>
+  void fill(InnerLoop<T>& p) const {
+    p.backward = true;
+    const auto data = [](const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr; };
+    p.support.grad_x = data(support_.x);
+    p.support.grad_y = data(support_.y);
+    if (query_.x.defined()) {
+      p.query.grad_x = data(query_.x);
+      p.query.grad_y = data(query_.y);
+    }
+    for (size_t i = 0; i < params_.size(); ++i) p.grad_params[i] = data(params_[i]);
+    if (want_params_ && problem_.shared()) {
+      p.sums.params = p.sums.columns;
+      p.sums.columns += problem_.parameter_count();
+    }
+    if (want_lr_) {
+      p.sums.lr = p.sums.columns;
+      p.sums.columns += problem_.lr_columns();
+    }
+  }
+
+  // `sums` are the sums over all tasks, in the columns that fill() gave out.
+  template <typename T>
+  std::vector<Tensor> finish(const InnerLoop<T>& p, const Tensor& sums) {
+    if (p.sums.params >= 0) split(sums, p.sums.params, params_);
+    std::vector<Tensor> lr(problem_.lr().size(), at::empty({0}, problem_.options()));
+    if (p.sums.lr >= 0 && lr.size() > 1) {
+      split(sums, p.sums.lr, lr);
+    } else if (p.sums.lr >= 0) {
+      const Tensor rates = sums.narrow(0, p.sums.lr, problem_.lr_columns());
+      lr[0] = problem_.lr()[0].dim() == 0 ? rates.sum() : rates.view(problem_.lr()[0].sizes());
+    }
+    std::vector<Tensor> all = params_;
+    all.insert(all.end(), lr.begin(), lr.end());
+    all.insert(all.end(), {support_.x, support_.y});
+    if (query_.x.defined()) all.insert(all.end(), {query_.x, query_.y});
+    return all;
+  }
+
+ private:
+  const Problem& problem_;
+  bool want_params_, want_lr_;
+  std::vector<Tensor> params_;
+  Set support_, query_;
+
+  void split(const Tensor& sums, int64_t column, std::vector<Tensor>& parts) const {
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const int64_t size = c10::multiply_integers(problem_.shape(i));
+      parts[i] = sums.narrow(0, column, size).view(problem_.shape(i));
+      column += size;
+    }
+  }
+};
+
+// Runs the kernel and adds up what its work items left: [columns].
+template <typename T>
+Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
+  const Tensor rows = empty({p.items(), p.sums.columns}, like.options());
+  const Tensor sums = empty({p.sums.columns}, like.options());
+  if (p.sums.columns > 0) p.sums.rows = rows.mutable_data_ptr<T>();
+  if (p.items() > 0) run_kernel(p, like);
+  if (p.sums.columns > 0) {
+    run_kernel(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, p.items(), p.sums.columns}, like);
+  }
+  return sums;
+}
+
+std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+                                 std::string_view loss, int64_t steps, std::string_view activation, double momentum,
+                                 bool first_order) {
+  const Problem problem(params, x, y, "x", "y", lr, loss, steps, activation, momentum, first_order);
+  std::vector<Tensor> adapted;
+  for (size_t i = 0; i < params.size(); ++i) adapted.push_back(empty(problem.task_shape(i), problem.options()));
+  with_scalar(x, [&]<typename T>() {
+    InnerLoop<T> p = problem.kernel<T>();
+    for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = adapted[i].mutable_data_ptr<T>();
+    run_and_sum(p, x);
+  });
+  return adapted;
+}
+
+std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList params, const Tensor& x,
+                                          const Tensor& y, at::TensorList lr, std::string_view loss, int64_t steps,
+                                          std::string_view activation, double momentum, bool first_order,
+                                          std::array<bool, 4> wanted) {
+  const Problem problem(params, x, y, "x", "y", lr, loss, steps, activation, momentum, first_order);
+  TORCH_CHECK_VALUE(grads.size() == params.size(), "grads: expected ", params.size(), " tensors, got ", grads.size());
+  std::vector<Tensor> dense_grads;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const std::string name = "grads[" + std::to_string(i) + "]";
+    const Arg arg{grads[i], name.c_str()};
+    check_same_dtype({x, "x"}, {arg});
+    check_same_device({x, "x"}, {arg});
+    check_sizes(arg, problem.task_shape(i), "of the adapted parameter");
+    dense_grads.push_back(grads[i].contiguous());
+  }
+  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3], false, false);
+  return with_scalar(x, [&]<typename T>() {
+    InnerLoop<T> p = problem.kernel<T>();
+    for (size_t i = 0; i < dense_grads.size(); ++i) p.grad_adapted[i] = dense_grads[i].const_data_ptr<T>();
+    gradients.fill(p);
+    return gradients.finish(p, run_and_sum(p, x));
+  });
+}
+
+// The loss [T] or, as mean over tasks, [].
+template <typename T>
+Tensor prepare_loss(InnerLoop<T>& p, const Problem& problem, bool mean) {
+  if (!mean) {
+    const Tensor losses = empty({problem.tasks()}, problem.options());
+    p.losses = losses.mutable_data_ptr<T>();
+    return losses;
+  }
+  p.loss_scale = T(1) / static_cast<T>(problem.tasks());
+  p.sums.loss = p.sums.columns++;
+  return Tensor();
+}
+
+template <typename T>
+Tensor finish_loss(const InnerLoop<T>& p, const Tensor& losses, const Tensor& sums) {
+  if (p.sums.loss < 0) return losses;
+  if (p.tasks == 0) return at::full({}, std::numeric_limits<T>::quiet_NaN(), sums.options());  // as torch's mean
+  return sums.select(0, p.sums.loss).clone();
+}
+
+Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
+                    const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
+                    std::string_view loss, int64_t steps, std::string_view activation, double momentum,
+                    bool first_order, bool mean) {
+  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation, momentum,
+                  first_order);
+  problem.set_query(query_x, query_y, step_weights);
+  return with_scalar(support_x, [&]<typename T>() {
+    InnerLoop<T> p = problem.kernel<T>();
+    const Tensor losses = prepare_loss(p, problem, mean);
+    return finish_loss(p, losses, run_and_sum(p, support_x));
+  });
+}
+
+std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
+    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
+    const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights, std::string_view loss,
+    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
+    std::array<bool, 6> wanted) {
+  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation, momentum,
+                  first_order);
+  problem.set_query(query_x, query_y, step_weights);
+  const Arg arg{grad, "grad"};
+  check_same_dtype({support_x, "support_x"}, {arg});
+  check_same_device({support_x, "support_x"}, {arg});
+  if (mean) {
+    check_sizes(arg, {}, "[]");
+  } else {
+    check_sizes(arg, {problem.tasks()}, "[T]");
+  }
+  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5]);
+  return with_scalar(support_x, [&]<typename T>() -> std::tuple<Tensor, std::vector<Tensor>> {
+    InnerLoop<T> p = problem.kernel<T>();
+    const Tensor dense_grad = grad.contiguous();
+    p.task_weights = dense_grad.const_data_ptr<T>();
+    p.task_weight_stride = mean ? 0 : 1;
+    gradients.fill(p);
+    const Tensor losses = prepare_loss(p, problem, mean);
+    const Tensor sums = run_and_sum(p, support_x);
+    return {finish_loss(p, losses, sums), gradients.finish(p, sums)};
+  });
+}
+
+void implement(torch::Library& m) {
+  m.impl("inner_sgd", inner_sgd_op);
+  m.impl("inner_sgd_backward", inner_sgd_backward_op);
+  m.impl("maml_loss", maml_loss_op);
+  m.impl("maml_loss_backward", maml_loss_backward_op);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
+#ifdef METAFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace metafast

@@ -1,0 +1,35 @@
+// The registered ops of the inner loop family as C++ functions: each call goes through torch's dispatcher, so it sees
+// autograd and every other layer. library.cpp states what they compute.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace metafast {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::vector<Tensor> inner_sgd(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+                              std::string_view loss, int64_t steps, std::string_view activation, double momentum,
+                              bool first_order);
+std::vector<Tensor> inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x, const Tensor& y,
+                                       at::TensorList lr, std::string_view loss, int64_t steps,
+                                       std::string_view activation, double momentum, bool first_order,
+                                       std::array<bool, 4> wanted);
+
+Tensor maml_loss(at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
+                 const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights, std::string_view loss,
+                 int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean);
+std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward(
+    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
+    const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights, std::string_view loss,
+    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
+    std::array<bool, 6> wanted);
+
+}  // namespace metafast
