@@ -92,7 +92,27 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+def _on_one_device(schema: torch.FunctionSchema, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel behind a check that the real ones make too: a call with a meta tensor ends here."""
+
+    def checked(*args: Any) -> Any:
+        names = (argument.name for argument in schema.arguments)
+        (first, like), *others = (
+            pair for pair in zip(names, args, strict=True) if isinstance(pair[1], Tensor)
+        )
+        for name, tensor in others:
+            if tensor.device != like.device:
+                raise ValueError(
+                    f"{name}: expected a tensor on the device of {first}, {like.device}, "
+                    f"got one on {tensor.device}"
+                )
+        return fake(*args)
+
+    return checked
+
+
 def register(namespace: str) -> None:
     """Gives every op of the namespace its fake kernel."""
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        schema = getattr(getattr(torch.ops, namespace), name).default._schema
+        torch.library.register_fake(f"{namespace}::{name}", _on_one_device(schema, fake))

@@ -283,16 +283,8 @@ def relation_scores(
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected 'relu' or 'tanh', got {activation!r}")
-    features, hidden = query.shape[-1], weight.shape[0]
-    for name, tensor, allowed in (
-        ("prototypes", prototypes.shape[-1:], ((features,),)),
-        ("weight", weight.shape, ((hidden, 2 * features),)),
-        ("bias", bias.shape, ((hidden,),)),
-        ("out_weight", out_weight.shape, ((hidden,), (1, hidden))),
-        ("out_bias", out_bias.shape, ((), (1,))),
-    ):
-        if tuple(tensor) not in allowed:
-            raise ValueError(f"{name}: expected shape {' or '.join(map(str, allowed))}, got {tuple(tensor)}")
+    _check_relation(query, prototypes, weight, bias, out_weight, out_bias)
+    features = query.shape[-1]
     of_query = F.linear(query, weight[:, :features], bias)  # [..., Q, H]
     of_class = F.linear(prototypes, weight[:, features:])  # [..., N, H]
     if query.shape[:-2] != prototypes.shape[:-2]:
@@ -305,6 +297,34 @@ def relation_scores(
 def _check_metric(metric: str) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+
+
+def _check_relation(
+    query: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor
+) -> None:
+    """Says in the terms of `relation_scores` what its linear layers would say in theirs."""
+    for name, rows in (("query", query), ("prototypes", prototypes)):
+        if rows.dim() < 2 or rows.shape[-1] != query.shape[-1]:
+            expected = f"[..., {query.shape[-1]}]" if query.dim() >= 2 else "[..., Q, D]"
+            raise ValueError(f"{name}: expected shape {expected}, got {list(rows.shape)}")
+    hidden, features = weight.shape[:1], query.shape[-1]
+    head = {
+        "weight": (weight, ((*hidden, 2 * features),)),
+        "bias": (bias, (hidden,)),
+        "out_weight": (out_weight, (hidden, (1, *hidden))),
+        "out_bias": (out_bias, ((), (1,))),
+    }
+    for name, (tensor, shapes) in head.items():
+        if tensor.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
+    casts = reference.autocast_enabled(query)
+    for name, tensor in (("prototypes", prototypes), *((name, tensor) for name, (tensor, _) in head.items())):
+        if tensor.device != query.device:
+            expected = f"a tensor on the device of query, {query.device}"
+            raise ValueError(f"{name}: expected {expected}, got one on {tensor.device}")
+        if tensor.dtype != query.dtype and not casts:
+            raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
 
 
 def _episode(

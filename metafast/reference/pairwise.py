@@ -19,21 +19,36 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _COSINE_EPS = 1e-8  # the smallest norm that cosine divides by, as in F.cosine_similarity
 
 
-def float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Give `function` float32 tensors under autocast, as the compiled operations do (and torch.cdist)."""
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Is autocast on where the tensor lives? (There is none for the meta device.)"""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _outside_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function in the dtypes of its arguments, whatever autocast would make of the ops inside it."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs) -> Tensor:
-        device = args[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if not autocast_enabled(args[0]):
+            return function(*args, **kwargs)
+        with torch.autocast(args[0].device.type, enabled=False):
             return function(*args, **kwargs)
 
+    return wrapper
+
+
+def float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function of float32 tensors under autocast, as the compiled operations are (and torch.cdist)."""
+    inner = _outside_autocast(function)
+
+    @functools.wraps(function)
+    def wrapper(*args) -> Tensor:
         def cast(value):
             low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
             return value.float() if low else value
 
-        with torch.autocast(device, enabled=False):
-            return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+        return inner(*map(cast, args)) if autocast_enabled(args[0]) else function(*args)
 
     return wrapper
 
@@ -62,10 +77,10 @@ def _class_means(embeddings: Tensor, labels: Tensor, num_classes: int, absent: T
     return member @ embeddings / count
 
 
+@_outside_autocast
 def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """The mean embedding of each class: [..., S, D], [..., S] -> [..., N, D]."""
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return _class_means(_wide(embeddings), labels, num_classes, None).to(embeddings.dtype)
+    return _class_means(_wide(embeddings), labels, num_classes, None).to(embeddings.dtype)
 
 
 def _sqrt_or_zero(square: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+"""The backends that a test of an op runs on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from metafast import _doors
+
+ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("metafast", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("metafast")
+
+gpu = pytest.mark.gpu
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@cache
+def emulated_library() -> Any:
+    """torch.ops.metafast_emulated: the CUDA kernels on CPU tensors, under tests/cuda_emulator."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool, path=path) is None]
+    if missing:
+        pytest.skip(f"the emulated kernels cannot be built: no {', '.join(missing)} on PATH")
+    build = ROOT / "build" / "emulated"
+    options = ["METAFAST_EMULATED=ON", "METAFAST_CUDA=OFF", f"Python_EXECUTABLE={sys.executable}"]
+    environment = {**os.environ, "PATH": path}
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *(f"-D{o}" for o in options)]
+    for command in (configure, ["cmake", "--build", str(build), "--target", "metafast_emulated"]):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    torch.ops.load_library(str(build / "metafast_emulated.so"))
+    return torch.ops.metafast_emulated
+
+
+def _typed(ops: Any) -> SimpleNamespace:
+    """The ops of a namespace with the results that the typed entry points of metafast._C have."""
+
+    def entry(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = getattr(ops, name).default(*args)
+            return result[0] if isinstance(result, tuple) else result
+
+        return call
+
+    return SimpleNamespace(**{name: entry(name) for name in ("prototypes", "pairwise", "classify")})
+
+
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=gpu)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The tensors' device, while metafast runs its CPU kernels, its emulated or its real CUDA kernels."""
+    if request.param == "emulated":
+        ops = emulated_library()
+        monkeypatch.setattr(_doors, "ops", ops)
+        monkeypatch.setattr(_doors, "typed", _typed(ops))
+    return torch.device("cuda" if request.param == "cuda" else "cpu")

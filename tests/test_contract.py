@@ -1,0 +1,496 @@
+"""The contract that every operation passes. The operations are the rows of rows.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rows import ROWS, Row, Sizes
+from tolerances import TOLERANCES, assert_close
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metafast
+from metafast import reference
+
+EVERY_ROW = pytest.mark.parametrize("row", ROWS, ids=str)
+EVERY_OP = pytest.mark.parametrize("row", {row.op: row for row in ROWS}.values(), ids=str)
+SMALL = Sizes()
+ODD = (
+    Sizes(tasks=1, support=3, query=1, features=1),
+    Sizes(tasks=3, support=7, query=5, features=17),
+    Sizes(tasks=2, support=40, query=70, features=129),
+)
+EMPTY = (Sizes(tasks=0), Sizes(query=0), Sizes(features=0))
+
+
+def make(
+    row: Row, sizes: Sizes = SMALL, *, seed: int = 0, dtype: torch.dtype = torch.float64, device: Any = "cpu"
+) -> tuple[Tensor, ...]:
+    args = row.make(sizes, torch.Generator().manual_seed(seed))
+    return tuple(arg.to(device=device, dtype=dtype if arg.is_floating_point() else None) for arg in args)
+
+
+def cotangent(out: Tensor) -> Tensor:
+    """Some gradient of a result: the same for every dtype and device."""
+    values = torch.linspace(-1, 1, out.numel() + 2, dtype=torch.float64)[1:-1].view(out.shape)
+    return values.to(torch.bfloat16).to(out)
+
+
+def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function with a nonlinear scalar result; absent classes (-inf) count nothing."""
+
+    def of_finite(*args: Tensor) -> Tensor:
+        out = function(*args)
+        return torch.where(out > -torch.inf, out, 0.0).square().sum()
+
+    return of_finite
+
+
+def value_and_grads(row: Row, function: Callable[..., Tensor], args: Sequence[Tensor]) -> list[Tensor]:
+    args = [arg.detach().requires_grad_(i in row.differentiable) for i, arg in enumerate(args)]
+    out = function(*args)
+    grads = torch.autograd.grad(out, [args[i] for i in row.differentiable], cotangent(out))
+    return [out.detach(), *grads]
+
+
+def assert_parity(row: Row, args: Sequence[Tensor], dtype: torch.dtype) -> None:
+    actual = value_and_grads(row, row.call(metafast), args)
+    assert all(tensor.dtype == dtype for tensor in actual)
+    wide = [arg.double().cpu() if arg.is_floating_point() else arg.cpu() for arg in args]
+    assert_close(actual, value_and_grads(row, row.call(reference), wide), dtype)
+
+
+# --- parity with the float64 reference ------------------------------------------------------------------
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_parity(row: Row, dtype: torch.dtype, backend: torch.device) -> None:
+    assert_parity(row, make(row, ODD[1], dtype=dtype, device=backend), dtype)
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("sizes", [*ODD, *EMPTY], ids=str)
+def test_sizes(row: Row, sizes: Sizes, backend: torch.device) -> None:
+    assert_parity(row, make(row, sizes, device=backend), torch.float64)
+
+
+@EVERY_ROW
+@given(data=st.data())
+def test_any_size_and_labels(row: Row, data: st.DataObject) -> None:
+    size = st.integers(0, 40)
+    sizes = Sizes(
+        tasks=data.draw(st.integers(0, 4), "T"),
+        support=data.draw(st.integers(3, 20), "S"),
+        query=data.draw(size, "Q"),
+        features=data.draw(size, "D"),
+    )
+    assert_parity(row, make(row, sizes, seed=data.draw(st.integers(0, 99), "seed")), torch.float64)
+
+
+@EVERY_ROW
+def test_leading_dimensions(row: Row, backend: torch.device) -> None:
+    args = make(row, Sizes(tasks=4), device=backend)
+    batched = [i for i in range(len(args)) if i not in row.shared]
+    for reshape in (lambda t: t[0], lambda t: t.unflatten(0, (2, 2)), lambda t: t.unsqueeze(1)):
+        assert_parity(
+            row, [reshape(arg) if i in batched else arg for i, arg in enumerate(args)], torch.float64
+        )
+
+
+@EVERY_ROW
+def test_leading_dimensions_broadcast(row: Row, backend: torch.device) -> None:
+    args = make(row, Sizes(tasks=3), device=backend)
+    batched = [i for i in range(len(args)) if i not in row.shared]
+    for one in batched:
+        mixed = [arg[0] if i == one else arg for i, arg in enumerate(args)]
+        if (
+            "ways" in row.name
+        ):  # the other tasks' labels must fit the first task's ways, or the other way around
+            mixed = [arg[:1] if i in batched and i != one else arg for i, arg in enumerate(mixed)]
+        assert_parity(row, mixed, torch.float64)
+
+
+@EVERY_ROW
+def test_strides(row: Row, backend: torch.device) -> None:
+    args = make(row, ODD[1], device=backend)
+    transposed = [arg.mT.contiguous().mT if arg.dim() > 1 else arg for arg in args]
+    assert_parity(row, transposed, torch.float64)
+    spaced = [torch.stack([arg, arg], -1)[..., 0] for arg in args]
+    assert_parity(row, spaced, torch.float64)
+    expanded = [arg if i in row.shared else arg[:1].expand(arg.shape) for i, arg in enumerate(args)]
+    assert_parity(row, expanded, torch.float64)
+
+
+# --- derivatives ----------------------------------------------------------------------------------------
+
+
+def function_of_differentiable(
+    row: Row, args: Sequence[Tensor]
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    def function(*tensors: Tensor) -> Tensor:
+        given = dict(zip(row.differentiable, tensors, strict=True))
+        out = row.call(metafast)(*(given.get(i, arg) for i, arg in enumerate(args)))
+        return torch.where(out > -torch.inf, out, 0.0)
+
+    return function, [args[i].clone().requires_grad_() for i in row.differentiable]
+
+
+@EVERY_ROW
+def test_gradcheck(row: Row) -> None:
+    function, inputs = function_of_differentiable(row, make(row))
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@EVERY_ROW
+def test_gradgradcheck(row: Row) -> None:
+    function, inputs = function_of_differentiable(row, make(row))
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_second_order_parity(row: Row, dtype: torch.dtype, backend: torch.device) -> None:
+    def second_order(function: Callable[..., Tensor], args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        args = [arg.detach().requires_grad_(i in row.differentiable) for i, arg in enumerate(args)]
+        wrt = [args[i] for i in row.differentiable]
+        grads = torch.autograd.grad(scalar(function)(*args), wrt, create_graph=True)
+        total = sum((grad * cotangent(grad)).sum() for grad in grads)
+        return torch.autograd.grad(total, wrt)
+
+    args = make(row, ODD[1], dtype=dtype, device=backend)
+    wide = [arg.double().cpu() if arg.is_floating_point() else arg.cpu() for arg in args]
+    actual, expected = second_order(row.call(metafast), args), second_order(row.call(reference), wide)
+    scale = max(1.0, *(tensor.abs().max().item() for tensor in expected))  # sums of large terms of both signs
+    assert_close([t / scale for t in actual], [t / scale for t in expected], dtype)
+
+
+@EVERY_ROW
+def test_third_derivative_raises(row: Row) -> None:
+    if row.op == "prototypes":
+        pytest.skip("linear: its backward is differentiated by itself, without end")
+    function, inputs = function_of_differentiable(row, make(row))
+    (first,) = torch.autograd.grad(function(*inputs).pow(3).sum(), inputs[:1], create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="derivative"):
+        torch.autograd.grad(second.pow(2).sum(), inputs[:1])
+
+
+# --- torch.library and torch.compile --------------------------------------------------------------------
+
+
+class RecordOps(TorchDispatchMode):
+    """Keeps the arguments of each metafast op that runs: its forward, backward and double backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "metafast":
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY_ROW
+def test_opcheck(row: Row) -> None:
+    function, inputs = function_of_differentiable(row, make(row))
+    with RecordOps() as record:
+        grads = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+    assert len(record.calls) == (2 if row.op == "prototypes" else 3)
+    for op, args in record.calls.items():
+        floating = (isinstance(arg, Tensor) and arg.is_floating_point() for arg in args)
+        differentiable = "double_backward" not in op.name()
+        fresh = [
+            arg.detach().clone().requires_grad_(differentiable) if is_float else arg
+            for arg, is_float in zip(args, floating, strict=True)
+        ]
+        torch.library.opcheck(op, fresh)
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(row: Row, dynamic: bool) -> None:
+    torch.compiler.reset()
+    function = row.call(metafast)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for sizes in (SMALL, ODD[1]):
+        args = make(row, sizes)
+        torch.testing.assert_close(value_and_grads(row, compiled, args), value_and_grads(row, function, args))
+
+
+def test_compile_with_inductor() -> None:
+    torch.compiler.reset()
+    row = next(row for row in ROWS if row.name == "prototypical_loss[sqeuclidean, mean]")
+    function, args = row.call(metafast), make(row)
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(value_and_grads(row, compiled, args), value_and_grads(row, function, args))
+
+
+@EVERY_OP
+def test_compile_of_a_transform(row: Row) -> None:
+    torch.compiler.reset()
+    grad = torch.func.grad(scalar(row.call(metafast)))
+    args = make(row)
+    compiled = torch.compile(grad, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), grad(*args))
+
+
+# --- torch.func -----------------------------------------------------------------------------------------
+
+
+def transforms(
+    row: Row, function: Callable[..., Tensor], args: tuple[Tensor, ...]
+) -> dict[str, Callable[[], Any]]:
+    total, tasks = scalar(function), row.per_task(args)
+    inputs = tuple(i for i in row.differentiable if i not in row.shared)
+    grad = torch.func.grad(total, inputs)
+
+    def of_squares(*args: Tensor) -> Tensor:
+        return sum(grad.square().sum() for grad in torch.vmap(grad, tasks)(*args))
+
+    def of_sum(*args: Tensor) -> Tensor:
+        return torch.vmap(total, tasks)(*args).sum()
+
+    return {
+        "grad": lambda: torch.func.grad(total, row.differentiable)(*args),
+        "vmap": lambda: torch.vmap(function, tasks)(*args),
+        "vmap(grad)": lambda: torch.vmap(grad, tasks)(*args),
+        "grad(vmap)": lambda: torch.func.grad(of_sum, row.differentiable)(*args),
+        "grad(vmap(grad))": lambda: torch.func.grad(of_squares, row.differentiable)(*args),
+    }
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("name", ["grad", "vmap", "vmap(grad)", "grad(vmap)", "grad(vmap(grad))"])
+def test_fused_transforms(row: Row, name: str, backend: torch.device) -> None:
+    args = make(row, Sizes(tasks=3), device=backend)
+    expected = transforms(row, row.call(reference), args)[name]()
+    with metafast.trace_doors() as doors:
+        actual = transforms(row, row.call(metafast), args)[name]()
+    if isinstance(actual, Tensor):
+        actual, expected = [actual], [expected]
+    assert_close(actual, expected, torch.float64)
+    assert set(doors) == {(row.op, "function")}
+
+
+@EVERY_ROW
+def test_vmap_over_another_dimension(row: Row) -> None:
+    args = make(row, Sizes(tasks=3))
+    dims = tuple(
+        None if dim is None else arg.dim() - 1 for arg, dim in zip(args, row.per_task(args), strict=True)
+    )
+    moved = [arg if dim is None else arg.movedim(0, dim) for arg, dim in zip(args, dims, strict=True)]
+    torch.testing.assert_close(
+        torch.vmap(row.call(metafast), dims)(*moved), torch.vmap(row.call(reference), dims)(*moved)
+    )
+
+
+@EVERY_ROW
+def test_vmap_with_shared_arguments(row: Row) -> None:
+    if "ways" in row.name:
+        pytest.skip("the labels of all tasks fit only their own ways")
+    args = make(row, Sizes(tasks=3))
+    for one in (i for i in range(len(args)) if i not in row.shared):
+        mixed = [arg[0] if i == one else arg for i, arg in enumerate(args)]
+        dims = tuple(None if i == one else dim for i, dim in enumerate(row.per_task(args)))
+        actual, expected = (torch.vmap(row.call(module), dims)(*mixed) for module in (metafast, reference))
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.shared], ids=str)
+def test_vmap_of_shared_tensors_falls_to_the_reference(row: Row) -> None:
+    args = make(row, Sizes(tasks=3))
+    own = tuple(arg.expand(3, *arg.shape) * 1.5 if i in row.shared else arg for i, arg in enumerate(args))
+    grads = []
+    for module in (metafast, reference):
+        with metafast.trace_doors() as doors:
+            grads.append(torch.vmap(torch.func.grad(scalar(row.call(module)), row.differentiable))(*own))
+        if module is metafast:
+            assert (row.op, "reference") in doors
+    assert_close(*grads, torch.float64)
+
+
+@EVERY_ROW
+def test_jvp_and_hessian(row: Row) -> None:
+    args = make(row)
+    where = row.differentiable[0]
+
+    def at(module: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: row.call(module)(*args[:where], x, *args[where + 1 :])
+
+    tangent = cotangent(args[where])
+    with metafast.trace_doors() as doors:
+        actual = torch.func.jvp(at(metafast), (args[where],), (tangent,))
+        hessian = torch.func.hessian(scalar(at(metafast)))(args[where])
+    torch.testing.assert_close(actual, torch.func.jvp(at(reference), (args[where],), (tangent,)))
+    torch.testing.assert_close(hessian, torch.func.hessian(scalar(at(reference)))(args[where]))
+    assert set(doors) == {(row.op, "reference")}
+
+
+@EVERY_OP
+def test_deeper_nesting_falls_to_the_reference(row: Row) -> None:
+    args = make(row)
+
+    def third(module: Any) -> Tensor:
+        function = scalar(row.call(module))
+        for _ in range(3):
+            function = scalar(torch.func.grad(function))
+        return function(*args)
+
+    with metafast.trace_doors() as doors:
+        actual = third(metafast)
+    torch.testing.assert_close(actual, third(reference))
+    assert doors == [(row.op, "reference")]
+
+
+@EVERY_OP
+def test_jacobian_by_batched_gradients(row: Row) -> None:
+    args = make(row)
+    where = row.differentiable[0]
+
+    def at(module: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: row.call(module)(*args[:where], x, *args[where + 1 :])
+
+    actual, expected = (torch.func.jacrev(at(module))(args[where]) for module in (metafast, reference))
+    torch.testing.assert_close(actual, expected)
+
+
+@EVERY_OP
+def test_forward_mode(row: Row) -> None:
+    args = list(make(row))
+    where = row.differentiable[0]
+    tangents = []
+    with torch.autograd.forward_ad.dual_level():
+        args[where] = torch.autograd.forward_ad.make_dual(args[where], cotangent(args[where]))
+        for module in (metafast, reference):
+            tangents.append(torch.autograd.forward_ad.unpack_dual(row.call(module)(*args)).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+# --- autocast, determinism, devices ---------------------------------------------------------------------
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("transform", [False, True], ids=["eager", "torch.func"])
+def test_autocast(row: Row, transform: bool) -> None:
+    args = make(row, ODD[1], dtype=torch.bfloat16)
+    function = torch.vmap(row.call(metafast), row.per_task(args)) if transform else row.call(metafast)
+    twin = torch.vmap(row.call(reference), row.per_task(args)) if transform else row.call(reference)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(*args)
+    assert out.dtype == (torch.float32 if row.float32_under_autocast else torch.bfloat16)
+    expected = twin(*(arg.double() if arg.is_floating_point() else arg for arg in args))
+    # The linear layer of a relation head runs in bfloat16, as autocast has it.
+    exact = row.float32_under_autocast and not row.name.startswith("relation")
+    assert_close(out, expected, torch.float32 if exact else torch.bfloat16)
+
+
+@EVERY_ROW
+def test_gradients_under_autocast(row: Row) -> None:
+    function, inputs = function_of_differentiable(row, make(row, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(*inputs).sum()
+    grads = torch.autograd.grad(out, inputs)
+    assert all(grad.dtype == torch.bfloat16 for grad in grads)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@EVERY_ROW
+def test_same_bits_for_every_number_of_threads(row: Row) -> None:
+    args = make(row, Sizes(tasks=2, support=60, query=500, features=70), dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7, 7):
+            torch.set_num_threads(threads)
+            results.append(kernel_results(row, args))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+def kernel_results(row: Row, args: Sequence[Tensor]) -> list[Tensor]:
+    """What the metafast ops of a forward and backward pass return, without torch's own ops around them."""
+    with KeepResults() as keep:
+        value_and_grads(row, row.call(metafast), args)
+    return keep.results
+
+
+class KeepResults(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "metafast":
+            self.results += [out] if isinstance(out, Tensor) else out
+        return out
+
+
+@EVERY_ROW
+def test_wrong_arguments_raise_and_name_the_argument(row: Row) -> None:
+    function, args = row.call(metafast), make(row)
+
+    def with_argument(where: int, value: Tensor) -> list[Tensor]:
+        return [value if i == where else arg for i, arg in enumerate(args)]
+
+    for i, arg in enumerate(args):
+        wrong_dtype = arg.int() if arg.is_floating_point() else arg.float()
+        with pytest.raises(TypeError, match="dtype"):
+            function(*with_argument(i, wrong_dtype))
+        with pytest.raises(ValueError, match="device"):
+            function(*with_argument(i, arg.to("meta")))
+        with pytest.raises(ValueError, match="expected"):
+            function(*with_argument(i, torch.cat([arg, arg[:1]])))
+        if arg.dim() > 1:
+            with pytest.raises(ValueError, match="expected"):
+                function(*with_argument(i, arg.flatten()[0]))
+
+
+@pytest.mark.gpu
+@EVERY_ROW
+def test_runs_on_the_current_stream(row: Row) -> None:
+    args = make(row, ODD[2], dtype=torch.float32, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # what runs on another stream overtakes these copies
+        late = [torch.zeros_like(arg).copy_(arg) for arg in args]
+        actual = value_and_grads(row, row.call(metafast), late)
+    stream.synchronize()
+    torch.testing.assert_close(actual, value_and_grads(row, row.call(metafast), args), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@EVERY_ROW
+def test_cuda_graph(row: Row) -> None:
+    args = make(row, ODD[1], dtype=torch.float32, device="cuda")
+    other = make(row, ODD[1], seed=1, dtype=torch.float32, device="cuda")
+    expected = row.call(metafast)(*other)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        row.call(metafast)(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = row.call(metafast)(*args)
+    for arg, value in zip(args, other, strict=True):
+        arg.copy_(value)
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32_holds() -> None:
+    x = torch.randn(50_000, 2, device="cuda")
+    out = metafast.pairwise_distance(x, x, "cityblock")
+    assert out.numel() > 2**31
+    torch.testing.assert_close(out[-1], (x - x[-1]).abs().sum(-1))

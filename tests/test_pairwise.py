@@ -1,0 +1,338 @@
+"""What is special to the pairwise family. What holds for every operation is in test_contract.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+import metafast
+from metafast.pairwise import METRICS
+
+DOUBLE = {"dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def episode(tasks: int = 2, way: int = 4, shot: int = 2, query: int = 6) -> tuple[Tensor, ...]:
+    support = torch.randn(tasks, way * shot, 5, **DOUBLE)
+    labels = torch.arange(way).repeat(tasks, shot)
+    return support, labels, torch.randn(tasks, query, 5, **DOUBLE), torch.randint(0, way, (tasks, query))
+
+
+# --- numbers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [2, 64, 512])
+def test_no_cancellation_far_from_the_origin(features: int, backend: torch.device) -> None:
+    x = torch.full((1, features), 1e4 / features**0.5, device=backend)
+    y = x + 1e-2 / features**0.5
+    exact = (x.double() - y.double()).square().sum()
+    assert ((metafast.pairwise_distance(x, y).double() - exact).abs() < 1e-3 * exact).all()
+    euclidean = metafast.pairwise_distance(x, y, "euclidean")
+    assert ((euclidean.double() - exact.sqrt()).abs() < 1e-3 * exact.sqrt()).all()
+
+
+def test_many_close_points_have_no_negative_distance(backend: torch.device) -> None:
+    x = 1e4 + 1e-3 * torch.randn(40, 33, device=backend)
+    distance = metafast.pairwise_distance(x, x)
+    assert (distance >= 0).all()
+    assert (distance.diagonal() == 0).all()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "cityblock"])
+def test_derivatives_where_they_do_not_exist_are_finite(metric: str, backend: torch.device) -> None:
+    x = torch.zeros(3, 4, **DOUBLE, device=backend).requires_grad_()
+    y = torch.zeros(2, 4, **DOUBLE, device=backend)
+    (grad,) = torch.autograd.grad(metafast.pairwise_distance(x, y, metric).sum(), x, create_graph=True)
+    assert torch.equal(grad, torch.zeros_like(grad))
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert second.isfinite().all()
+
+
+def test_distances_are_those_of_torch() -> None:
+    x, y = torch.randn(3, 6, 5, **DOUBLE), torch.randn(3, 4, 5, **DOUBLE)
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+    expected = {
+        "sqeuclidean": torch.cdist(x, y, **exact) ** 2,
+        "euclidean": torch.cdist(x, y, **exact),
+        "cityblock": torch.cdist(x, y, p=1),
+        "cosine": 1 - F.cosine_similarity(x.unsqueeze(-2), y.unsqueeze(-3), dim=-1),
+        "dot": -x @ y.mT,
+    }
+    assert set(expected) == set(METRICS)
+    for metric, distance in expected.items():
+        assert_close(metafast.pairwise_distance(x, y, metric), distance, torch.float64)
+
+
+def test_loss_is_the_cross_entropy_of_the_distances() -> None:
+    support, labels, query, query_labels = episode()
+    query_labels[0, 1] = -100
+    prototypes = torch.stack([support[:, labels[0] == n].mean(1) for n in range(4)], 1)
+    logits = -(torch.cdist(query, prototypes) ** 2)
+    for reduction in ("none", "mean", "sum"):
+        expected = F.cross_entropy(logits.flatten(0, 1), query_labels.flatten(), reduction=reduction)
+        loss = metafast.prototypical_loss(support, labels, query, query_labels, 4, reduction=reduction)
+        assert_close(loss.reshape(expected.shape), expected, torch.float64)
+
+
+def test_matching_is_attention_over_the_support() -> None:
+    support, labels, query, query_labels = episode()
+    attention = torch.softmax(-3.0 * metafast.pairwise_distance(query, support, "cosine"), -1)
+    expected = torch.log(attention @ F.one_hot(labels, 4).double())
+    log_probs = metafast.matching_log_probs(support, labels, query, 4, scale=3.0)
+    assert_close(log_probs, expected, torch.float64)
+    loss = metafast.matching_loss(support, labels, query, query_labels, 4, scale=3.0)
+    assert_close(loss, F.nll_loss(expected.flatten(0, 1), query_labels.flatten()), torch.float64)
+
+
+def test_matching_of_a_distant_class_keeps_its_probability() -> None:
+    support = torch.tensor([[0.0], [100.0]])
+    log_probs = metafast.matching_log_probs(
+        support, torch.tensor([0, 1]), torch.zeros(1, 1), 2, metric="cityblock"
+    )
+    torch.testing.assert_close(log_probs, torch.tensor([[0.0, -100.0]]))
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_relation_scores_are_those_of_concatenated_pairs(activation: str) -> None:
+    first, second = torch.nn.Linear(10, 7, **DOUBLE), torch.nn.Linear(7, 1, **DOUBLE)
+    query, prototypes = torch.randn(3, 6, 5, **DOUBLE), torch.randn(3, 4, 5, **DOUBLE)
+    pairs = torch.cat(torch.broadcast_tensors(query.unsqueeze(-2), prototypes.unsqueeze(-3)), -1)
+    expected = torch.sigmoid(second(getattr(torch, activation)(first(pairs)))).squeeze(-1)
+    head = (first.weight, first.bias, second.weight, second.bias)
+    scores = metafast.relation_scores(query, prototypes, *head, activation=activation)
+    assert_close(scores, expected, torch.float64)
+    assert_close(
+        torch.autograd.grad(scores.square().sum(), head),
+        torch.autograd.grad(expected.square().sum(), head),
+        torch.float64,
+    )
+
+
+def test_relation_scores_take_a_flat_output_layer() -> None:
+    query, prototypes, weight, bias = (torch.randn(*shape) for shape in ((6, 5), (4, 5), (7, 10), (7,)))
+    out_weight, out_bias = torch.randn(7), torch.randn(())
+    flat = metafast.relation_scores(query, prototypes, weight, bias, out_weight, out_bias)
+    linear = metafast.relation_scores(query, prototypes, weight, bias, out_weight[None], out_bias[None])
+    torch.testing.assert_close(flat, linear, rtol=0, atol=0)
+
+
+# --- ragged episodes ------------------------------------------------------------------------------------
+
+
+def test_ignored_examples_change_nothing(backend: torch.device) -> None:
+    args = [arg.to(backend) for arg in episode()]
+    ignored = torch.full((2, 3), -100, device=backend)
+    noise = torch.randn(2, 3, 5, **DOUBLE, device=backend) * 100
+    padded = [torch.cat([args[i], (noise, ignored)[i % 2]], 1) for i in range(4)]
+    for loss in (metafast.prototypical_loss, metafast.matching_loss):
+        for reduction in ("mean", "sum"):
+            expected, actual = loss(*args, 4, reduction=reduction), loss(*padded, 4, reduction=reduction)
+            assert_close(actual, expected, torch.float64)
+        none = loss(*padded, 4, reduction="none")
+        assert (none[:, -3:] == 0).all()
+        grads = [arg.requires_grad_() for arg in (padded[0], padded[2])]
+        for grad in torch.autograd.grad(loss(*padded, 4), grads):
+            assert (grad[:, -3:] == 0).all()
+            assert (grad[:, :-3] != 0).all()
+
+
+def test_padded_episodes_are_the_single_ones(backend: torch.device) -> None:
+    ways = (2, 4, 3)
+    single = [
+        [arg.to(backend)[0] for arg in episode(1, way, shot, query=4)] for shot, way in enumerate(ways, 1)
+    ]
+    size = max(len(support) for support, *_ in single)
+
+    def pad(tensor: Tensor, value: float) -> Tensor:
+        padding = (0, 0) * (tensor.dim() - 1) + (0, size - len(tensor))
+        return F.pad(tensor, padding, value=value)
+
+    padded = [torch.stack([pad(args[i], -100 if i % 2 else 7.0) for args in single]) for i in range(4)]
+    for name in ("prototypical", "matching"):
+        loss, log_probs = getattr(metafast, f"{name}_loss"), getattr(metafast, f"{name}_log_probs")
+        options = {"ways": torch.tensor(ways, device=backend), "metric": "sqeuclidean"}
+        losses = loss(*padded, 4, reduction="none", **options)
+        probabilities = log_probs(*padded[:3], 4, **options)
+        for t, (way, args) in enumerate(zip(ways, single, strict=True)):
+            alone = loss(*args, way, reduction="none", metric="sqeuclidean")
+            assert_close(losses[t, : len(alone)], alone, torch.float64)
+            alone = log_probs(*args[:3], way, metric="sqeuclidean")
+            assert_close(probabilities[t, : len(alone), :way], alone, torch.float64)
+            assert (probabilities[t, :, way:] == -torch.inf).all()
+
+
+def test_an_absent_class_has_no_gradient(backend: torch.device) -> None:
+    support, labels, query, _ = (arg.to(backend) for arg in episode(tasks=1))
+    labels = torch.where(labels == 3, -100, labels)
+    support.requires_grad_()
+    grads = []
+    for weight in (1.0, 5.0):  # of the absent class in the sum over classes
+        log_probs = metafast.prototypical_log_probs(
+            support, labels, query, 4, ways=torch.tensor([3], device=backend)
+        )
+        weights = torch.tensor([1.0, 2.0, 3.0, weight], **DOUBLE, device=backend)
+        grads.append(torch.autograd.grad(log_probs, support, weights.expand_as(log_probs))[0])
+    assert grads[0].isfinite().all()
+    assert torch.equal(*grads)
+
+
+def test_classes_of_different_shot() -> None:
+    labels = torch.tensor([0, 1, 1, 2, 2, 2])
+    embeddings = torch.randn(6, 5, **DOUBLE)
+    expected = torch.stack([embeddings[labels == n].mean(0) for n in range(3)])
+    assert_close(metafast.prototypes(embeddings, labels, 3), expected, torch.float64)
+
+
+def test_mean_over_no_query_is_nan() -> None:
+    support, labels, query, query_labels = episode()
+    query_labels.fill_(-100)
+    assert metafast.prototypical_loss(support, labels, query, query_labels, 4).isnan()
+    assert metafast.prototypical_loss(support, labels, query, query_labels, 4, reduction="sum") == 0
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+def failing_calls() -> dict[str, tuple[str, Callable[[], Any]]]:
+    support, labels, query, query_labels = episode()
+    x, y = query, support
+
+    def loss(**changes: Any) -> Callable[[], Any]:
+        args = {"support": support, "support_labels": labels, "query": query, "query_labels": query_labels}
+        return lambda: metafast.prototypical_loss(**{**args, "num_classes": 4, **changes})
+
+    def at(tensor: Tensor, value: int) -> Tensor:
+        changed = tensor.clone()
+        changed[1, 2] = value
+        return changed
+
+    def relation(**changes: Tensor) -> Callable[[], Any]:
+        head = {"weight": torch.zeros(7, 10, **DOUBLE), "bias": torch.zeros(7, **DOUBLE)}
+        head |= {"out_weight": torch.zeros(7, **DOUBLE), "out_bias": torch.zeros(1, **DOUBLE)}
+        return lambda: metafast.relation_scores(query, support, **{**head, **changes})
+
+    ones = torch.ones(5, **DOUBLE)
+    return {
+        "support label": (
+            r"support_labels: .* got 4 at position 2 of task 1",
+            loss(support_labels=at(labels, 4)),
+        ),
+        "negative label": (r"support_labels: .* got -1", loss(support_labels=at(labels, -1))),
+        "query label": (
+            r"query_labels: .* got 9 at position 2 of task 1",
+            loss(query_labels=at(query_labels, 9)),
+        ),
+        "missing class": (r"support_labels: .*every class.* class 4", loss(num_classes=5)),
+        "ways": (r"ways: .*\[1, num_classes = 4\], got 5", loss(ways=torch.tensor([4, 5]))),
+        "label beyond ways": (r"support_labels: .*\[0, 2\)", loss(ways=torch.tensor([4, 2]))),
+        "leading": (
+            r"leading dimensions: .*support \[2\], .*query \[3\]",
+            loss(query=torch.zeros(3, 6, 5, **DOUBLE)),
+        ),
+        "features": (r"query: .*features of support, 5, got 4", loss(query=query[..., :4])),
+        "reduction": (r"reduction: expected 'none', 'mean' or 'sum', got 'avg'", loss(reduction="avg")),
+        "metric": (r"metric: expected one of sqeuclidean, .*'l2'", loss(metric="l2")),
+        "relation metric": (
+            r"metric: expected one of",
+            lambda: metafast.pairwise_distance(x, y, "relation_relu"),
+        ),
+        "no class": (r"num_classes", loss(num_classes=0)),
+        "weight": (
+            r"weight: expected None with metric 'cosine'",
+            lambda: metafast.pairwise_distance(x, y, "cosine", weight=ones),
+        ),
+        "weight size": (
+            r"weight: expected shape \[D\] = \[5\], got \[4\]",
+            lambda: metafast.pairwise_distance(x, y, weight=ones[:4]),
+        ),
+        "pair features": (r"y: .*features of x, 5, got 3", lambda: metafast.pairwise_distance(x, y[..., :3])),
+        "one dimension": (r"x: expected 2 dimensions", lambda: metafast.pairwise_distance(x[0, 0], y)),
+        "prototype label": (r"labels: .*got 7", lambda: metafast.prototypes(support, at(labels, 7), 4)),
+        "activation": (
+            r"activation: expected 'relu' or 'tanh', got 'gelu'",
+            lambda: metafast.relation_scores(query, support, ones, ones, ones, ones, activation="gelu"),
+        ),
+        "relation weight": (
+            r"weight: expected shape \[7, 10\], got \[7, 9\]",
+            relation(weight=torch.zeros(7, 9)),
+        ),
+        "relation output": (
+            r"out_weight: expected shape \[7\] or \[1, 7\]",
+            relation(out_weight=torch.zeros(7, 1)),
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", failing_calls())
+def test_errors_say_what_was_expected(case: str) -> None:
+    message, call = failing_calls()[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# --- the doors ------------------------------------------------------------------------------------------
+
+
+def test_trace_doors() -> None:
+    x, y = torch.randn(4, 3), torch.randn(2, 3)
+
+    def total(x: Tensor) -> Tensor:
+        return metafast.pairwise_distance(x, y).sum()
+
+    with metafast.trace_doors() as doors:
+        total(x)
+        torch.func.grad(total)(x)
+        torch.func.jvp(total, (x,), (x,))
+    total(x)
+    assert doors == [("pairwise", "op"), ("pairwise", "function"), ("pairwise", "reference")]
+
+
+def test_vmap_gives_each_episode_its_own_loss() -> None:
+    args = episode(tasks=3)
+    losses = torch.vmap(lambda *args: metafast.prototypical_loss(*args, 4))(*args)
+    expected = torch.stack([metafast.prototypical_loss(*(arg[t] for arg in args), 4) for t in range(3)])
+    assert_close(losses, expected, torch.float64)
+
+
+def test_weight_gradient_of_each_vmapped_example() -> None:
+    x, y, weight = torch.randn(3, 4, 5, **DOUBLE), torch.randn(2, 5, **DOUBLE), torch.rand(5, **DOUBLE)
+
+    def total(weight: Tensor, x: Tensor) -> Tensor:
+        return metafast.pairwise_distance(x, y, weight=weight).square().sum()
+
+    grads = torch.vmap(torch.func.grad(total), (None, 0))(weight, x)
+    assert_close(grads, torch.stack([torch.func.grad(total)(weight, one) for one in x]), torch.float64)
+
+
+def test_tensor_subclass() -> None:
+    one, two = torch.randn(4, 3, **DOUBLE), torch.randn(4, 3, **DOUBLE)
+    y = torch.randn(2, 3, **DOUBLE)
+    pair = TwoTensor(one, two).requires_grad_()  # runs every op on both tensors
+    out = metafast.pairwise_distance(pair, TwoTensor(y, y))
+    assert_close([out.a, out.b], [metafast.pairwise_distance(t, y) for t in (one, two)], torch.float64)
+    (grad,) = torch.autograd.grad(out.sum(), pair)
+    (expected,) = torch.autograd.grad(metafast.pairwise_distance(two.requires_grad_(), y).sum(), two)
+    assert_close(grad.b, expected, torch.float64)
+
+
+def test_the_loss_holds_no_query_by_class_by_feature_tensor() -> None:
+    args = [arg.requires_grad_(arg.is_floating_point()) for arg in episode(way=20, query=30)]
+    of_pairs = 20 * args[2].numel() * args[2].element_size()
+    largest = []
+    for module in (metafast, metafast.reference):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            module.prototypical_loss(*args, 20).backward()
+        largest.append(max(event.cpu_memory_usage for event in profile.events()))
+    assert largest[0] < of_pairs / 2
+    assert largest[1] >= of_pairs  # so the measurement sees such a tensor

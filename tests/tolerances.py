@@ -1,0 +1,30 @@
+"""How far a result may be from the float64 reference on the same inputs, by dtype, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# (rtol, atol)
+TOLERANCES = {
+    # Sums of a few hundred terms of order 1 in another order: some hundred units in the last place.
+    torch.float64: (1e-10, 1e-11),
+    torch.float32: (1e-4, 1e-5),
+    # Computed in float32 and rounded once on the way out, half a unit in the last place (2^-11 and 2^-8); a
+    # gradient also starts from a forward result that was rounded. Twice a unit covers both.
+    torch.float16: (2e-3, 2e-3),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+}
+
+
+def assert_close(actual: Any, expected: Any, dtype: torch.dtype) -> None:
+    """Compares tensors, or sequences of them, with float64 ones."""
+    if isinstance(actual, Tensor):
+        actual, expected = [actual], [expected]
+    rtol, atol = TOLERANCES[dtype]
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(
+            one.cpu().double(), other.cpu().double(), rtol=rtol, atol=atol, equal_nan=True
+        )
