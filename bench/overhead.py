@@ -1,0 +1,201 @@
+"""What a call costs beside its kernel, in microseconds: by entry point, by kind of autograd function.
+
+The call that is timed works on a few numbers, so that its kernel takes some ten nanoseconds and all the rest
+is the call. Beside it stand the same call on a 5-way 1-shot episode of 64 features, whose kernel takes a few
+microseconds, and operations of torch for scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metafast
+from bench._harness import Clock, Plan, Report, interleave, parse
+from metafast import _C
+
+ops = torch.ops.metafast
+
+BUDGET_US = 6.0  # what an eager call may cost over its kernel
+
+
+CHOSEN = ("pybind typed entry", "C++ Function")  # what metafast does
+RIVALS = (
+    "torch.ops, .default",
+    "torch.ops, packet",
+    "ctx-style Python Function",
+    "setup_context Python Function",
+)
+
+
+# --- the same kernels under Python autograd functions -------------------------------------------------------
+
+
+class CtxFunction(torch.autograd.Function):
+    """The older style: forward saves. It cannot be used inside torch.func."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, metric: str) -> Tensor:
+        out = _C.pairwise(x, y, None, None, metric)
+        ctx.save_for_backward(x, y, out)
+        ctx.metric = metric
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, out = ctx.saved_tensors
+        grads = ops.pairwise_backward.default(grad, x, y, None, None, out, ctx.metric)
+        return grads[0], grads[1], None
+
+
+class SetupContextFunction(torch.autograd.Function):
+    """The style that composes with torch.func."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, metric: str) -> Tensor:
+        return _C.pairwise(x, y, None, None, metric)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, ctx.metric = inputs
+        ctx.save_for_backward(x, y, output)
+
+    backward = staticmethod(CtxFunction.backward)
+
+
+# --- what is timed -----------------------------------------------------------------------------------------
+
+Calls = dict[str, Callable[[], object]]
+
+
+def pairwise_calls(x: Tensor, y: Tensor) -> dict[str, Calls]:
+    gx, gy = x.clone().requires_grad_(), y.clone().requires_grad_()
+    out = _C.pairwise(x, y, None, None, "sqeuclidean")
+    grad = torch.ones_like(out)
+
+    entries: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "pybind typed entry": lambda x, y: _C.pairwise(x, y, None, None, "sqeuclidean"),
+        "torch.ops, .default": lambda x, y: ops.pairwise.default(x, y, None, None, "sqeuclidean"),
+        "torch.ops, packet": lambda x, y: ops.pairwise(x, y, None, None, "sqeuclidean"),
+        "metafast.pairwise_distance": metafast.pairwise_distance,
+    }
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "C++ Function": entries["pybind typed entry"],
+        "ctx-style Python Function": lambda x, y: CtxFunction.apply(x, y, "sqeuclidean"),
+        "setup_context Python Function": lambda x, y: SetupContextFunction.apply(x, y, "sqeuclidean"),
+        "metafast.pairwise_distance": metafast.pairwise_distance,
+    }
+
+    def with_backward(forward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(gx, gy), (gx, gy), grad)
+
+    return {
+        "pairwise, no gradient": {n: lambda f=f: f(x, y) for n, f in entries.items()}
+        | {"torch.cdist": lambda: torch.cdist(x, y), "torch.add": lambda: torch.add(x, x)},
+        "pairwise, requires_grad": {n: lambda f=f: f(gx, gy) for n, f in functions.items()}
+        | {"torch.cdist": lambda: torch.cdist(gx, gy), "torch.add": lambda: torch.add(gx, gx)},
+        "pairwise, forward + backward": {n: with_backward(f) for n, f in functions.items()}
+        | {
+            "torch.cdist": with_backward(torch.cdist),
+            "torch.mul": lambda: torch.autograd.grad(torch.mul(gx, gx), gx, x),
+        },
+        "pairwise_backward op alone": {
+            "torch.ops, .default": lambda: ops.pairwise_backward.default(
+                grad, x, y, None, None, out, "sqeuclidean"
+            )
+        },
+    }
+
+
+def classify_calls(
+    support: Tensor, labels: Tensor, query: Tensor, query_labels: Tensor, way: int
+) -> dict[str, Calls]:
+    gs, gq = support.clone().requires_grad_(), query.clone().requires_grad_()
+    options = (query_labels, None, way, "prototypical", "sqeuclidean", 1.0, 1)
+
+    entries: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "pybind typed entry": lambda s, q: _C.classify(s, labels, q, *options),
+        "torch.ops, .default": lambda s, q: ops.classify.default(s, labels, q, *options)[0],
+        "torch.ops, packet": lambda s, q: ops.classify(s, labels, q, *options)[0],
+        "metafast.prototypical_loss": lambda s, q: metafast.prototypical_loss(
+            s, labels, q, query_labels, way
+        ),
+    }
+    return {
+        "prototypical loss, no gradient": {n: lambda f=f: f(support, query) for n, f in entries.items()},
+        "prototypical loss, requires_grad": {n: lambda f=f: f(gs, gq) for n, f in entries.items()},
+        "prototypical loss, forward + backward": {
+            n: lambda f=f: torch.autograd.grad(f(gs, gq), (gs, gq)) for n, f in entries.items()
+        },
+        "prototypes": {
+            "pybind typed entry": lambda: _C.prototypes(support, labels, way),
+            "torch.ops, .default": lambda: ops.prototypes.default(support, labels, way),
+            "torch.ops, packet": lambda: ops.prototypes(support, labels, way),
+            "metafast.prototypes": lambda: metafast.prototypes(support, labels, way),
+        },
+    }
+
+
+def groups(device: torch.device, way: int, queries: int, features: int) -> dict[str, Calls]:
+    support, query = torch.randn(way, features, device=device), torch.randn(queries, features, device=device)
+    labels = torch.arange(way, device=device)
+    query_labels = torch.arange(queries, device=device) % way
+    return pairwise_calls(query, support) | classify_calls(support, labels, query, query_labels, way)
+
+
+def measure(groups: dict[str, Calls], clock: Clock, plan: Plan, only: str) -> dict[str, dict[str, float]]:
+    return {
+        group: {n: statistics.median(s) * 1e6 for n, s in interleave(calls, clock, plan).items()}
+        for group, calls in groups.items()
+        if only in group
+    }
+
+
+def conclusions(tiny: dict[str, dict[str, float]]) -> list[str]:
+    """The choice in the code against its rivals here."""
+    lines = []
+    for group, times in tiny.items():
+        rivals = {name: times[name] for name in RIVALS if name in times}
+        choice = next((name for name in CHOSEN if name in times), None)
+        if choice is None:
+            continue
+        best = min((choice, *rivals), key=times.__getitem__)
+        verdict = "the cheapest" if best == choice else f"NOT the cheapest, which is {best}"
+        others = ", ".join(f"{name} {t - times[choice]:+.2f} us" for name, t in rivals.items())
+        lines.append(f"{group}: {choice}, {verdict} ({others})")
+    return lines
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)  # nothing here is large enough for two
+    clock = Clock(options.device)
+    quick, full = Plan(sample_s=0.002, variant_s=0.1), Plan(sample_s=0.005, variant_s=1.0, max_rounds=101)
+    plan = quick if options.quick else full
+    report = Report("overhead", options)
+    tiny = measure(groups(options.device, 2, 2, 4), clock, plan, options.only)
+    episode = measure(groups(options.device, 5, 75, 64), clock, plan, options.only)
+    for group, times in tiny.items():
+        print(f"\n{group}\n  {'us per call':<32} {'2-way D=4':>10} {'5-way D=64':>10}")
+        for name, microseconds in times.items():
+            print(f"  {name:<32} {microseconds:10.2f} {episode[group][name]:10.2f}")
+            report.results.append(
+                {"group": group, "name": name, "tiny_us": microseconds, "episode_us": episode[group][name]}
+            )
+    print("\nthe code's choice, on the tiny call:")
+    lines = conclusions(tiny)
+    print("\n".join(f"  {line}" for line in lines))
+    print(f"\nbudget of a call over its kernel: {BUDGET_US:g} us")
+    for group, times in tiny.items():
+        for name in (n for n in times if n.startswith("metafast.") and "backward" not in group):
+            word = "met   " if times[name] <= BUDGET_US else "MISSED"
+            print(f"  {word} {group}, {name}: {times[name]:.2f} us")
+    report.write(choices=lines)
+
+
+if __name__ == "__main__":
+    main(parse("overhead", __doc__))
