@@ -1,0 +1,165 @@
+"""The state of a training run on disk: one safetensors file per checkpoint, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+_FORMAT = "metafast-checkpoint-1"
+_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        step: training steps done.
+        config: what the writer passed, for example the options that rebuild the method.
+        tensors: ``model.<name>``, ``optimizer.<parameter>.<name>`` and ``rng.<device>``.
+        optimizer: the optimizer's parameter groups and the state that is no tensor.
+        scheduler: the scheduler's state, ``None`` without one.
+    """
+
+    step: int
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """Raises ``ValueError`` when the file is no checkpoint of metafast."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return cls(tensors=tensors, **json.loads(metadata["state"]))
+
+    def restore_model(self, model: nn.Module) -> None:
+        model.load_state_dict(self._under("model."))
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+        """Puts everything back, random number generators included: training goes on bit for bit."""
+        self.restore_model(model)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state = {int(index): dict(values) for index, values in self.optimizer["state"].items()}
+        for name, tensor in self._under("optimizer.").items():
+            index, _, key = name.partition(".")
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:  # the file is row-major; keep the parameter's memory layout
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            state[int(index)][key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": self.optimizer["param_groups"]})
+        if scheduler is not None:
+            scheduler.load_state_dict(self.scheduler)
+        torch.set_rng_state(self.tensors["rng.cpu"])
+        if "rng.cuda" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["rng.cuda"])
+
+    def _under(self, prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        directory: where they lie, as ``step-00000600.safetensors``; made when the first is written.
+        every: steps between two.
+        keep: how many of the latest remain.
+        config: kept in every file, anything that JSON can hold.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, every: int, keep: int = 2, config: Mapping[str, Any]
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.directory = Path(directory)
+        self.every = every
+        self.keep = keep
+        self.config = dict(config)
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> Path:
+        """Writes the state after ``step`` steps, then removes the oldest."""
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        packed = optimizer.state_dict()
+        plain: dict[int, dict[str, Any]] = {}
+        for index, values in packed["state"].items():
+            plain[index] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+            for key in values.keys() - plain[index].keys():
+                tensors[f"optimizer.{index}.{key}"] = values[key]
+        state = {
+            "step": step,
+            "config": self.config,
+            "optimizer": {"state": plain, "param_groups": packed["param_groups"]},
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+        }
+        path = self.directory / f"step-{step:08d}.safetensors"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _write(path, tensors, {"format": _FORMAT, "state": json.dumps(state)})
+        for old in list_checkpoints(self.directory)[: -self.keep]:
+            old.unlink()
+        return path
+
+    def latest(self) -> Checkpoint | None:
+        """The last complete checkpoint; ``None`` when there is none yet."""
+        paths = list_checkpoints(self.directory)
+        return Checkpoint.read(paths[-1]) if paths else None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first; none when there is no such folder."""
+    return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """``path`` itself when it is a file, the latest checkpoint in it when it is a run's folder.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if paths := list_checkpoints(path):
+        return paths[-1]
+    raise FileNotFoundError(f"{path}: expected a checkpoint, or a folder with step-*.safetensors in it")
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A kill at any moment leaves a whole file or none: the name is given once the bytes are on disk."""
+    partial = path.with_suffix(_PARTIAL)
+    # The format wants each tensor row-major, in memory of its own.
+    copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    save_file(copies, partial, metadata)
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

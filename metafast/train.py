@@ -1,0 +1,121 @@
+"""The training loop: any method, any stream of episodes; resumable bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from metafast.checkpoint import Checkpoints
+from metafast.data import Episodes
+from metafast.evaluate import accuracy
+from metafast.methods import Method
+from metafast.progress import Progress
+
+
+def train(
+    method: Method,
+    batches: Callable[[int], Episodes],
+    *,
+    steps: int,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    autocast: torch.dtype | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
+    log: Path | None = None,
+    log_every: int = 20,
+) -> None:
+    """Trains ``method`` in place for ``steps`` steps of ``optimizer``.
+
+    Args:
+        batches: the episodes of step 0, 1, ...: a function of the step alone, such as
+            ``EpisodeSampler(...).batch``, so that a resumed run sees the episodes it would have seen.
+        scheduler: stepped once after every step of the optimizer.
+        autocast: the lower precision to train in, such as ``torch.bfloat16``; ``None``: as the weights are.
+        checkpoints: where and how often the state is saved; also after the last step.
+        resume: continue from the latest of ``checkpoints``, with the bits that an unbroken run would have;
+            from the start if there is none yet.
+        log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the accuracy on
+            its episodes in evaluation mode, learning rate and speed. A resumed run drops the records after
+            its checkpoint and goes on from there.
+
+    Raises:
+        FloatingPointError: the loss is not finite. The step is logged and not taken, so that the weights stay
+            as they were.
+    """
+    for name, value in (("steps", steps), ("log_every", log_every)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if resume and checkpoints is None:
+        raise ValueError("resume: expected checkpoints to resume from, got none")
+
+    first = 0
+    if resume and (checkpoint := checkpoints.latest()) is not None:
+        checkpoint.restore(method, optimizer, scheduler)
+        first = checkpoint.step
+    journal = _Journal(log, keep_until=first)
+
+    device = next(method.parameters()).device.type
+    precision = torch.autocast(device, autocast, enabled=autocast is not None)
+    method.train()
+    started = time.perf_counter()
+    with Progress(first, steps) as progress:
+        for step in range(first, steps):
+            episodes = batches(step)
+            with precision:
+                loss = method.loss(episodes)
+            value = loss.item()
+            done = step + 1
+            if not math.isfinite(value):
+                journal.write(step=done, error="the loss is not finite", loss=str(value))
+                raise FloatingPointError(f"the loss of step {done} is {value}: training stopped before it")
+            optimizer.zero_grad()
+            loss.backward()
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            progress.advance(loss=value, episodes=len(episodes.query))
+
+            if done % log_every == 0 or done == steps:
+                with precision:
+                    right = float(accuracy(method, episodes).mean())
+                seconds = time.perf_counter() - started
+                rate = (done - first) * len(episodes.query) / seconds
+                journal.write(
+                    step=done, loss=value, accuracy=right, lr=lr, episodes_per_second=rate, seconds=seconds
+                )
+                progress.report(accuracy=right)
+            if checkpoints is not None and (done % checkpoints.every == 0 or done == steps):
+                checkpoints.save(done, method, optimizer, scheduler)
+
+
+class _Journal:
+    """A file of JSON lines, cut back on opening to the records up to a step; nothing without a path."""
+
+    def __init__(self, path: Path | None, *, keep_until: int) -> None:
+        self._file = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+", encoding="utf-8", buffering=1)
+        # The run may have gone on after its checkpoint, and been killed in the middle of a line.
+        self._file.seek(0)
+        kept = 0
+        for line in self._file.readlines():
+            if not line.endswith("\n") or json.loads(line)["step"] > keep_until:
+                break
+            kept += len(line.encode())
+        self._file.truncate(kept)
+
+    def write(self, **record: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
