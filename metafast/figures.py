@@ -1,0 +1,121 @@
+"""Pictures of what a few-shot classifier does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from metafast.data import Episodes
+
+_RIGHT, _WRONG, _OTHER, _TEXT = "#0072b2", "#d55e00", "#7f7f7f", "#222222"  # told apart by the colour-blind
+_GAP = 0.35  # between the drawings and the table, in cells
+_CELL, _EDGE, _HEADER, _FOOTER, _NARROWEST = 0.42, 0.35, 0.95, 0.55, 7.6  # inches
+
+
+def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws the first episode: a column per support example, a row per query, shaded by probability.
+
+    Args:
+        episodes: images [T, S, ch, H, W] and [T, Q, ch, H, W], of which the first channel is drawn; one
+            support example per class, in the order of the classes.
+        log_probs: [T, Q, N], as :meth:`metafast.methods.Method.log_probs` gives them.
+        path: the file to write, of a kind that matplotlib knows; its folder is made if it is absent.
+        title: the first line of the picture.
+    """
+    probabilities = log_probs[0].float().exp().cpu()  # [Q, N]
+    labels = episodes.query_labels[0].tolist()
+    predicted = probabilities.argmax(-1).tolist()
+    queries, ways = probabilities.shape
+
+    axes = _table(ways, queries)
+    for column in range(ways):
+        _drawing(axes, episodes.support[0, column, 0], column, -1 - _GAP, _OTHER, width=0.8)
+    for row, (label, guess) in enumerate(zip(labels, predicted, strict=True)):
+        colour = _RIGHT if guess == label else _WRONG
+        _drawing(axes, episodes.query[0, row, 0], -1 - _GAP, row, colour, width=2.0)
+        for column in range(ways):
+            _cell(axes, float(probabilities[row, column]), column, row, colour if column == guess else _OTHER)
+        if guess != label:
+            axes.add_patch(_box(label, row, edgecolor=_TEXT, linewidth=1.4, linestyle=(0, (2, 1.5))))
+
+    right = sum(guess == label for label, guess in zip(labels, predicted, strict=True))
+    figure = axes.figure
+    _, top = figure.get_size_inches()
+    inches = {"transform": figure.dpi_scale_trans, "color": _TEXT, "va": "top"}
+    figure.text(_EDGE, top - 0.25, title, fontsize=14, fontweight="bold", **inches)
+    figure.text(
+        _EDGE,
+        top - 0.58,
+        f"{right} of {queries} queries right.  Columns: the labelled example of each class.  Rows: queries.  "
+        "Figures: p(class | query) in %.",
+        fontsize=9,
+        **inches,
+    )
+    missed = Patch(facecolor="white", edgecolor=_TEXT, linestyle="--", label="the right class, where missed")
+    figure.legend(
+        handles=[Patch(color=_RIGHT, label="right"), Patch(color=_WRONG, label="wrong"), missed],
+        loc="lower left",
+        bbox_to_anchor=(_EDGE - 0.1, 0.1),
+        bbox_transform=figure.dpi_scale_trans,
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def _table(ways: int, queries: int) -> Axes:
+    """Axes whose unit is a cell; row and column -1 - _GAP hold the drawings."""
+    columns, rows = ways + 1 + _GAP, queries + 1 + _GAP
+    width = max(_CELL * columns + 2 * _EDGE, _NARROWEST)
+    height = _HEADER + _CELL * rows + _FOOTER
+    figure = Figure(figsize=(width, height), facecolor="white")
+    axes = figure.add_axes(
+        (_EDGE / width, _FOOTER / height, _CELL * columns / width, _CELL * rows / height),
+        xlim=(-1 - _GAP, ways),
+        ylim=(queries, -1 - _GAP),
+    )
+    axes.axis("off")
+    return axes
+
+
+def _box(column: float, row: float, **style: object) -> Rectangle:
+    return Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, **{"facecolor": "none", **style})
+
+
+def _drawing(axes: Axes, image: Tensor, column: float, row: float, colour: str, *, width: float) -> None:
+    """image [H, W], ink = 1, in the cell at (column, row)."""
+    axes.imshow(
+        1 - image.cpu().numpy(),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        extent=(column + 0.04, column + 0.96, row + 0.96, row + 0.04),
+        interpolation="bilinear",
+    )
+    axes.add_patch(_box(column, row, edgecolor=colour, linewidth=width))
+
+
+def _cell(axes: Axes, probability: float, column: float, row: float, colour: str) -> None:
+    """A square whose shade is the probability, with the figure in it from half a per cent on."""
+    shade = tuple(1 - probability * (1 - channel) * 0.92 - 0.03 for channel in to_rgb(colour))
+    axes.add_patch(_box(column, row, facecolor=shade, edgecolor="none"))
+    if probability >= 0.005:
+        ink = "white" if probability > 0.5 else _TEXT
+        axes.text(
+            column + 0.5,
+            row + 0.52,
+            f"{100 * probability:.0f}",
+            fontsize=6.5,
+            color=ink,
+            ha="center",
+            va="center",
+        )
