@@ -19,11 +19,10 @@ from hypothesis import settings
 from metafast import _doors
 
 ROOT = Path(__file__).resolve().parent.parent
+EMULATED = ROOT / "build" / "emulated"
 
 settings.register_profile("metafast", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("metafast")
-
-gpu = pytest.mark.gpu
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,20 +34,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @cache
-def emulated_library() -> Any:
-    """torch.ops.metafast_emulated: the CUDA kernels on CPU tensors, under tests/cuda_emulator."""
+def _build_emulated() -> str:
+    """Builds build/emulated/metafast_emulated.so; returns what the compiler said where it could not."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool, path=path) is None]
     if missing:
         pytest.skip(f"the emulated kernels cannot be built: no {', '.join(missing)} on PATH")
-    build = ROOT / "build" / "emulated"
     options = ["METAFAST_EMULATED=ON", "METAFAST_CUDA=OFF", f"Python_EXECUTABLE={sys.executable}"]
-    environment = {**os.environ, "PATH": path}
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *(f"-D{o}" for o in options)]
-    for command in (configure, ["cmake", "--build", str(build), "--target", "metafast_emulated"]):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
-    torch.ops.load_library(str(build / "metafast_emulated.so"))
+    configure = ["cmake", "-S", str(ROOT), "-B", str(EMULATED), "-G", "Ninja", *(f"-D{o}" for o in options)]
+    for command in (configure, ["cmake", "--build", str(EMULATED), "--target", "metafast_emulated"]):
+        result = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        if result.returncode != 0:
+            return f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
+    torch.ops.load_library(str(EMULATED / "metafast_emulated.so"))
+    return ""
+
+
+def emulated_library() -> Any:
+    """torch.ops.metafast_emulated: the CUDA kernels on CPU tensors, under tests/cuda_emulator."""
+    error = _build_emulated()
+    if error:
+        pytest.fail(error, pytrace=False)
     return torch.ops.metafast_emulated
 
 
@@ -65,7 +71,7 @@ def _typed(ops: Any) -> SimpleNamespace:
     return SimpleNamespace(**{name: entry(name) for name in ("prototypes", "pairwise", "classify")})
 
 
-@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=gpu)])
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The tensors' device, while metafast runs its CPU kernels, its emulated or its real CUDA kernels."""
     if request.param == "emulated":
