@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from statistics import median
 
@@ -14,12 +15,14 @@ from torch import Tensor
 import metafast
 from metafast import reference
 from metafast.cli import main
-from metafast.data import EpisodeSampler, omniglot
+from metafast.data import Episodes, EpisodeSampler, omniglot
+from metafast.evaluate import accuracy
 from metafast.figures import draw_episode
 from metafast.jobs import LOG, load_method
 from metafast.sources import describe, load_classes
 
 _ROUNDS = 31
+_CANDIDATES = 21  # episodes, of which one is drawn
 
 
 def demo(out: Path) -> None:
@@ -89,8 +92,11 @@ def _medians(
 
 @torch.no_grad()
 def _draw(run: Path, ways: int, path: Path) -> None:
+    """The median episode of some, by accuracy: neither the best nor the worst of them."""
     method, options = load_method(run)
-    sampler = EpisodeSampler(load_classes(options, "test"), ways=ways, shots=1, queries=1, tasks=1, seed=2)
-    episodes = sampler.batch(0)
-    title = f"One {ways}-way 1-shot episode of {describe(options)} test"
-    draw_episode(episodes, method.log_probs(episodes), path, title=title)
+    classes = load_classes(options, "test")
+    drawn = EpisodeSampler(classes, ways=ways, shots=1, queries=1, tasks=_CANDIDATES, seed=2).batch(0)
+    middle = accuracy(method, drawn).argsort(stable=True)[_CANDIDATES // 2]
+    typical = Episodes(*(tensor[middle : middle + 1] for tensor in astuple(drawn)))
+    title = f"A typical {ways}-way 1-shot episode of {describe(options)} test"
+    draw_episode(typical, method.log_probs(typical), path, title=title)

@@ -15,7 +15,7 @@ from metafast.data import Episodes
 
 _RIGHT, _WRONG, _OTHER, _TEXT = "#0072b2", "#d55e00", "#7f7f7f", "#222222"  # told apart by the colour-blind
 _GAP = 0.35  # between the drawings and the table, in cells
-_CELL, _EDGE, _HEADER, _FOOTER, _NARROWEST = 0.42, 0.35, 0.95, 0.55, 7.6  # inches
+_CELL, _LARGEST_CELL, _EDGE, _HEADER, _FOOTER, _NARROWEST = 0.42, 0.6, 0.35, 0.95, 0.55, 7.6  # inches
 
 
 def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[str], *, title: str) -> None:
@@ -74,11 +74,12 @@ def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[
 def _table(ways: int, queries: int) -> Axes:
     """Axes whose unit is a cell; row and column -1 - _GAP hold the drawings."""
     columns, rows = ways + 1 + _GAP, queries + 1 + _GAP
-    width = max(_CELL * columns + 2 * _EDGE, _NARROWEST)
-    height = _HEADER + _CELL * rows + _FOOTER
+    cell = min(max((_NARROWEST - 2 * _EDGE) / columns, _CELL), _LARGEST_CELL)
+    width = max(cell * columns + 2 * _EDGE, _NARROWEST)
+    height = _HEADER + cell * rows + _FOOTER
     figure = Figure(figsize=(width, height), facecolor="white")
     axes = figure.add_axes(
-        (_EDGE / width, _FOOTER / height, _CELL * columns / width, _CELL * rows / height),
+        (_EDGE / width, _FOOTER / height, cell * columns / width, cell * rows / height),
         xlim=(-1 - _GAP, ways),
         ylim=(queries, -1 - _GAP),
     )
