@@ -1,324 +1,7 @@
-// CPU kernel of the inner loop. A group of tasks, one per lane (or a single task, its examples in the lanes), goes
-// through all its steps and back before the next begins, in memory of the thread that fits its cache: the parameters
-// of each step, never activations of more than one.
-//
-// The way back from v = dL/dtheta_K needs no graph: for k = K-1, ..., 0
-//   M = dL/dm_{k+1} = momentum M - lr v,   v += H_k M,   grad_lr -= v m_{k+1},
-// where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start.
-#include "inner_loop/network.h"
+// CPU kernels of the inner loop family.
+#include "inner_loop/adaptation.h"
 
 namespace metafast::METAFAST_ISA {
-namespace {
-
-template <class Layout, typename T>
-class Adaptation {
- public:
-  static void run(const InnerLoop<T>& p, int64_t begin, int64_t end) {
-    Arena<T> counter;
-    Adaptation(p, counter);
-    Arena<T> arena(static_cast<T*>(thread_memory(counter.bytes())));
-    Adaptation adaptation(p, arena);
-    adaptation.load_shared();
-    for (int64_t item = begin; item < end; ++item) adaptation.run_item(item);
-  }
-
- private:
-  const InnerLoop<T>& p_;
-  const bool trajectory_, reverses_, keeps_buffers_;
-  Batch<Layout, T> support_, query_;
-  Network<Layout, T> network_;
-  const int64_t vectors_;
-  T* theta_;        // [K + 1, vectors] with a trajectory, else [1, vectors], overwritten step by step
-  T* buffers_;      // momentum m_1, ..., m_K, [K, vectors], or [1, vectors], or null
-  T* v_;            // [vectors], dL/dtheta
-  T* m_;            // [vectors], dL/dm
-  T* elements_;     // learning rates of elements, or null
-  T* grad_shared_;  // [vectors], sum of v over groups, or null
-  T* grad_elements_;  // [vectors], gradient of `elements`, or null
-  T* grad_rates_;   // [K, L], in lanes, gradient of `rates`, or null
-  T* scratch_;      // [vectors] in rows of kLanes
-  Vec<T> losses_, total_loss_, task_weights_;
-  int64_t first_;   // of the tasks of the group
-  int tasks_;       // of the group
-  Vec<T> in_use_;   // 1 in lanes of tasks, 0 elsewhere
-
-  Adaptation(const InnerLoop<T>& p, Arena<T>& arena)
-      : p_(p),
-        trajectory_(p.keeps_trajectory()),
-        reverses_(trajectory_ && !p.sgd.first_order),
-        keeps_buffers_(p.lr_gradient() && p.backward),
-        support_(arena, p.mlp, p.support),
-        query_(arena, p.mlp, p.query),
-        network_(arena, p.mlp, std::max(p.support.count, p.query.count), reverses_,
-                 p.support.grad_x != nullptr || p.query.grad_x != nullptr),
-        vectors_(network_.vectors()),
-        theta_(arena.take((trajectory_ ? p.sgd.steps + 1 : 1) * vectors_)),
-        buffers_(arena.take_if(keeps_buffers_ || p.sgd.momentum != 0, (keeps_buffers_ ? p.sgd.steps : 1) * vectors_)),
-        v_(arena.take_if(p.backward, vectors_)),
-        m_(arena.take_if(trajectory_, vectors_)),
-        elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
-        grad_shared_(arena.take_if(p.sums.params >= 0, vectors_)),
-        grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
-        grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)),
-        scratch_(arena.take(vectors_ + kLanes<T>)) {}
-
-  T* theta(int64_t k) const { return theta_ + (trajectory_ ? k : 0) * vectors_ * kLanes<T>; }
-  T* buffer(int64_t k) const { return buffers_ + (keeps_buffers_ ? k - 1 : 0) * vectors_ * kLanes<T>; }  // m_k
-
-  Vec<T> rate(int64_t k, int l, int64_t i) const {
-    if (elements_ != nullptr) return Layout::shared(elements_, i);
-    return broadcast(p_.sgd.rates[k * p_.sgd.step_stride + l * p_.sgd.layer_stride]);
-  }
-
-  void load_shared() {
-    if (elements_ != nullptr) load_parameters(p_.sgd.elements, [&](int64_t i, T value) { shared_element(elements_, i) = value; });
-  }
-
-  // --- parameters: from and to the caller's tensors ------------------------------------------------------------
-
-  // f(scalar index of vector i within row o of layer l) : rows are [I + 1] tasks wide, padded
-  template <class F>
-  void load_parameters(const T* const* params, const F& f) const {
-    for (int l = 0; l < p_.mlp.layers; ++l) {
-      const int64_t inputs = p_.mlp.widths[l];
-      for (int64_t o = 0; o < p_.mlp.widths[l + 1]; ++o) {
-        const int64_t row = network_.offset(l) * kUnit + o * network_.cols(l) * kUnit;
-        for (int64_t i = 0; i < inputs; ++i) f(row + i, params[2 * l][o * inputs + i]);
-        f(row + inputs, params[2 * l + 1][o]);
-      }
-    }
-  }
-  // Parameters per vector.
-  static constexpr int64_t kUnit = Layout::kTransposes ? kLanes<T> : 1;
-  static T& shared_element(T* array, int64_t i) { return array[i]; }
-
-  void load_theta() {
-    const Mlp<T>& mlp = p_.mlp;
-    T* theta = this->theta(0);
-    if (Layout::kTransposes) std::fill_n(theta, vectors_ * kLanes<T>, T(0));
-    if (mlp.shared) {
-      load_parameters(mlp.params, [&](int64_t i, T value) {
-        if constexpr (Layout::kTransposes) {
-          theta[i] = value;
-        } else {
-          store(theta + i * kLanes<T>, broadcast(value));
-        }
-      });
-    } else {
-      load_tasks(mlp.params, theta);
-    }
-  }
-
-  // Calls f(array of a parameter, its elements per task, first element, number of elements, their place in theta) for
-  // every run of elements that are neighbours in both.
-  template <class Pointer, class F>
-  void for_each_run(const Pointer* params, const F& f) const {
-    for (int l = 0; l < p_.mlp.layers; ++l) {
-      const int64_t inputs = p_.mlp.widths[l], outputs = p_.mlp.widths[l + 1];
-      const int64_t pitch = network_.cols(l) * kLanes<T>;
-      const int64_t start = network_.offset(l) * kLanes<T>;
-      for (int64_t o = 0; o < outputs; ++o) {
-        f(params[2 * l], inputs * outputs, o * inputs, inputs, start + o * pitch);
-        f(params[2 * l + 1], outputs, o, int64_t{1}, start + o * pitch + inputs * Layout::kTasks);
-      }
-    }
-  }
-
-  void load_tasks(const T* const* params, T* theta) const {
-    for_each_run(params, [&](const T* in, int64_t size, int64_t begin, int64_t n, int64_t place) {
-      if constexpr (Layout::kTransposes) {
-        std::copy_n(in + first_ * size + begin, n, theta + place);
-      } else {
-        gather_lanes(in + first_ * size + begin, size, tasks_, n, theta + place);
-      }
-    });
-  }
-
-  void store_tasks(const T* theta, T* const* params) const {
-    for_each_run(params, [&](T* out, int64_t size, int64_t begin, int64_t n, int64_t place) {
-      if constexpr (Layout::kTransposes) {
-        std::copy_n(theta + place, n, out + first_ * size + begin);
-      } else {
-        scatter_lanes(theta + place, size, tasks_, n, out + first_ * size + begin);
-      }
-    });
-  }
-
-  // The sum over lanes (tasks) of every parameter, into `out`, in the order of the caller's tensors.
-  void store_sum(T* array, T* out) {
-    const T* sums = array;
-    if constexpr (!Layout::kTransposes) {
-      for (int64_t i = 0; i < vectors_; i += kLanes<T>) {
-        Vec<T> block[kLanes<T>];
-        for (int64_t j = 0; j < kLanes<T>; ++j) block[j] = i + j < vectors_ ? load(array + (i + j) * kLanes<T>) : Vec<T>{};
-        transpose<T>(block);
-        for (int t = 1; t < kLanes<T>; ++t) block[0] += block[t];
-        store(scratch_ + i, block[0]);
-      }
-      sums = scratch_;
-    }
-    for (int l = 0; l < p_.mlp.layers; ++l) {
-      const int64_t inputs = p_.mlp.widths[l], outputs = p_.mlp.widths[l + 1];
-      T *weight = out, *bias = out + inputs * outputs;
-      for (int64_t o = 0; o < outputs; ++o) {
-        const T* row = sums + (network_.offset(l) + o * network_.cols(l)) * kUnit;
-        std::copy_n(row, inputs, weight + o * inputs);
-        bias[o] = row[inputs];
-      }
-      out = bias + outputs;
-    }
-  }
-
-  // --- work items ----------------------------------------------------------------------------------------------
-
-  void run_item(int64_t item) {
-    const int64_t begin = item * p_.tasks_per_item(), end = std::min(p_.tasks, begin + p_.tasks_per_item());
-    if (grad_shared_ != nullptr) clear(grad_shared_, vectors_);
-    if (grad_elements_ != nullptr) clear(grad_elements_, vectors_);
-    if (grad_rates_ != nullptr) clear(grad_rates_, p_.sgd.steps * p_.mlp.layers);
-    total_loss_ = Vec<T>{};
-    for (int64_t first = begin; first < end; first += Layout::kTasks) {
-      run_group(first, static_cast<int>(std::min<int64_t>(Layout::kTasks, end - first)));
-    }
-    if (p_.sums.rows == nullptr) return;
-    T* sums = p_.sums.rows + item * p_.sums.columns;
-    if (p_.sums.loss >= 0) sums[p_.sums.loss] = sum_of_lanes<T>(total_loss_);
-    if (grad_shared_ != nullptr) store_sum(grad_shared_, sums + p_.sums.params);
-    if (grad_elements_ != nullptr) store_sum(grad_elements_, sums + p_.sums.lr);
-    if (grad_rates_ != nullptr) {
-      for (int64_t i = 0; i < p_.sgd.steps * p_.mlp.layers; ++i) {
-        sums[p_.sums.lr + i] = sum_of_lanes<T>(load(grad_rates_ + i * kLanes<T>));
-      }
-    }
-  }
-
-  void run_group(int64_t first, int tasks) {
-    first_ = first;
-    tasks_ = tasks;
-    in_use_ = Vec<T>{};
-    task_weights_ = losses_ = Vec<T>{};
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      const int task = Layout::kTransposes ? 0 : lane;
-      if (task >= tasks) continue;
-      in_use_[lane] = 1;
-      const T weight = p_.task_weights ? p_.task_weights[(first + task) * p_.task_weight_stride] : T(1);
-      task_weights_[lane] = p_.loss_scale * weight;
-    }
-    support_.load_tasks(p_.support, first, tasks);
-    load_theta();
-    if (p_.has_query()) query_.load_tasks(p_.query, first, tasks);
-    if (p_.backward) start_backward();
-
-    if (!trajectory_ && p_.has_query() && p_.sgd.steps == 0) query_step(0, 1);
-    const bool adapts = trajectory_ || p_.has_query() || p_.adapted[0] != nullptr;
-    for (int64_t k = 0; k < p_.sgd.steps && adapts; ++k) {
-      step(k);
-      if (!trajectory_) query_after(k + 1);
-    }
-    if (p_.adapted[0] != nullptr) store_tasks(theta(p_.sgd.steps), p_.adapted);
-    if (trajectory_) {
-      for (int64_t k = p_.sgd.steps - 1; k >= 0; --k) {
-        query_after(k + 1);
-        step_back(k);
-      }
-    }
-    finish();
-  }
-
-  void start_backward() {
-    clear(v_, vectors_);
-    if (p_.grad_adapted[0] != nullptr) load_tasks(p_.grad_adapted, v_);
-    if (m_ != nullptr) clear(m_, vectors_);
-  }
-
-  void finish() {
-    const Vec<T> weighted = in_use_ > Vec<T>{} ? losses_ * task_weights_ : Vec<T>{};
-    total_loss_ += weighted;
-    if (p_.losses != nullptr) {
-      if constexpr (Layout::kTransposes) {
-        p_.losses[first_] = sum_of_lanes<T>(losses_);
-      } else {
-        for (int t = 0; t < tasks_; ++t) p_.losses[first_ + t] = losses_[t];
-      }
-    }
-    if (!p_.backward) return;
-    if (p_.grad_params[0] != nullptr) store_tasks(v_, p_.grad_params);
-    if (grad_shared_ != nullptr) {
-      for (int64_t i = 0; i < vectors_; ++i) add_in_use(grad_shared_ + i * kLanes<T>, load(v_ + i * kLanes<T>));
-    }
-    store_examples(p_.support, support_);
-    store_examples(p_.query, query_);
-  }
-
-  void store_examples(const Examples<T>& examples, const Batch<Layout, T>& batch) const {
-    if (examples.grad_x) batch.store_tasks(batch.grad_x, batch.features, first_, tasks_, examples.grad_x);
-    if (examples.grad_y) batch.store_tasks(batch.grad_y, batch.outputs, first_, tasks_, examples.grad_y);
-  }
-
-  // --- steps ---------------------------------------------------------------------------------------------------
-
-  void step(int64_t k) {
-    const T momentum = k > 0 ? p_.sgd.momentum : T(0);
-    const T *theta = this->theta(k), *old_buffer = momentum != 0 ? buffer(k) : nullptr;
-    T *next = this->theta(k + 1), *new_buffer = buffers_ ? buffer(k + 1) : nullptr;
-    network_.forward(theta, support_);
-    network_.backward(theta, without_gradients(support_), Vec<T>{} + 1,
-                      [&](int l, int64_t i, Vec<T> grad) __attribute__((always_inline)) {
-                        if (old_buffer != nullptr) grad += momentum * load(old_buffer + i * kLanes<T>);
-                        if (new_buffer != nullptr) store(new_buffer + i * kLanes<T>, grad);
-                        store(next + i * kLanes<T>, load(theta + i * kLanes<T>) - rate(k, l, i) * grad);
-                      });
-  }
-
-  static Batch<Layout, T> without_gradients(Batch<Layout, T> batch) {
-    batch.grad_x = batch.grad_y = nullptr;
-    return batch;
-  }
-
-  // The query loss after k >= 1 steps, where it counts.
-  void query_after(int64_t k) {
-    if (!p_.has_query()) return;
-    const T weight = p_.step_weights ? p_.step_weights[k - 1] : T(k == p_.sgd.steps);
-    if (weight != 0) query_step(k, weight);
-  }
-
-  void query_step(int64_t k, T weight) {
-    network_.forward(theta(k), query_);
-    losses_ += weight * network_.loss(query_);
-    if (!p_.backward) return;
-    network_.backward(theta(k), query_, weight * task_weights_,
-                      [&](int, int64_t i, Vec<T> grad) __attribute__((always_inline)) {
-                        store(v_ + i * kLanes<T>, load(v_ + i * kLanes<T>) + grad);
-                      });
-  }
-
-  void step_back(int64_t k) {
-    for (int l = 0; l < p_.mlp.layers; ++l) {
-      Vec<T> grad_rate{};
-      const T momentum = p_.sgd.momentum;
-      for (int64_t i = network_.offset(l); i < network_.offset(l + 1); ++i) {
-        const Vec<T> v = load(v_ + i * kLanes<T>);
-        if (keeps_buffers_) {
-          const Vec<T> product = v * load(buffer(k + 1) + i * kLanes<T>);
-          grad_rate -= product;
-          if (grad_elements_ != nullptr) add_in_use(grad_elements_ + i * kLanes<T>, -product);
-        }
-        store(m_ + i * kLanes<T>, momentum * load(m_ + i * kLanes<T>) - rate(k, l, i) * v);
-      }
-      if (grad_rates_ != nullptr) add_in_use(grad_rates_ + (k * p_.mlp.layers + l) * kLanes<T>, grad_rate);
-    }
-    if (!reverses_) return;
-    network_.hessian_product(theta(k), m_, support_, [&](int64_t i, Vec<T> product) __attribute__((always_inline)) {
-      store(v_ + i * kLanes<T>, load(v_ + i * kLanes<T>) + product);
-    });
-  }
-
-  // Adds lanes that hold a task; the others may hold anything.
-  void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + (in_use_ > Vec<T>{} ? v : Vec<T>{})); }
-  static void clear(T* array, int64_t vectors) { std::fill_n(array, vectors * kLanes<T>, T(0)); }
-};
-
-}  // namespace
 
 template <typename T>
 void run(const InnerLoop<T>& p, int64_t begin, int64_t end) {
@@ -329,7 +12,38 @@ void run(const InnerLoop<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-template void run(const InnerLoop<float>&, int64_t, int64_t);
-template void run(const InnerLoop<double>&, int64_t, int64_t);
+// One tensor's elements [begin, begin + count).
+template <typename T>
+void update(const SgdUpdate<T>& p, const typename SgdUpdate<T>::Item& item, int64_t begin, int64_t count) {
+  const T scalar_lr = item.lr_stride == 0 ? *item.lr : T(0);
+  for_vectors<T>(count, [&](auto part) __attribute__((always_inline)) {
+    const Vec<T> param = part.load(item.param + begin);
+    Vec<T> step = part.load(item.grad + begin) + p.weight_decay * param;
+    if (p.momentum != 0) {
+      const Vec<T> buffer = item.buffer ? p.momentum * part.load(item.buffer + begin) + step : step;
+      part.store(item.new_buffer + begin, buffer);
+      step = p.nesterov ? step + p.momentum * buffer : buffer;
+    }
+    const Vec<T> lr = item.lr_stride == 0 ? broadcast(scalar_lr) : part.load(item.lr + begin);
+    part.store(item.new_param + begin, param - lr * step);
+  });
+}
+
+template <typename T>
+void run(const SgdUpdate<T>& p, int64_t begin, int64_t end) {
+  int i = 0;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    while (chunk >= p.first_chunk[i + 1]) ++i;
+    const int64_t offset = (chunk - p.first_chunk[i]) * p.kChunk;
+    update(p, p.list[i], offset, std::min(p.kChunk, p.list[i].size - offset));
+  }
+}
+
+#define METAFAST_INSTANTIATE(Params)                         \
+  template void run(const Params<float>&, int64_t, int64_t); \
+  template void run(const Params<double>&, int64_t, int64_t);
+METAFAST_INSTANTIATE(InnerLoop)
+METAFAST_INSTANTIATE(SgdUpdate)
+#undef METAFAST_INSTANTIATE
 
 }  // namespace metafast::METAFAST_ISA

@@ -1,5 +1,5 @@
-// The two register-tiled products of the inner loop. Their operands are vectors with tasks or samples in the lanes
-// (lanes.h), so a product is lane by lane, and no tile has a partial vector.
+// The two register-tiled products of the inner loop. Their operands are vectors with tasks or samples in the
+// lanes (lanes.h), so a product is lane by lane, and no tile has a partial vector.
 #pragma once
 
 #include "inner_loop/lanes.h"
@@ -12,9 +12,11 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// --- parameters times activations ----------------------------------------------------------------------------------
+// --- parameters times activations
+// ----------------------------------------------------------------------------------
 
-// One product of a sum of products: parameters [cols, depth] with the strides of the call, activations [rows, depth].
+// One product of a sum of products: parameters [cols, depth] with the strides of the call, activations [rows,
+// depth].
 template <typename T>
 struct Factor {
   const T* parameters;
@@ -56,7 +58,8 @@ METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_
 
 // out[r][c] = sum over factors and k of parameters[c][k] * activations[r][k].
 template <class Layout, int kFactors, typename T>
-void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t cols, T* out, int64_t out_pitch) {
+void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t cols, T* out,
+              int64_t out_pitch) {
   // Enough sums in flight to hide the latency of the multiply-add, few enough for the registers.
   constexpr bool kMany = kRegisters == 32;
   const auto tiles = [&]<int kRows, int kCols>(int64_t row) __attribute__((always_inline)) {
@@ -64,7 +67,8 @@ void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t c
     for (; col + kCols <= cols; col += kCols) {
       multiply_tile<Layout, kRows, kCols, kFactors>(factors, strides, row, col, out, out_pitch);
     }
-    for (; col < cols; ++col) multiply_tile<Layout, kRows, 1, kFactors>(factors, strides, row, col, out, out_pitch);
+    for (; col < cols; ++col)
+      multiply_tile<Layout, kRows, 1, kFactors>(factors, strides, row, col, out, out_pitch);
   };
   int64_t row = 0;
   if constexpr (kMany) {
@@ -78,10 +82,12 @@ void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t c
   if (row < rows) tiles.template operator()<1, 8>(row);
 }
 
-// --- gradient of the parameters ------------------------------------------------------------------------------------
+// --- gradient of the parameters
+// ------------------------------------------------------------------------------------
 
-// One product of a sum: gradients [samples, outputs] in the lanes of the layout, activations [samples, features].
-// TasksInLanes: features are vectors. SamplesInLanes: features are lanes, of the transposed activations.
+// One product of a sum: gradients [samples, outputs] in the lanes of the layout, activations [samples,
+// features]. TasksInLanes: features are vectors. SamplesInLanes: features are lanes, of the transposed
+// activations.
 template <typename T>
 struct OuterFactor {
   const T* gradients;

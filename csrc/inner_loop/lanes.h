@@ -1,13 +1,15 @@
 // What the lanes of a vector hold. Two layouts serve the same code:
 //
-//   TasksInLanes    one task per lane. An example is a row of vectors, a parameter one vector: every operation is
+//   TasksInLanes    one task per lane. An example is a row of vectors, a parameter one vector: every
+//   operation is
 //                   lane by lane.
-//   SamplesInLanes  one task; its examples are in the lanes, kLanes to a row of vectors. A parameter is a scalar, read
-//                   into all lanes. Only the gradient of the parameters sums over examples, hence over lanes: it has
-//                   features in the lanes instead, and reads the activations transposed.
+//   SamplesInLanes  one task; its examples are in the lanes, kLanes to a row of vectors. A parameter is a
+//   scalar, read
+//                   into all lanes. Only the gradient of the parameters sums over examples, hence over lanes:
+//                   it has features in the lanes instead, and reads the activations transposed.
 //
-// Parameters of a layer are a matrix [O, I + 1], the bias its last column, rows padded to whole vectors. It meets
-// activations with a last feature of constant 1, so that the bias needs no code of its own.
+// Parameters of a layer are a matrix [O, I + 1], the bias its last column, rows padded to whole vectors. It
+// meets activations with a last feature of constant 1, so that the bias needs no code of its own.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +42,7 @@ struct SamplesInLanes {
   static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return load(values + i * kLanes<T>); }
   static constexpr int64_t shared_size(int64_t vectors) { return vectors * kLanes<T>; }
   static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
-    return broadcast(array[((s / kLanes<T>) * pitch + o) * kLanes<T> + s % kLanes<T>]);
+    return broadcast(array[((s / kLanes<T>)*pitch + o) * kLanes<T> + s % kLanes<T>]);
   }
 };
 
@@ -52,8 +54,36 @@ METAFAST_HD int64_t lane_offset(int64_t row, int64_t pitch, int64_t feature, int
 
 // --- transposes --------------------------------------------------------------------------------------------
 
-// From tasks to lanes: n elements of each of `tasks` arrays, task_stride apart, into n vectors. Lanes without a task
-// become 0.
+// One step of transpose_lanes(): exchanges between a and b the lanes in which bit kHalf of the lane number
+// differs from the vector (clear for a, set for b).
+template <int kHalf, typename T, int... l>
+METAFAST_HD void exchange_lanes(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
+  constexpr int n = kLanes<T>;
+  const Vec<T> first = a, second = b;
+#if defined(__clang__) || __GNUC__ >= 12
+  a = __builtin_shufflevector(first, second, (l & kHalf ? n + (l ^ kHalf) : l)...);
+  b = __builtin_shufflevector(first, second, (l & kHalf ? n + l : (l ^ kHalf))...);
+#else
+  a = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + (l ^ kHalf) : l)...});
+  b = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + l : (l ^ kHalf))...});
+#endif
+}
+
+// The square of kLanes vectors: lane i of rows[l] and lane l of rows[i] change places.
+template <typename T, int kHalf = kLanes<T> / 2>
+METAFAST_HD void transpose_lanes(Vec<T>* rows) {
+  if constexpr (kHalf > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i & kHalf) continue;
+      exchange_lanes<kHalf, T>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+    transpose_lanes<T, kHalf / 2>(rows);
+  }
+}
+
+// From tasks to lanes: n elements of each of `tasks` arrays, task_stride apart, into n vectors. Lanes without
+// a task become 0.
 template <typename T>
 void gather_lanes(const T* in, int64_t task_stride, int tasks, int64_t n, T* out) {
   int64_t i = 0;
@@ -61,7 +91,7 @@ void gather_lanes(const T* in, int64_t task_stride, int tasks, int64_t n, T* out
     for (; i + kLanes<T> <= n; i += kLanes<T>) {
       Vec<T> block[kLanes<T>];
       for (int t = 0; t < kLanes<T>; ++t) block[t] = load(in + t * task_stride + i);
-      transpose<T>(block);
+      transpose_lanes<T>(block);
       for (int k = 0; k < kLanes<T>; ++k) store(out + (i + k) * kLanes<T>, block[k]);
     }
   }
@@ -80,7 +110,7 @@ void scatter_lanes(const T* in, int64_t task_stride, int tasks, int64_t n, T* ou
     for (; i + kLanes<T> <= n; i += kLanes<T>) {
       Vec<T> block[kLanes<T>];
       for (int k = 0; k < kLanes<T>; ++k) block[k] = load(in + (i + k) * kLanes<T>);
-      transpose<T>(block);
+      transpose_lanes<T>(block);
       for (int t = 0; t < kLanes<T>; ++t) store(out + t * task_stride + i, block[t]);
     }
   }

@@ -1,8 +1,8 @@
-// An MLP of one group of tasks, in the lanes of one layout (lanes.h): forward, backward, and both along a tangent of
-// the parameters, which together give Hessian-vector products (Pearlmutter 1994).
+// An MLP of one group of tasks, in the lanes of one layout (lanes.h): forward, backward, and both along a
+// tangent of the parameters, which together give Hessian-vector products (Pearlmutter 1994).
 //
-// Layer l takes activations l to l + 1; activations 0 are the inputs, L the outputs. Arrays are [rows, features] of
-// vectors; `R x` is the tangent of x.
+// Layer l takes activations l to l + 1; activations 0 are the inputs, L the outputs. Arrays are [rows,
+// features] of vectors; `R x` is the tangent of x.
 #pragma once
 
 #include <cmath>
@@ -16,8 +16,8 @@
 
 namespace metafast::METAFAST_ISA {
 
-// Memory of a thread, in vectors, which it keeps from call to call. Who needs some takes it once: first from an
-// empty Arena, which only counts.
+// Memory of a thread, in vectors, which it keeps from call to call. Who needs some takes it once: first from
+// an empty Arena, which only counts.
 template <typename T>
 class Arena {
  public:
@@ -64,9 +64,12 @@ METAFAST_HD T sum_of_lanes(Vec<T> v) {
 template <class F>
 METAFAST_HD void with_activation(Activation activation, F&& f) {
   switch (activation) {
-    case Activation::relu: return f.template operator()<Relu>();
-    case Activation::tanh: return f.template operator()<Tanh>();
-    case Activation::none: return f.template operator()<Identity>();
+    case Activation::relu:
+      return f.template operator()<Relu>();
+    case Activation::tanh:
+      return f.template operator()<Tanh>();
+    case Activation::none:
+      return f.template operator()<Identity>();
   }
 }
 
@@ -79,7 +82,8 @@ METAFAST_HD void with_loss(Loss loss, F&& f) {
   }
 }
 
-// Features in the lanes: [rows, pitch] of samples in lanes becomes [samples, cols], zero behind the last feature.
+// Features in the lanes: [rows, pitch] of samples in lanes becomes [samples, cols], zero behind the last
+// feature.
 template <typename T>
 void transpose_samples(const T* in, int64_t pitch, int64_t samples, int64_t cols, T* out) {
   constexpr int n = kLanes<T>;
@@ -89,24 +93,25 @@ void transpose_samples(const T* in, int64_t pitch, int64_t samples, int64_t cols
       for (int i = 0; i < n; ++i) {
         block[i] = c * n + i < pitch ? load(in + (s / n * pitch + c * n + i) * n) : Vec<T>{};
       }
-      transpose<T>(block);
+      transpose_lanes<T>(block);
       for (int64_t i = 0; i < n && s + i < samples; ++i) store(out + ((s + i) * cols + c) * n, block[i]);
     }
   }
 }
 
-// --- the examples of a group of tasks ------------------------------------------------------------------------------
+// --- the examples of a group of tasks
+// ------------------------------------------------------------------------------
 
 template <class Layout, typename T>
 struct Batch {
   int64_t samples, rows, features, outputs;
-  T* x;             // [rows, features + 1], the last feature 1
-  T* x_transposed;  // with SamplesInLanes: [samples, ...]; else x
-  T* y;             // [rows, outputs], one-hot for labels
-  T* share;         // [rows]: share of the example in its task's mean, 0: left out
-  T* grad_x;        // [rows, features] or null
-  T* grad_y;        // [rows, outputs] or null
-  Vec<T> undefined; // NaN for tasks without any example, to be added to their loss
+  T* x;              // [rows, features + 1], the last feature 1
+  T* x_transposed;   // with SamplesInLanes: [samples, ...]; else x
+  T* y;              // [rows, outputs], one-hot for labels
+  T* share;          // [rows]: share of the example in its task's mean, 0: left out
+  T* grad_x;         // [rows, features] or null
+  T* grad_y;         // [rows, outputs] or null
+  Vec<T> undefined;  // NaN for tasks without any example, to be added to their loss
 
   Batch(Arena<T>& arena, const Mlp<T>& mlp, const Examples<T>& examples)
       : samples(examples.count),
@@ -152,7 +157,8 @@ struct Batch {
       }
       if (valid == 0) undefined[lane_of(t, 0)] = std::numeric_limits<T>::quiet_NaN();
       const T mean = T(1) / static_cast<T>(valid * (examples.labels != nullptr ? 1 : outputs));
-      for (int64_t s = 0; s < samples && valid > 0; ++s) share[lane_offset<T>(row_of(s), 1, 0, lane_of(t, s))] *= mean;
+      for (int64_t s = 0; s < samples && valid > 0; ++s)
+        share[lane_offset<T>(row_of(s), 1, 0, lane_of(t, s))] *= mean;
     }
     if (Layout::kTransposes) {
       transpose_samples(x, features + 1, samples, div_up(features + 1, kLanes<T>), x_transposed);
@@ -172,7 +178,8 @@ struct Batch {
   static void clear(T* array, int64_t vectors) { std::fill_n(array, vectors * kLanes<T>, T(0)); }
 };
 
-// --- the network ---------------------------------------------------------------------------------------------------
+// --- the network
+// ---------------------------------------------------------------------------------------------------
 
 template <class Layout, typename T>
 class Network {
@@ -184,7 +191,8 @@ class Network {
   int64_t width(int l) const { return mlp_.widths[l]; }
   int layers() const { return mlp_.layers; }
 
-  Network(Arena<T>& arena, const Mlp<T>& mlp, int64_t samples, bool tangents, bool input_gradients) : mlp_(mlp) {
+  Network(Arena<T>& arena, const Mlp<T>& mlp, int64_t samples, bool tangents, bool input_gradients)
+      : mlp_(mlp) {
     const int64_t rows = div_up(samples, Layout::kSamples);
     offsets_[0] = 0;
     for (int l = 0; l < layers(); ++l) {
@@ -221,9 +229,8 @@ class Network {
       multiply<Layout, 1>(&factor, forward_strides(l), batch.rows, width(l + 1), layer.out, layer.pitch);
       if (l + 1 == layers()) break;
       with_activation(mlp_.activation, [&]<class A>() {
-        each(layer, l + 1, batch.rows, [&](int64_t out, int64_t) {
-          store(layer.out + out, A::value(load(layer.out + out)));
-        });
+        each(layer, l + 1, batch.rows,
+             [&](int64_t out, int64_t) { store(layer.out + out, A::value(load(layer.out + out))); });
       });
       if (Layout::kTransposes) {
         transpose_samples(layer.out, layer.pitch, batch.samples, cols(l + 1), layer.out_rows);
@@ -237,15 +244,16 @@ class Network {
     Vec<T> sum{};
     with_loss(mlp_.loss, [&]<class L>() {
       for (int64_t r = 0; r < batch.rows; ++r) {
-        sum += L::value(row(last.out, r, last.pitch), row(batch.y, r, last.pitch), load(batch.share + r * kLanes<T>),
-                        batch.outputs);
+        sum += L::value(row(last.out, r, last.pitch), row(batch.y, r, last.pitch),
+                        load(batch.share + r * kLanes<T>), batch.outputs);
       }
     });
     return sum + batch.undefined;
   }
 
-  // After forward: the gradient of `weight` times the loss. consume(l, i, v) takes vector i of the parameters, a part
-  // of layer l, once that layer has passed its gradient on: it may overwrite the parameters.
+  // After forward: the gradient of `weight` times the loss. consume(l, i, v) takes vector i of the
+  // parameters, a part of layer l, once that layer has passed its gradient on: it may overwrite the
+  // parameters.
   template <class Consume>
   void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight, const Consume& consume) {
     loss_gradient(batch, weight);
@@ -269,12 +277,13 @@ class Network {
       }
       const OuterFactor<T> outer_factor{out.grad, in.out_rows};
       outer<Layout, 1>(&outer_factor, {width(l + 1), cols(l)}, batch.samples, width(l + 1), cols(l),
-                       [&](int64_t i, Vec<T> v) __attribute__((always_inline)) { consume(l, offsets_[l] + i, v); });
+                       [&](int64_t i, Vec<T> v)
+                           __attribute__((always_inline)) { consume(l, offsets_[l] + i, v); });
     }
   }
 
-  // consume(i, v) takes vector i of the Hessian of the loss times the tangent u of the parameters theta. Gradients
-  // of the inputs and targets get the derivative of <u, gradient of the loss>.
+  // consume(i, v) takes vector i of the Hessian of the loss times the tangent u of the parameters theta.
+  // Gradients of the inputs and targets get the derivative of <u, gradient of the loss>.
   template <class Consume>
   void hessian_product(const T* theta, const T* u, const Batch<Layout, T>& batch, const Consume& consume) {
     forward(theta, batch);
@@ -285,7 +294,8 @@ class Network {
       const Layer &in = layers_[l], &out = layers_[l + 1];
       const Factor<T> factors[2] = {{parameters(theta, l), out.grad_tangent, width(l + 1), width(l + 1)},
                                     {parameters(u, l), out.grad, width(l + 1), width(l + 1)}};
-      const auto consume_layer = [&](int64_t i, Vec<T> v) __attribute__((always_inline)) { consume(offsets_[l] + i, v); };
+      const auto consume_layer = [&](int64_t i, Vec<T> v)
+                                     __attribute__((always_inline)) { consume(offsets_[l] + i, v); };
       const OuterFactor<T> outer_factors[2] = {{out.grad_tangent, in.out_rows}, {out.grad, in.tangent_rows}};
       const OuterPitch pitch{width(l + 1), cols(l)};
       if (l == 0) {  // the inputs have no tangent
@@ -311,8 +321,8 @@ class Network {
 
  private:
   struct Layer {
-    int64_t pitch;         // of out and out_tangent: a last feature of constant 1 (0) follows, but for the outputs
-    T *out, *out_tangent;  // activations a and R a, [rows, pitch]
+    int64_t pitch;  // of out and out_tangent: a last feature of constant 1 (0) follows, but for the outputs
+    T *out, *out_tangent;        // activations a and R a, [rows, pitch]
     T *out_rows, *tangent_rows;  // the same as the outer product reads them (lanes.h)
     T *grad, *grad_tangent;      // dloss/dz and its tangent, [rows, width]
   };
@@ -333,7 +343,8 @@ class Network {
   template <class F>
   METAFAST_HD void each(const Layer& layer, int l, int64_t rows, const F& f) const {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < width(l); ++i) f((r * layer.pitch + i) * kLanes<T>, (r * width(l) + i) * kLanes<T>);
+      for (int64_t i = 0; i < width(l); ++i)
+        f((r * layer.pitch + i) * kLanes<T>, (r * width(l) + i) * kLanes<T>);
     }
   }
 
@@ -366,8 +377,8 @@ class Network {
     with_loss(mlp_.loss, [&]<class L>() {
       for (int64_t r = 0; r < batch.rows; ++r) {
         Vec<T>* grad = row(last.grad, r, last.pitch);
-        L::gradient(row(last.out, r, last.pitch), row(batch.y, r, last.pitch), load(batch.share + r * kLanes<T>),
-                    batch.outputs, grad);
+        L::gradient(row(last.out, r, last.pitch), row(batch.y, r, last.pitch),
+                    load(batch.share + r * kLanes<T>), batch.outputs, grad);
         for (int64_t o = 0; o < batch.outputs; ++o) grad[o] *= weight;
       }
     });

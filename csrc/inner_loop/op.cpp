@@ -1,7 +1,6 @@
 // The inner loop ops on CPU and CUDA: check the arguments, allocate the results, run the kernel. What each op
 // computes is stated in library.cpp.
-#include "inner_loop/ops.h"
-
+#include <ATen/ExpandUtils.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -9,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "inner_loop/ops.h"
 #include "inner_loop/params.h"
 #include "pairwise/params.h"
 
@@ -44,8 +44,8 @@ struct Set {  // of examples of every task
 class Problem {
  public:
   Problem(at::TensorList params, const Tensor& x, const Tensor& y, const char* x_name, const char* y_name,
-          at::TensorList lr, std::string_view loss, int64_t steps, std::string_view activation, double momentum,
-          bool first_order)
+          at::TensorList lr, std::string_view loss, int64_t steps, std::string_view activation,
+          double momentum, bool first_order)
       : loss_(loss_of(loss)),
         activation_(activation_of(activation)),
         steps_(steps),
@@ -140,10 +140,11 @@ class Problem {
 
   void load_network(at::TensorList params, const Tensor& x, const char* x_name) {
     TORCH_CHECK_VALUE(params.size() >= 2 && params.size() % 2 == 0 && params.size() <= 2 * kMaxLayers,
-                      "params: expected W1, b1, ..., WL, bL of 1 to ", kMaxLayers, " layers, got ", params.size(),
-                      " tensors", kOtherNetworks);
+                      "params: expected W1, b1, ..., WL, bL of 1 to ", kMaxLayers, " layers, got ",
+                      params.size(), " tensors", kOtherNetworks);
     TORCH_CHECK_VALUE(params[0].dim() == 2 || params[0].dim() == 3,
-                      "params[0]: expected shape [O, I] or [T, O, I], got ", params[0].sizes(), kOtherNetworks);
+                      "params[0]: expected shape [O, I] or [T, O, I], got ", params[0].sizes(),
+                      kOtherNetworks);
     shared_ = params[0].dim() == 2;
     int64_t inputs = x.size(2);
     for (size_t i = 0; i < params.size(); ++i) {
@@ -156,11 +157,13 @@ class Problem {
       if (!shared_) expected.push_back(tasks_);
       expected.push_back(outputs);
       if (i % 2 == 0) expected.push_back(inputs);
-      check_sizes(arg, expected, i % 2 == 0 ? (shared_ ? "[O, I]" : "[T, O, I]") : (shared_ ? "[O]" : "[T, O]"));
+      check_sizes(arg, expected,
+                  i % 2 == 0 ? (shared_ ? "[O, I]" : "[T, O, I]") : (shared_ ? "[O]" : "[T, O]"));
       if (i % 2 == 1) inputs = outputs;
       if (i + 2 < params.size()) {
-        TORCH_CHECK_VALUE(params[i - i % 2 + 2].dim() == params[0].dim(), "params[", i - i % 2 + 2, "]: expected ",
-                          params[0].dim(), " dimensions as params[0], got shape ", params[i - i % 2 + 2].sizes());
+        TORCH_CHECK_VALUE(params[i - i % 2 + 2].dim() == params[0].dim(), "params[", i - i % 2 + 2,
+                          "]: expected ", params[0].dim(), " dimensions as params[0], got shape ",
+                          params[i - i % 2 + 2].sizes());
       }
       params_.push_back(params[i].contiguous());
     }
@@ -190,15 +193,15 @@ class Problem {
     const int64_t* label = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < labels.numel(); ++i) {
       TORCH_CHECK_VALUE((label[i] >= 0 && label[i] < outputs) || label[i] == kIgnoreLabel, name,
-                        ": expected classes in [0, ", outputs, ") or ", kIgnoreLabel, " (ignored), got ", label[i],
-                        " at position ", i % labels.size(1), " of task ", i / labels.size(1));
+                        ": expected classes in [0, ", outputs, ") or ", kIgnoreLabel, " (ignored), got ",
+                        label[i], " at position ", i % labels.size(1), " of task ", i / labels.size(1));
     }
   }
 
   void load_lr(at::TensorList lr) {
     TORCH_CHECK_VALUE(lr.size() == 1 || lr.size() == params_.size(),
-                      "lr: expected one tensor or one for each parameter, got ", lr.size(), " for ", params_.size(),
-                      " parameters");
+                      "lr: expected one tensor or one for each parameter, got ", lr.size(), " for ",
+                      params_.size(), " parameters");
     for (size_t i = 0; i < lr.size(); ++i) {
       const std::string name = lr.size() == 1 ? "lr" : "lr[" + std::to_string(i) + "]";
       const Arg arg{lr[i], name.c_str()}, like{params_[0], "params[0]"};
@@ -225,17 +228,20 @@ class Problem {
   }
 };
 
-// What a backward returns: gradients of params, lr, support x and y, query x and y, of size 0 where not wanted.
+// What a backward returns: gradients of params, lr, support x and y, query x and y, of size 0 where not
+// wanted.
 class Gradients {
  public:
-  Gradients(const Problem& problem, bool params, bool lr, bool support_x, bool support_y, bool query_x, bool query_y)
+  Gradients(const Problem& problem, bool params, bool lr, bool support_x, bool support_y, bool query_x,
+            bool query_y)
       : problem_(problem), want_params_(params), want_lr_(lr) {
     const at::TensorOptions options = problem.options();
     const auto like = [&](const Tensor& tensor, bool wanted) {
       return wanted ? empty(tensor.sizes(), options) : at::empty({0}, options);
     };
     support_ = {like(problem.support().x, support_x), like(problem.support().y, support_y)};
-    if (problem.query().x.defined()) query_ = {like(problem.query().x, query_x), like(problem.query().y, query_y)};
+    if (problem.query().x.defined())
+      query_ = {like(problem.query().x, query_x), like(problem.query().y, query_y)};
     for (size_t i = 0; i < problem.params().size(); ++i) {
       const bool allocate = params && !problem.shared();
       params_.push_back(allocate ? empty(problem.task_shape(i), options) : at::empty({0}, options));
@@ -245,7 +251,9 @@ class Gradients {
   template <typename T>
   void fill(InnerLoop<T>& p) const {
     p.backward = true;
-    const auto data = [](const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr; };
+    const auto data = [](const Tensor& tensor) {
+      return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
+    };
     p.support.grad_x = data(support_.x);
     p.support.grad_y = data(support_.y);
     if (query_.x.defined()) {
@@ -309,12 +317,16 @@ Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
   return sums;
 }
 
+// --- inner_sgd
+// -----------------------------------------------------------------------------------------------------
+
 std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
-                                 std::string_view loss, int64_t steps, std::string_view activation, double momentum,
-                                 bool first_order) {
+                                 std::string_view loss, int64_t steps, std::string_view activation,
+                                 double momentum, bool first_order) {
   const Problem problem(params, x, y, "x", "y", lr, loss, steps, activation, momentum, first_order);
   std::vector<Tensor> adapted;
-  for (size_t i = 0; i < params.size(); ++i) adapted.push_back(empty(problem.task_shape(i), problem.options()));
+  for (size_t i = 0; i < params.size(); ++i)
+    adapted.push_back(empty(problem.task_shape(i), problem.options()));
   with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = adapted[i].mutable_data_ptr<T>();
@@ -324,11 +336,12 @@ std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const T
 }
 
 std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                          const Tensor& y, at::TensorList lr, std::string_view loss, int64_t steps,
-                                          std::string_view activation, double momentum, bool first_order,
-                                          std::array<bool, 4> wanted) {
+                                          const Tensor& y, at::TensorList lr, std::string_view loss,
+                                          int64_t steps, std::string_view activation, double momentum,
+                                          bool first_order, std::array<bool, 4> wanted) {
   const Problem problem(params, x, y, "x", "y", lr, loss, steps, activation, momentum, first_order);
-  TORCH_CHECK_VALUE(grads.size() == params.size(), "grads: expected ", params.size(), " tensors, got ", grads.size());
+  TORCH_CHECK_VALUE(grads.size() == params.size(), "grads: expected ", params.size(), " tensors, got ",
+                    grads.size());
   std::vector<Tensor> dense_grads;
   for (size_t i = 0; i < grads.size(); ++i) {
     const std::string name = "grads[" + std::to_string(i) + "]";
@@ -347,6 +360,9 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
   });
 }
 
+// --- maml_loss
+// -----------------------------------------------------------------------------------------------------
+
 // The loss [T] or, as mean over tasks, [].
 template <typename T>
 Tensor prepare_loss(InnerLoop<T>& p, const Problem& problem, bool mean) {
@@ -363,16 +379,17 @@ Tensor prepare_loss(InnerLoop<T>& p, const Problem& problem, bool mean) {
 template <typename T>
 Tensor finish_loss(const InnerLoop<T>& p, const Tensor& losses, const Tensor& sums) {
   if (p.sums.loss < 0) return losses;
-  if (p.tasks == 0) return at::full({}, std::numeric_limits<T>::quiet_NaN(), sums.options());  // as torch's mean
+  if (p.tasks == 0)
+    return at::full({}, std::numeric_limits<T>::quiet_NaN(), sums.options());  // as torch's mean
   return sums.select(0, p.sums.loss).clone();
 }
 
-Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
-                    const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
-                    std::string_view loss, int64_t steps, std::string_view activation, double momentum,
-                    bool first_order, bool mean) {
-  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation, momentum,
-                  first_order);
+Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+                    const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
+                    const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                    std::string_view activation, double momentum, bool first_order, bool mean) {
+  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation,
+                  momentum, first_order);
   problem.set_query(query_x, query_y, step_weights);
   return with_scalar(support_x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
@@ -382,12 +399,12 @@ Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor
 }
 
 std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
-    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
-    const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights, std::string_view loss,
-    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
-    std::array<bool, 6> wanted) {
-  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation, momentum,
-                  first_order);
+    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+    const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
+    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
+    bool mean, std::array<bool, 6> wanted) {
+  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation,
+                  momentum, first_order);
   problem.set_query(query_x, query_y, step_weights);
   const Arg arg{grad, "grad"};
   check_same_dtype({support_x, "support_x"}, {arg});
@@ -410,7 +427,95 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
   });
 }
 
+// --- sgd_update
+// ----------------------------------------------------------------------------------------------------
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorList params,
+                                                                   at::TensorList grads, at::TensorList lr,
+                                                                   at::TensorList momentum_buffers,
+                                                                   double momentum, double weight_decay,
+                                                                   bool nesterov) {
+  const size_t count = params.size();
+  TORCH_CHECK_VALUE(grads.size() == count, "grads: expected ", count,
+                    " tensors, one for each of params, got ", grads.size());
+  TORCH_CHECK_VALUE(lr.size() == 1 || lr.size() == count,
+                    "lr: expected one tensor or one for each of params, got ", lr.size());
+  TORCH_CHECK_VALUE(momentum_buffers.empty() || momentum_buffers.size() == count,
+                    "momentum_buffers: expected ", count, " tensors, one for each of params, got ",
+                    momentum_buffers.size());
+  TORCH_CHECK_VALUE(!nesterov || momentum != 0, "nesterov: expected momentum, got momentum = 0");
+  std::vector<Tensor> new_params, new_buffers, dense;  // `dense` keeps what the kernel reads alive
+  const auto read = [&](const Tensor& tensor) {
+    return dense.emplace_back(tensor.contiguous()).const_data_ptr();
+  };
+  if (count == 0) return {new_params, new_buffers};
+
+  with_scalar(params[0], [&]<typename T>() {
+    SgdUpdate<T> p{};
+    p.momentum = static_cast<T>(momentum);
+    p.weight_decay = static_cast<T>(weight_decay);
+    p.nesterov = nesterov;
+    for (size_t i = 0; i < count; ++i) {
+      const std::string index = "[" + std::to_string(i) + "]";
+      const std::string param_name = "params" + index, grad_name = "grads" + index,
+                        buffer_name = "momentum_buffers" + index;
+      const std::string lr_name = lr.size() == 1 ? "lr" : "lr" + index;
+      const Tensor& rate = lr[lr.size() == 1 ? 0 : i];
+      const Arg param{params[i], param_name.c_str()}, grad{grads[i], grad_name.c_str()},
+          arg_lr{rate, lr_name.c_str()};
+      check_real({params[0], "params[0]"});
+      check_same_dtype({params[0], "params[0]"}, {param, grad, arg_lr});
+      check_same_device({params[0], "params[0]"}, {param, grad, arg_lr});
+      check_sizes(grad, params[i].sizes(), "of its parameter");
+      TORCH_CHECK_VALUE(at::is_expandable_to(rate.sizes(), params[i].sizes()), lr_name,
+                        ": expected a shape that broadcasts to that of ", param_name, ", ", params[i].sizes(),
+                        ", got ", rate.sizes());
+      typename SgdUpdate<T>::Item item{};
+      item.size = params[i].numel();
+      item.param = static_cast<const T*>(read(params[i]));
+      item.grad = static_cast<const T*>(read(grads[i]));
+      item.lr_stride = rate.numel() == 1 ? 0 : 1;
+      item.lr = static_cast<const T*>(read(rate.numel() == 1 ? rate : rate.expand(params[i].sizes())));
+      item.new_param = new_params.emplace_back(empty(params[i].sizes(), params[i].options()))
+                           .template mutable_data_ptr<T>();
+      if (momentum != 0) {
+        item.new_buffer = new_buffers.emplace_back(empty(params[i].sizes(), params[i].options()))
+                              .template mutable_data_ptr<T>();
+        if (!momentum_buffers.empty()) {
+          const Arg buffer{momentum_buffers[i], buffer_name.c_str()};
+          check_same_dtype({params[0], "params[0]"}, {buffer});
+          check_same_device({params[0], "params[0]"}, {buffer});
+          check_sizes(buffer, params[i].sizes(), "of its parameter");
+          item.buffer = static_cast<const T*>(read(momentum_buffers[i]));
+        }
+      }
+      p.add(item);
+      if (p.count < SgdUpdate<T>::kMaxTensors && i + 1 < count) continue;
+      run_kernel(p, params[0]);
+      p.count = 0;
+    }
+  });
+  return {new_params, new_buffers};
+}
+
+// --- task_linear
+// ---------------------------------------------------------------------------------------------------
+
+// Batched GEMM from the library, which is at its best on these shapes, and has derivatives of every order.
+Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const Arg ax{x, "x"}, aw{weight, "weight"}, ab{bias, "bias"};
+  check_same_dtype(ax, {aw, ab});
+  check_same_device(ax, {aw, ab});
+  TORCH_CHECK_VALUE(x.dim() == 3, "x: expected shape [T, B, I], got ", x.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 3 && weight.size(0) == x.size(0) && weight.size(2) == x.size(2),
+                    "weight: expected shape [T, O, I] with T = ", x.size(0), ", I = ", x.size(2), ", got ",
+                    weight.sizes());
+  check_sizes(ab, {x.size(0), weight.size(1)}, "[T, O]");
+  return at::baddbmm(bias.unsqueeze(1), x, weight.mT());
+}
+
 void implement(torch::Library& m) {
+  m.impl("sgd_update", sgd_update_op);
   m.impl("inner_sgd", inner_sgd_op);
   m.impl("inner_sgd_backward", inner_sgd_backward_op);
   m.impl("maml_loss", maml_loss_op);
@@ -419,6 +524,9 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
+  m.impl("task_linear", task_linear_op);
+}
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
 #ifdef METAFAST_WITH_CUDA
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CUDA, m) { implement(m); }

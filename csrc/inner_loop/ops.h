@@ -1,5 +1,5 @@
-// The registered ops of the inner loop family as C++ functions: each call goes through torch's dispatcher, so it sees
-// autograd and every other layer. library.cpp states what they compute.
+// The registered ops of the inner loop family as C++ functions: each call goes through torch's dispatcher, so
+// it sees autograd and every other layer. library.cpp states what they compute.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,20 +16,27 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 std::vector<Tensor> inner_sgd(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
-                              std::string_view loss, int64_t steps, std::string_view activation, double momentum,
-                              bool first_order);
-std::vector<Tensor> inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x, const Tensor& y,
-                                       at::TensorList lr, std::string_view loss, int64_t steps,
-                                       std::string_view activation, double momentum, bool first_order,
-                                       std::array<bool, 4> wanted);
+                              std::string_view loss, int64_t steps, std::string_view activation,
+                              double momentum, bool first_order);
+std::vector<Tensor> inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
+                                       const Tensor& y, at::TensorList lr, std::string_view loss,
+                                       int64_t steps, std::string_view activation, double momentum,
+                                       bool first_order, std::array<bool, 4> wanted);
 
-Tensor maml_loss(at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
-                 const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights, std::string_view loss,
-                 int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean);
+Tensor maml_loss(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+                 const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
+                 const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                 std::string_view activation, double momentum, bool first_order, bool mean);
 std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward(
-    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
-    const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights, std::string_view loss,
-    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
-    std::array<bool, 6> wanted);
+    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+    const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
+    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
+    bool mean, std::array<bool, 6> wanted);
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update(at::TensorList params, at::TensorList grads,
+                                                                at::TensorList lr,
+                                                                at::TensorList momentum_buffers,
+                                                                double momentum, double weight_decay,
+                                                                bool nesterov);
 
 }  // namespace metafast

@@ -1,5 +1,6 @@
-// The inner-loop kernel: one struct. T tasks, S support and Q query examples per task, K steps, an MLP of L layers
-// with widths D = d_0, d_1, ..., d_L = O. All arrays are dense and row-major. Scalars T are float or double.
+// The inner-loop kernels: one struct each. T tasks, S support and Q query examples per task, K steps, an MLP
+// of L layers with widths D = d_0, d_1, ..., d_L = O. All arrays are dense and row-major. Scalars T are float
+// or double.
 #pragma once
 
 #include "common/kernel.h"
@@ -42,21 +43,22 @@ struct Examples {
   T* grad_y;              // [T, count, O] or null
 };
 
-// theta_{k+1} = theta_k - lr m_{k+1},  m_{k+1} = momentum m_k + grad of the support loss at theta_k,  m_0 = 0.
+// theta_{k+1} = theta_k - lr m_{k+1},  m_{k+1} = momentum m_k + grad of the support loss at theta_k,  m_0 =
+// 0.
 template <typename T>
 struct Sgd {
   int64_t steps;
   T momentum;
   bool first_order;  // in the backward, gradients count as constants
-  // lr of layer l in step k: rates[k * step_stride + l * layer_stride]; or, if that is null, one for each element:
-  // elements[i] has the shape of parameter i of one task.
+  // lr of layer l in step k: rates[k * step_stride + l * layer_stride]; or, if that is null, one for each
+  // element: elements[i] has the shape of parameter i of one task.
   const T* rates;
   int64_t step_stride, layer_stride;
   const T* elements[2 * kMaxLayers];
 };
 
-// Sums over tasks, as columns of one row: the gradient of the shared parameters, of lr, and the loss. Each work item
-// leaves its partial sum in a row of its own, so that they are always added in the same order.
+// Sums over tasks, as columns of one row: the gradient of the shared parameters, of lr, and the loss. Each
+// work item leaves its partial sum in a row of its own, so that they are always added in the same order.
 template <typename T>
 struct Sums {
   T* rows;  // [items, columns]
@@ -64,24 +66,24 @@ struct Sums {
   int64_t params, lr, loss;  // the first column of each, or -1: not wanted
 };
 
-// Adapts every task to its support examples. With query examples it evaluates sum_k step_weights[k-1] query_loss(theta_k)
-// (without step_weights the loss at theta_K alone); with `backward` it differentiates that, or <grad_adapted, theta_K>,
-// back through all steps.
+// Adapts every task to its support examples. With query examples it evaluates sum_k step_weights[k-1]
+// query_loss(theta_k) (without step_weights the loss at theta_K alone); with `backward` it differentiates
+// that, or <grad_adapted, theta_K>, back through all steps.
 template <typename T>
 struct InnerLoop {
   Mlp<T> mlp;
   Sgd<T> sgd;
   int64_t tasks;
-  Examples<T> support, query;       // query.count = 0: none
-  const T* step_weights;            // [K] or null
-  const T* task_weights;            // gradient of each task's loss: element t * task_weight_stride
+  Examples<T> support, query;  // query.count = 0: none
+  const T* step_weights;       // [K] or null
+  const T* task_weights;       // gradient of each task's loss: element t * task_weight_stride
   int64_t task_weight_stride;
-  T loss_scale;                     // times task_weights, if those are not null, it weighs each task's loss
+  T loss_scale;  // times task_weights, if those are not null, it weighs each task's loss
   bool backward;
   const T* grad_adapted[2 * kMaxLayers];  // [T, ...] or null
-  T* adapted[2 * kMaxLayers];       // [T, ...], theta_K, or null
-  T* grad_params[2 * kMaxLayers];   // [T, ...] or null
-  T* losses;                        // [T] or null
+  T* adapted[2 * kMaxLayers];             // [T, ...], theta_K, or null
+  T* grad_params[2 * kMaxLayers];         // [T, ...] or null
+  T* losses;                              // [T] or null
   Sums<T> sums;
 
   METAFAST_HD bool has_query() const { return query.x != nullptr; }
@@ -91,9 +93,10 @@ struct InnerLoop {
     return backward && sgd.steps > 0 && (!sgd.first_order || lr_gradient());
   }
 
-  // The CPU kernel has tasks in the lanes of its vectors. Where these are too few to fill them, or the parameters of
-  // so many tasks would not stay in the cache, it takes tasks one by one and has their examples in the lanes.
-  // This and how tasks are dealt to work items follow from the shapes alone, never from the number of threads.
+  // The CPU kernel has tasks in the lanes of its vectors. Where these are too few to fill them, or the
+  // parameters of so many tasks would not stay in the cache, it takes tasks one by one and has their examples
+  // in the lanes. This and how tasks are dealt to work items follow from the shapes alone, never from the
+  // number of threads.
   METAFAST_HD bool task_by_task() const {
     constexpr int64_t kFewTasks = 8, kCacheBytes = 4 << 20;
     const int64_t copies = keeps_trajectory() ? sgd.steps + 3 : 2;
@@ -113,6 +116,40 @@ struct InnerLoop {
   }
 };
 
+// One step of SGD on up to kMaxTensors tensors in one launch:
+//   step = grad + weight_decay param;  buffer = momentum buffer + step;  param = param - lr (buffer, or with
+//   nesterov step + momentum buffer, or without momentum step)
+template <typename T>
+struct SgdUpdate {
+  static constexpr int kMaxTensors = 64;
+  static constexpr int64_t kChunk = 1 << 14;  // elements of a work item
+
+  struct Item {
+    int64_t size;
+    const T *param, *grad;  // [size]
+    const T* lr;            // [size] or, with stride 0, [1]
+    int64_t lr_stride;
+    const T* buffer;  // [size], or null: zeros
+    T* new_param;     // [size]
+    T* new_buffer;    // [size], or null without momentum
+  };
+
+  Item list[kMaxTensors];
+  int64_t first_chunk[kMaxTensors + 1];  // work items of tensor i: first_chunk[i] to first_chunk[i + 1]
+  int count;
+  T momentum, weight_decay;
+  bool nesterov;
+
+  void add(const Item& item) {
+    list[count] = item;
+    first_chunk[count + 1] = first_chunk[count] + (item.size + kChunk - 1) / kChunk;
+    ++count;
+  }
+  int64_t items() const { return first_chunk[count]; }
+  int64_t item_cost() const { return 4 * kChunk; }
+};
+
 METAFAST_DECLARE_KERNEL(InnerLoop)
+METAFAST_DECLARE_KERNEL(SgdUpdate)
 
 }  // namespace metafast

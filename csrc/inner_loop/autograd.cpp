@@ -1,0 +1,377 @@
+// First derivatives of the inner loop ops. The backward of inner_sgd and of maml_loss is an op, which refuses
+// to be differentiated again; that of sgd_update can be, to any order.
+#include <ATen/ExpandUtils.h>
+#include <torch/library.h>
+
+#include <functional>
+
+#include "common/call.h"
+#include "inner_loop/ops.h"
+
+namespace metafast {
+
+// --- the ops, through the dispatcher
+// -------------------------------------------------------------------------------
+
+#define METAFAST_CALL(op, ...)                                     \
+  static const auto handle = find_op<decltype(metafast::op)>(#op); \
+  return handle.call(__VA_ARGS__)
+
+std::vector<Tensor> inner_sgd(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+                              std::string_view loss, int64_t steps, std::string_view activation,
+                              double momentum, bool first_order) {
+  METAFAST_CALL(inner_sgd, params, x, y, lr, loss, steps, activation, momentum, first_order);
+}
+
+std::vector<Tensor> inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
+                                       const Tensor& y, at::TensorList lr, std::string_view loss,
+                                       int64_t steps, std::string_view activation, double momentum,
+                                       bool first_order, std::array<bool, 4> wanted) {
+  METAFAST_CALL(inner_sgd_backward, grads, params, x, y, lr, loss, steps, activation, momentum, first_order,
+                wanted);
+}
+
+Tensor maml_loss(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+                 const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
+                 const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                 std::string_view activation, double momentum, bool first_order, bool mean) {
+  METAFAST_CALL(maml_loss, params, support_x, support_y, query_x, query_y, lr, step_weights, loss, steps,
+                activation, momentum, first_order, mean);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward(
+    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+    const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
+    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
+    bool mean, std::array<bool, 6> wanted) {
+  METAFAST_CALL(maml_loss_backward, grad, params, support_x, support_y, query_x, query_y, lr, step_weights,
+                loss, steps, activation, momentum, first_order, mean, wanted);
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update(at::TensorList params, at::TensorList grads,
+                                                                at::TensorList lr,
+                                                                at::TensorList momentum_buffers,
+                                                                double momentum, double weight_decay,
+                                                                bool nesterov) {
+  METAFAST_CALL(sgd_update, params, grads, lr, momentum_buffers, momentum, weight_decay, nesterov);
+}
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// Inputs lie in one list: the parameters, then lr, then the examples' tensors. Gradients come in the same
+// order.
+struct Inputs {
+  variable_list tensors;
+  int64_t params, lr;
+
+  Inputs(at::TensorList params_list, at::TensorList lr_list, std::initializer_list<Tensor> examples)
+      : tensors(params_list.vec()), params(params_list.size()), lr(lr_list.size()) {
+    tensors.insert(tensors.end(), lr_list.begin(), lr_list.end());
+    tensors.insert(tensors.end(), examples);
+  }
+  Inputs(variable_list list, int64_t params_count, int64_t lr_count)
+      : tensors(std::move(list)), params(params_count), lr(lr_count) {}
+
+  at::TensorList params_list() const { return at::TensorList(tensors).slice(0, params); }
+  at::TensorList lr_list() const { return at::TensorList(tensors).slice(params, lr); }
+  const Tensor& example(int64_t i) const { return tensors[params + lr + i]; }
+
+  // Whether any parameter, any lr, each example tensor satisfies f(position).
+  template <size_t kCount, class F>
+  std::array<bool, kCount> any(const F& f) const {
+    std::array<bool, kCount> result{};
+    for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
+      const int64_t group = i < params ? 0 : (i < params + lr ? 1 : 2 + i - params - lr);
+      result[group] |= f(i);
+    }
+    return result;
+  }
+};
+
+bool needs_graph_of(const char* op, at::TensorList inputs) {
+  bool needs = false;
+  for (const Tensor& input : inputs) needs |= needs_graph(op, input);
+  return needs;
+}
+
+// All that is no tensor.
+struct Options {
+  std::string loss;
+  int64_t steps;
+  std::string activation;
+  double momentum;
+  bool first_order;
+
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["loss"] = loss;
+    ctx->saved_data["steps"] = steps;
+    ctx->saved_data["activation"] = activation;
+    ctx->saved_data["momentum"] = momentum;
+    ctx->saved_data["first_order"] = first_order;
+  }
+  static Options restore(AutogradContext* ctx) {
+    auto& data = ctx->saved_data;
+    return {data["loss"].toStringRef(), data["steps"].toInt(), data["activation"].toStringRef(),
+            data["momentum"].toDouble(), data["first_order"].toBool()};
+  }
+};
+
+// Gradients as compute() gives them, which raise when they are differentiated by any of `inputs`.
+struct LastDerivative : Function<LastDerivative> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList,
+                               const std::function<variable_list()>& compute, const char* op) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["op"] = std::string(op);
+    return compute();
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, ctx->saved_data["op"].toStringRef(),
+                                ": derivatives of its gradient are not implemented in the compiled op; "
+                                "metafast.reference differentiates to any order");
+  }
+};
+
+// What a backward returns: gradients of size 0 were not wanted, and what is no tensor has none.
+variable_list gradients(variable_list grads, const Inputs& inputs, size_t options) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].sizes() != inputs.tensors[i].sizes()) grads[i] = Tensor();
+  }
+  grads.resize(grads.size() + options);
+  return grads;
+}
+
+// --- inner_sgd
+// -----------------------------------------------------------------------------------------------------
+
+std::vector<Tensor> inner_sgd_backward_autograd(at::TensorList grads, at::TensorList params, const Tensor& x,
+                                                const Tensor& y, at::TensorList lr, std::string_view loss,
+                                                int64_t steps, std::string_view activation, double momentum,
+                                                bool first_order, std::array<bool, 4> wanted) {
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return inner_sgd_backward(grads, params, x, y, lr, loss, steps, activation, momentum, first_order,
+                              wanted);
+  };
+  Inputs inputs(params, lr, {x, y});
+  inputs.tensors.insert(inputs.tensors.end(), grads.begin(), grads.end());
+  if (!needs_graph_of("inner_sgd_backward", inputs.tensors)) return compute();
+  return LastDerivative::apply(at::TensorList(inputs.tensors), std::function<variable_list()>(compute),
+                               "inner_sgd");
+}
+
+struct InnerSgdFunction : Function<InnerSgdFunction> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList, const Inputs& in, const Options& o) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(in.tensors);
+    ctx->saved_data["params"] = in.params;
+    ctx->saved_data["lr"] = in.lr;
+    o.save(ctx);
+    return inner_sgd(in.params_list(), in.example(0), in.example(1), in.lr_list(), o.loss, o.steps,
+                     o.activation, o.momentum, o.first_order);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Inputs in(ctx->get_saved_variables(), ctx->saved_data["params"].toInt(),
+                    ctx->saved_data["lr"].toInt());
+    const Options o = Options::restore(ctx);
+    const auto wanted = in.any<4>([&](int64_t i) { return ctx->needs_input_grad(i); });
+    return gradients(inner_sgd_backward(grads, in.params_list(), in.example(0), in.example(1), in.lr_list(),
+                                        o.loss, o.steps, o.activation, o.momentum, o.first_order, wanted),
+                     in, 2);
+  }
+};
+
+std::vector<Tensor> inner_sgd_autograd(at::TensorList params, const Tensor& x, const Tensor& y,
+                                       at::TensorList lr, std::string_view loss, int64_t steps,
+                                       std::string_view activation, double momentum, bool first_order) {
+  const Inputs in(params, lr, {x, y});
+  if (needs_graph_of("inner_sgd", in.tensors)) {
+    return InnerSgdFunction::apply(
+        at::TensorList(in.tensors), in,
+        Options{std::string(loss), steps, std::string(activation), momentum, first_order});
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return inner_sgd(params, x, y, lr, loss, steps, activation, momentum, first_order);
+}
+
+// --- maml_loss
+// -----------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_autograd(
+    const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+    const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
+    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
+    bool mean, std::array<bool, 6> wanted) {
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return maml_loss_backward(grad, params, support_x, support_y, query_x, query_y, lr, step_weights, loss,
+                              steps, activation, momentum, first_order, mean, wanted);
+  };
+  const Inputs inputs(params, lr, {support_x, support_y, query_x, query_y, grad});
+  if (!needs_graph_of("maml_loss_backward", inputs.tensors)) return compute();
+  variable_list results =
+      LastDerivative::apply(at::TensorList(inputs.tensors), std::function<variable_list()>([&] {
+                              auto [value, grads] = compute();
+                              grads.push_back(value);
+                              return grads;
+                            }),
+                            "maml_loss");
+  const Tensor value = results.back();
+  results.pop_back();
+  return {value, results};
+}
+
+// The mean over tasks has one gradient but for a factor, so the forward finds it on its way, and the backward
+// scales it. The loss of every task is differentiated in the backward, when it is known how much each of them
+// counts.
+struct MamlLossFunction : Function<MamlLossFunction> {
+  static Tensor forward(AutogradContext* ctx, at::TensorList, const Inputs& in,
+                        const OptionalTensor& step_weights, const Options& o, bool mean) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["params"] = in.params;
+    ctx->saved_data["lr"] = in.lr;
+    ctx->saved_data["mean"] = mean;
+    ctx->saved_data["step_weights"] = step_weights;
+    o.save(ctx);
+    if (!mean) {
+      ctx->save_for_backward(in.tensors);
+      return maml_loss(in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3),
+                       in.lr_list(), step_weights, o.loss, o.steps, o.activation, o.momentum, o.first_order,
+                       mean);
+    }
+    const auto wanted = in.any<6>([&](int64_t i) { return in.tensors[i].requires_grad(); });
+    auto [value, grads] = maml_loss_backward(at::ones({}, in.tensors[0].options().requires_grad(false)),
+                                             in.params_list(), in.example(0), in.example(1), in.example(2),
+                                             in.example(3), in.lr_list(), step_weights, o.loss, o.steps,
+                                             o.activation, o.momentum, o.first_order, mean, wanted);
+    variable_list saved = in.tensors;
+    saved.insert(saved.end(), grads.begin(), grads.end());
+    ctx->save_for_backward(saved);
+    return value;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& data = ctx->saved_data;
+    variable_list saved = ctx->get_saved_variables();
+    constexpr size_t kOptions = 4;  // arguments of forward behind the list of tensors
+    if (data["mean"].toBool()) {
+      const size_t count = saved.size() / 2;
+      const Inputs in(variable_list(saved.begin(), saved.begin() + count), data["params"].toInt(),
+                      data["lr"].toInt());
+      const variable_list of_one(saved.begin() + count, saved.end());
+      const auto scale = [&] { return at::_foreach_mul(of_one, grads[0]); };
+      variable_list inputs = in.tensors;
+      inputs.push_back(grads[0]);
+      if (!needs_graph_of("maml_loss", inputs)) return gradients(scale(), in, kOptions);
+      return gradients(
+          LastDerivative::apply(at::TensorList(inputs), std::function<variable_list()>(scale), "maml_loss"),
+          in, kOptions);
+    }
+    const Inputs in(std::move(saved), data["params"].toInt(), data["lr"].toInt());
+    const Options o = Options::restore(ctx);
+    const auto wanted = in.any<6>([&](int64_t i) { return ctx->needs_input_grad(i); });
+    auto of_tasks = std::get<1>(maml_loss_backward(
+        grads[0], in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3), in.lr_list(),
+        data["step_weights"].toOptional<Tensor>(), o.loss, o.steps, o.activation, o.momentum, o.first_order,
+        /*mean=*/false, wanted));
+    return gradients(std::move(of_tasks), in, kOptions);
+  }
+};
+
+Tensor maml_loss_autograd(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
+                          const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
+                          const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                          std::string_view activation, double momentum, bool first_order, bool mean) {
+  const Inputs in(params, lr, {support_x, support_y, query_x, query_y});
+  if (needs_graph_of("maml_loss", in.tensors)) {
+    return MamlLossFunction::apply(
+        at::TensorList(in.tensors), in, step_weights,
+        Options{std::string(loss), steps, std::string(activation), momentum, first_order}, mean);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return maml_loss(params, support_x, support_y, query_x, query_y, lr, step_weights, loss, steps, activation,
+                   momentum, first_order, mean);
+}
+
+// --- sgd_update
+// ----------------------------------------------------------------------------------------------------
+
+// The backward is written in torch's own ops, so it has derivatives of every order.
+struct SgdUpdateFunction : Function<SgdUpdateFunction> {
+  // tensors: params, grads, lr (one, or one for each of params), momentum buffers (or none)
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, int64_t count, int64_t lr_count,
+                               double momentum, double weight_decay, bool nesterov) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(tensors.vec());
+    ctx->saved_data["count"] = count;
+    ctx->saved_data["lr_count"] = lr_count;
+    ctx->saved_data["momentum"] = momentum;
+    ctx->saved_data["weight_decay"] = weight_decay;
+    ctx->saved_data["nesterov"] = nesterov;
+    auto [params, buffers] =
+        sgd_update(tensors.slice(0, count), tensors.slice(count, count), tensors.slice(2 * count, lr_count),
+                   tensors.slice(2 * count + lr_count), momentum, weight_decay, nesterov);
+    params.insert(params.end(), buffers.begin(), buffers.end());
+    return params;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto& data = ctx->saved_data;
+    const variable_list saved = ctx->get_saved_variables();
+    const int64_t count = data["count"].toInt(), lr_count = data["lr_count"].toInt();
+    const double momentum = data["momentum"].toDouble(), weight_decay = data["weight_decay"].toDouble();
+    const bool nesterov = data["nesterov"].toBool(),
+               has_buffers = saved.size() > static_cast<size_t>(2 * count + lr_count);
+    variable_list result(saved.size() + 5);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t lr_index = 2 * count + (lr_count == 1 ? 0 : i), buffer_index = 2 * count + lr_count + i;
+      const Tensor &param = saved[i], &grad = saved[count + i], &lr = saved[lr_index], &grad_param = grads[i];
+      const Tensor decayed = grad + weight_decay * param;
+      Tensor step = decayed, grad_step = -lr * grad_param, grad_decayed = grad_step;
+      if (momentum != 0) {
+        const Tensor buffer = has_buffers ? momentum * saved[buffer_index] + decayed : decayed;
+        step = nesterov ? decayed + momentum * buffer : buffer;
+        const Tensor grad_buffer = grads[count + i] + (nesterov ? momentum * grad_step : grad_step);
+        grad_decayed = nesterov ? grad_step + grad_buffer : grad_buffer;
+        if (has_buffers) result[buffer_index] = momentum * grad_buffer;
+      }
+      result[i] = grad_param + weight_decay * grad_decayed;
+      result[count + i] = grad_decayed;
+      if (ctx->needs_input_grad(lr_index)) {
+        const Tensor grad_lr = at::sum_to(-grad_param * step, lr.sizes());
+        result[lr_index] = result[lr_index].defined() ? result[lr_index] + grad_lr : grad_lr;
+      }
+    }
+    return result;
+  }
+};
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_autograd(
+    at::TensorList params, at::TensorList grads, at::TensorList lr, at::TensorList momentum_buffers,
+    double momentum, double weight_decay, bool nesterov) {
+  variable_list tensors = params.vec();
+  for (at::TensorList list : {grads, lr, momentum_buffers})
+    tensors.insert(tensors.end(), list.begin(), list.end());
+  if (needs_graph_of("sgd_update", tensors) && grads.size() == params.size()) {
+    const variable_list results =
+        SgdUpdateFunction::apply(at::TensorList(tensors), static_cast<int64_t>(params.size()),
+                                 static_cast<int64_t>(lr.size()), momentum, weight_decay, nesterov);
+    const auto buffers = results.begin() + static_cast<int64_t>(params.size());
+    return {variable_list(results.begin(), buffers), variable_list(buffers, results.end())};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return sgd_update(params, grads, lr, momentum_buffers, momentum, weight_decay, nesterov);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
+  m.impl("inner_sgd", inner_sgd_autograd);
+  m.impl("inner_sgd_backward", inner_sgd_backward_autograd);
+  m.impl("maml_loss", maml_loss_autograd);
+  m.impl("maml_loss_backward", maml_loss_backward_autograd);
+  m.impl("sgd_update", sgd_update_autograd);
+}
+
+}  // namespace metafast
