@@ -27,13 +27,21 @@ KERNEL = re.compile(
 )
 
 
-def demangle(name: str) -> str:
-    tool = shutil.which("cu++filt", path=str(Path(NVCC).resolve().parent)) or shutil.which("c++filt")
-    return (
-        subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout.strip()
-        if tool
-        else name
-    )
+def table(kernels: list[re.Match[str]]) -> str:
+    """Registers, stack and spills of each kernel, those at fault first."""
+    rows = [
+        f"{k['architecture']:6} {k['registers']:>9} {k['stack']:>6} {k['stores']:>7} {k['loads']:>6}  {k['name']}"
+        for k in sorted(kernels, key=uses_local_memory, reverse=True)
+    ]
+    text = "\n".join([f"{'arch':6} {'registers':>9} {'stack':>6} {'stores':>7} {'loads':>6}  kernel", *rows])
+    demangler = shutil.which("c++filt")
+    if demangler is None:
+        return text
+    return subprocess.run([demangler], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def uses_local_memory(kernel: re.Match[str]) -> bool:
+    return any(int(kernel[what]) > 0 for what in ("stack", "stores", "loads")) or "lmem" in kernel["memory"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -56,14 +64,5 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
     kernels = list(KERNEL.finditer(compiled.stderr))
     assert {match["architecture"] for match in kernels} == {f"sm_{a}" for a in ARCHITECTURES}, compiled.stderr
 
-    table = [f"{'arch':6} {'registers':>9} {'stack':>6} {'stores':>7} {'loads':>6}  kernel"]
-    clean = True
-    for match in kernels:
-        local = int(match["stack"]) + int(match["stores"]) + int(match["loads"])
-        clean &= local == 0 and "lmem" not in match["memory"]
-        table.append(
-            f"{match['architecture']:6} {match['registers']:>9} {match['stack']:>6} {match['stores']:>7} "
-            f"{match['loads']:>6}  {demangle(match['name'])}"
-        )
-    assert clean, "spills or local memory:\n" + "\n".join(table)
+    assert not any(map(uses_local_memory, kernels)), "spills or local memory:\n" + table(kernels)
     assert "warning" not in compiled.stderr, compiled.stderr

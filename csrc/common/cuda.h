@@ -1,9 +1,9 @@
 // What all CUDA kernels share: launch, shared memory, vector access, number conversion, reductions.
 //
 // House rules for kernels: plain CUDA C++, no torch; one plain struct and a stream per kernel; no
-// floating-point atomics; no `__shared__` variables, but one struct per kernel from shared_memory<T>();
-// blocks of a multiple of 32 threads, none of which leaves before the last barrier or shuffle. Such kernels
-// also run on the CPU: see tests/cuda_emulator.
+// floating-point atomics; no `__shared__` variables, but shared_memory<T>() as one struct, or as SharedArrays
+// where sizes are known at launch alone; blocks of a multiple of 32 threads, none of which leaves before the
+// last barrier or shuffle. Such kernels also run on the CPU: see tests/cuda_emulator.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -62,6 +62,17 @@ void launch_kernel(const Launch& where, void (*kernel)(Params), const Params& pa
   check(cudaLaunchKernelEx(&config, kernel, params), where.name);
 }
 
+// A grid of any number of blocks; those whose block_index() is not below it have nothing to do.
+inline dim3 grid_of(std::int64_t blocks) {
+  constexpr std::int64_t kMaxX = 0x7fffffff;
+  const std::int64_t x = blocks < kMaxX ? blocks : kMaxX;
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(x == 0 ? 0 : div_up(blocks, x)));
+}
+
+__device__ __forceinline__ std::int64_t block_index() {
+  return static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+}
+
 // ---- shared memory ----
 
 // The block's shared memory as the struct that the kernel wants; launch it with shared_bytes = sizeof(T).
@@ -74,6 +85,29 @@ __device__ __forceinline__ T& shared_memory() {
   extern __shared__ __align__(16) unsigned char metafast_shared_memory[];
   return *reinterpret_cast<T*>(metafast_shared_memory);
 #endif
+}
+
+// Arrays one behind the other in shared memory, each aligned to 16 bytes, for sizes that are known at launch
+// alone. With a null base it only counts the bytes.
+struct SharedArrays {
+  unsigned char* base;
+  std::size_t bytes = 0;
+
+  template <typename T>
+  __host__ __device__ T* take(std::size_t count) {
+    T* array = base == nullptr ? nullptr : reinterpret_cast<T*>(base + bytes);
+    bytes += (count * sizeof(T) + 15) / 16 * 16;
+    return array;
+  }
+};
+
+// The most shared memory that a block can have on the current device.
+inline std::size_t max_shared_bytes() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "(shared memory limit)");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "(shared memory limit)");
+  return static_cast<std::size_t>(bytes);
 }
 
 // ---- numbers ----

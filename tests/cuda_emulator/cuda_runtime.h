@@ -58,6 +58,9 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 template <typename T>
 T __ldg(const T* address) {
   return *address;
@@ -144,6 +147,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, M
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaLaunchAttribute;
@@ -168,7 +172,9 @@ inline cudaError_t record(cudaError_t error) {
   return error;
 }
 
-// The limits of compute capability 8.0, the lowest that metafast is built for.
+// The limits are those of compute capability 8.0, the lowest that metafast is built for.
+constexpr int kMaxSharedBytes = 163 << 10;
+
 inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
@@ -199,9 +205,19 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaPeekAtLastError() { return metafast::emulator::last_error; }
 inline cudaError_t cudaGetLastError() { return std::exchange(metafast::emulator::last_error, cudaSuccess); }
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = metafast::emulator::kMaxSharedBytes;
+  return cudaSuccess;
+}
+
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || bytes > 163 << 10) return metafast::emulator::record(cudaErrorInvalidValue);
+  if (bytes < 0 || bytes > metafast::emulator::kMaxSharedBytes)
+    return metafast::emulator::record(cudaErrorInvalidValue);
   metafast::emulator::shared_limits[reinterpret_cast<const void*>(kernel)] = static_cast<std::size_t>(bytes);
   return cudaSuccess;
 }
