@@ -120,7 +120,7 @@ class Plan:
     """How long to measure."""
 
     sample_s: float = 0.01  # a sample repeats a short call until it takes this long
-    variant_s: float = 3.0  # the time spent on one variant, after which the others go on without it
+    variant_s: float = 1.5  # the time spent on one variant, after which the others go on without it
     min_rounds: int = 3
     max_rounds: int = 51
 
