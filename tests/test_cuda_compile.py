@@ -30,7 +30,8 @@ KERNEL = re.compile(
 def table(kernels: list[re.Match[str]]) -> str:
     """Registers, stack and spills of each kernel, those at fault first."""
     rows = [
-        f"{k['architecture']:6} {k['registers']:>9} {k['stack']:>6} {k['stores']:>7} {k['loads']:>6}  {k['name']}"
+        f"{k['architecture']:6} {k['registers']:>9} {k['stack']:>6} {k['stores']:>7} {k['loads']:>6}  "
+        f"{k['name']}"
         for k in sorted(kernels, key=uses_local_memory, reverse=True)
     ]
     text = "\n".join([f"{'arch':6} {'registers':>9} {'stack':>6} {'stores':>7} {'loads':>6}  kernel", *rows])
