@@ -18,7 +18,8 @@ constexpr int kQueryQuantum = 32;  // chunks begin at multiples of this
 
 // How a block of the classify kernels works.
 struct ClassifyPlan {
-  int tile;  // queries at a time: 32, 16 or 8
+  int tile;    // queries at a time: 32, 16 or 8
+  int planes;  // numbers per pair
   bool vectorized;
   bool per_class;  // probabilities within every class are wanted, not only within each query's own
 };
@@ -26,7 +27,7 @@ struct ClassifyPlan {
 // Its shared memory. J is rounded up to kMaxSelves rows, which the last thread of a column may read beyond J.
 template <typename T>
 struct ClassifyShared {
-  T* planes;  // [kPlanes, J, tile]
+  T* planes;  // [plan.planes, J, tile]: distances (and their tangents), then the factors of the gradients
   RowNorms<T> x, y;
   T* scratch;      // [kClassifyThreads]
   int* row_class;  // [J]: -1 for a row that takes no part
@@ -36,7 +37,7 @@ struct ClassifyShared {
   template <class M, bool kSecond>
   __host__ __device__ void take(SharedArrays& arrays, const Classes<T>& p, const ClassifyPlan& plan) {
     const std::size_t rows = div_up(p.rows, kMaxSelves) * kMaxSelves;
-    planes = arrays.take<T>(kFactors<M, kSecond> * rows * plan.tile);
+    planes = arrays.take<T>(plan.planes * rows * plan.tile);
     if constexpr (M::kCosine) {
       x = {arrays.take<T>(plan.tile), arrays.take<T>(plan.tile),
            kSecond ? arrays.take<T>(plan.tile) : nullptr};
@@ -420,12 +421,13 @@ __global__ void __launch_bounds__(kClassifyThreads, 1)
 
 // The largest tile that leaves room for several blocks on a multiprocessor, or the smallest that fits at all.
 template <class M, bool kSecond, typename T>
-std::size_t plan_classify(const Classes<T>& p, ClassifyPlan& plan) {
+std::size_t plan_classify(const Classes<T>& p, int planes, ClassifyPlan& plan) {
   constexpr std::size_t kRoomForSeveral = 32 << 10;
   constexpr int kSmallestTile = 8;
   if (p.rows > std::numeric_limits<int>::max() || p.way > std::numeric_limits<int>::max()) {
     throw std::invalid_argument("metafast: class probabilities on CUDA: more than 2^31 rows or classes");
   }
+  plan.planes = planes;
   plan.vectorized = is_vectorized(p);
   plan.per_class = p.row_labels != nullptr && p.query_labels == nullptr;
   plan.tile = kQueryQuantum;
@@ -450,7 +452,7 @@ template <typename T>
 void launch(const Classify<T>& p, Stream stream) {
   with_distance(p.metric, [&]<class M>() {
     ClassifyLaunch<Classify<T>> k{p, {}};
-    const std::size_t shared_bytes = plan_classify<M, false>(p, k.plan);
+    const std::size_t shared_bytes = plan_classify<M, false>(p, 1, k.plan);
     launch_kernel({"classify", grid_of(p.tasks * k.query_tiles()), kClassifyThreads, shared_bytes, stream},
                   classify<M, T>, k);
   });
@@ -460,7 +462,7 @@ template <typename T>
 void launch(const ClassifyBackward<T>& p, Stream stream) {
   with_distance(p.metric, [&]<class M>() {
     ClassifyLaunch<ClassifyBackward<T>> k{p, {}};
-    const std::size_t shared_bytes = plan_classify<M, false>(p, k.plan);
+    const std::size_t shared_bytes = plan_classify<M, false>(p, kFactors<M, false>, k.plan);
     launch_kernel({"classify_backward", grid_of(p.tasks * p.chunks), kClassifyThreads, shared_bytes, stream},
                   classify_backward<M, T>, k);
   });
@@ -470,7 +472,7 @@ template <typename T>
 void launch(const ClassifyDoubleBackward<T>& p, Stream stream) {
   with_distance(p.metric, [&]<class M>() {
     ClassifyLaunch<ClassifyDoubleBackward<T>> k{p, {}};
-    const std::size_t shared_bytes = plan_classify<M, true>(p, k.plan);
+    const std::size_t shared_bytes = plan_classify<M, true>(p, kFactors<M, true>, k.plan);
     launch_kernel(
         {"classify_double_backward", grid_of(p.tasks * p.chunks), kClassifyThreads, shared_bytes, stream},
         classify_double_backward<M, T>, k);
