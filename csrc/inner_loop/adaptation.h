@@ -17,9 +17,9 @@ class Adaptation {
   static void run(const InnerLoop<T>& p, int64_t begin, int64_t end) {
     Arena<T> counter;
     Adaptation(p, counter);
-    Arena<T> arena(static_cast<T*>(thread_memory(counter.bytes())));
+    const ThreadMemory memory(counter.bytes());
+    Arena<T> arena(static_cast<T*>(memory.get()));
     Adaptation adaptation(p, arena);
-    adaptation.load_shared();
     for (int64_t item = begin; item < end; ++item) adaptation.run_item(item);
   }
 
@@ -27,6 +27,7 @@ class Adaptation {
   const InnerLoop<T>& p_;
   const bool trajectory_, reverses_, keeps_buffers_;
   Batch<Layout, T> support_, query_;
+  const Parameters<Layout, T> parameters_;
   Network<Layout, T> network_;
   const int64_t vectors_;
   T* theta_;          // [K + 1, vectors] with a trajectory, else [1, vectors], overwritten step by step
@@ -37,7 +38,6 @@ class Adaptation {
   T* grad_shared_;    // [vectors], sum of v over groups, or null
   T* grad_elements_;  // [vectors], gradient of `elements`, or null
   T* grad_rates_;     // [K, L], in lanes, gradient of `rates`, or null
-  T* scratch_;        // [vectors] in rows of kLanes
   Vec<T> losses_, total_loss_, task_weights_;
   int64_t first_;  // of the tasks of the group
   int tasks_;      // of the group
@@ -50,9 +50,10 @@ class Adaptation {
         keeps_buffers_(p.lr_gradient() && p.backward),
         support_(arena, p.mlp, p.support),
         query_(arena, p.mlp, p.query),
-        network_(arena, p.mlp, std::max(p.support.count, p.query.count), reverses_,
+        parameters_(p.mlp),
+        network_(arena, p.mlp, parameters_, std::max(p.support.count, p.query.count), reverses_,
                  p.support.grad_x != nullptr || p.query.grad_x != nullptr),
-        vectors_(network_.vectors()),
+        vectors_(parameters_.vectors()),
         theta_(arena.take((trajectory_ ? p.sgd.steps + 1 : 1) * vectors_)),
         buffers_(arena.take_if(keeps_buffers_ || p.sgd.momentum != 0,
                                (keeps_buffers_ ? p.sgd.steps : 1) * vectors_)),
@@ -61,8 +62,11 @@ class Adaptation {
         elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
         grad_shared_(arena.take_if(p.sums.params >= 0, vectors_)),
         grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
-        grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)),
-        scratch_(arena.take(vectors_ + kLanes<T>)) {}
+        grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)) {
+    if (elements_ == nullptr || arena.counts()) return;
+    clear(elements_, vectors_);
+    parameters_.load_elements(p.sgd.elements, elements_);
+  }
 
   T* theta(int64_t k) const { return theta_ + (trajectory_ ? k : 0) * vectors_ * kLanes<T>; }
   T* buffer(int64_t k) const {
@@ -72,108 +76,6 @@ class Adaptation {
   Vec<T> rate(int64_t k, int l, int64_t i) const {
     if (elements_ != nullptr) return Layout::shared(elements_, i);
     return broadcast(p_.sgd.rates[k * p_.sgd.step_stride + l * p_.sgd.layer_stride]);
-  }
-
-  void load_shared() {
-    if (elements_ != nullptr)
-      load_parameters(p_.sgd.elements, [&](int64_t i, T value) { shared_element(elements_, i) = value; });
-  }
-
-  // --- parameters: from and to the caller's tensors
-  // ------------------------------------------------------------
-
-  // f(scalar index of vector i within row o of layer l) : rows are [I + 1] tasks wide, padded
-  template <class F>
-  void load_parameters(const T* const* params, const F& f) const {
-    for (int l = 0; l < p_.mlp.layers; ++l) {
-      const int64_t inputs = p_.mlp.widths[l];
-      for (int64_t o = 0; o < p_.mlp.widths[l + 1]; ++o) {
-        const int64_t row = network_.offset(l) * kUnit + o * network_.cols(l) * kUnit;
-        for (int64_t i = 0; i < inputs; ++i) f(row + i, params[2 * l][o * inputs + i]);
-        f(row + inputs, params[2 * l + 1][o]);
-      }
-    }
-  }
-  // Parameters per vector.
-  static constexpr int64_t kUnit = Layout::kTransposes ? kLanes<T> : 1;
-  static T& shared_element(T* array, int64_t i) { return array[i]; }
-
-  void load_theta() {
-    const Mlp<T>& mlp = p_.mlp;
-    T* theta = this->theta(0);
-    if (Layout::kTransposes) std::fill_n(theta, vectors_ * kLanes<T>, T(0));
-    if (mlp.shared) {
-      load_parameters(mlp.params, [&](int64_t i, T value) {
-        if constexpr (Layout::kTransposes) {
-          theta[i] = value;
-        } else {
-          store(theta + i * kLanes<T>, broadcast(value));
-        }
-      });
-    } else {
-      load_tasks(mlp.params, theta);
-    }
-  }
-
-  // Calls f(array of a parameter, its elements per task, first element, number of elements, their place in
-  // theta) for every run of elements that are neighbours in both.
-  template <class Pointer, class F>
-  void for_each_run(const Pointer* params, const F& f) const {
-    for (int l = 0; l < p_.mlp.layers; ++l) {
-      const int64_t inputs = p_.mlp.widths[l], outputs = p_.mlp.widths[l + 1];
-      const int64_t pitch = network_.cols(l) * kLanes<T>;
-      const int64_t start = network_.offset(l) * kLanes<T>;
-      for (int64_t o = 0; o < outputs; ++o) {
-        f(params[2 * l], inputs * outputs, o * inputs, inputs, start + o * pitch);
-        f(params[2 * l + 1], outputs, o, int64_t{1}, start + o * pitch + inputs * Layout::kTasks);
-      }
-    }
-  }
-
-  void load_tasks(const T* const* params, T* theta) const {
-    for_each_run(params, [&](const T* in, int64_t size, int64_t begin, int64_t n, int64_t place) {
-      if constexpr (Layout::kTransposes) {
-        std::copy_n(in + first_ * size + begin, n, theta + place);
-      } else {
-        gather_lanes(in + first_ * size + begin, size, tasks_, n, theta + place);
-      }
-    });
-  }
-
-  void store_tasks(const T* theta, T* const* params) const {
-    for_each_run(params, [&](T* out, int64_t size, int64_t begin, int64_t n, int64_t place) {
-      if constexpr (Layout::kTransposes) {
-        std::copy_n(theta + place, n, out + first_ * size + begin);
-      } else {
-        scatter_lanes(theta + place, size, tasks_, n, out + first_ * size + begin);
-      }
-    });
-  }
-
-  // The sum over lanes (tasks) of every parameter, into `out`, in the order of the caller's tensors.
-  void store_sum(T* array, T* out) {
-    const T* sums = array;
-    if constexpr (!Layout::kTransposes) {
-      for (int64_t i = 0; i < vectors_; i += kLanes<T>) {
-        Vec<T> block[kLanes<T>];
-        for (int64_t j = 0; j < kLanes<T>; ++j)
-          block[j] = i + j < vectors_ ? load(array + (i + j) * kLanes<T>) : Vec<T>{};
-        transpose_lanes<T>(block);
-        for (int t = 1; t < kLanes<T>; ++t) block[0] += block[t];
-        store(scratch_ + i, block[0]);
-      }
-      sums = scratch_;
-    }
-    for (int l = 0; l < p_.mlp.layers; ++l) {
-      const int64_t inputs = p_.mlp.widths[l], outputs = p_.mlp.widths[l + 1];
-      T *weight = out, *bias = out + inputs * outputs;
-      for (int64_t o = 0; o < outputs; ++o) {
-        const T* row = sums + (network_.offset(l) + o * network_.cols(l)) * kUnit;
-        std::copy_n(row, inputs, weight + o * inputs);
-        bias[o] = row[inputs];
-      }
-      out = bias + outputs;
-    }
   }
 
   // --- work items
@@ -191,8 +93,8 @@ class Adaptation {
     if (p_.sums.rows == nullptr) return;
     T* sums = p_.sums.rows + item * p_.sums.columns;
     if (p_.sums.loss >= 0) sums[p_.sums.loss] = sum_of_lanes<T>(total_loss_);
-    if (grad_shared_ != nullptr) store_sum(grad_shared_, sums + p_.sums.params);
-    if (grad_elements_ != nullptr) store_sum(grad_elements_, sums + p_.sums.lr);
+    if (grad_shared_ != nullptr) parameters_.store_sum(grad_shared_, sums + p_.sums.params);
+    if (grad_elements_ != nullptr) parameters_.store_sum(grad_elements_, sums + p_.sums.lr);
     if (grad_rates_ != nullptr) {
       for (int64_t i = 0; i < p_.sgd.steps * p_.mlp.layers; ++i) {
         sums[p_.sums.lr + i] = sum_of_lanes<T>(load(grad_rates_ + i * kLanes<T>));
@@ -206,14 +108,19 @@ class Adaptation {
     in_use_ = Vec<T>{};
     task_weights_ = losses_ = Vec<T>{};
     for (int lane = 0; lane < kLanes<T>; ++lane) {
-      const int task = Layout::kTransposes ? 0 : lane;
+      const int task = Layout::kTasks == 1 ? 0 : lane;
       if (task >= tasks) continue;
       in_use_[lane] = 1;
       const T weight = p_.task_weights ? p_.task_weights[(first + task) * p_.task_weight_stride] : T(1);
       task_weights_[lane] = p_.loss_scale * weight;
     }
     support_.load_tasks(p_.support, first, tasks);
-    load_theta();
+    if (Layout::kSamples > 1) clear(theta(0), vectors_);  // what pads the rows
+    if (p_.mlp.shared) {
+      parameters_.load_shared(p_.mlp.params, theta(0));
+    } else {
+      parameters_.load_tasks(p_.mlp.params, first, tasks, theta(0));
+    }
     if (p_.has_query()) query_.load_tasks(p_.query, first, tasks);
     if (p_.backward) start_backward();
 
@@ -223,7 +130,7 @@ class Adaptation {
       step(k);
       if (!trajectory_) query_after(k + 1);
     }
-    if (p_.adapted[0] != nullptr) store_tasks(theta(p_.sgd.steps), p_.adapted);
+    if (p_.adapted[0] != nullptr) parameters_.store_tasks(theta(p_.sgd.steps), first, tasks, p_.adapted);
     if (trajectory_) {
       for (int64_t k = p_.sgd.steps - 1; k >= 0; --k) {
         query_after(k + 1);
@@ -235,7 +142,7 @@ class Adaptation {
 
   void start_backward() {
     clear(v_, vectors_);
-    if (p_.grad_adapted[0] != nullptr) load_tasks(p_.grad_adapted, v_);
+    if (p_.grad_adapted[0] != nullptr) parameters_.load_tasks(p_.grad_adapted, first_, tasks_, v_);
     if (m_ != nullptr) clear(m_, vectors_);
   }
 
@@ -243,14 +150,14 @@ class Adaptation {
     const Vec<T> weighted = in_use_ > Vec<T>{} ? losses_ * task_weights_ : Vec<T>{};
     total_loss_ += weighted;
     if (p_.losses != nullptr) {
-      if constexpr (Layout::kTransposes) {
+      if constexpr (Layout::kTasks == 1) {
         p_.losses[first_] = sum_of_lanes<T>(losses_);
       } else {
         for (int t = 0; t < tasks_; ++t) p_.losses[first_ + t] = losses_[t];
       }
     }
     if (!p_.backward) return;
-    if (p_.grad_params[0] != nullptr) store_tasks(v_, p_.grad_params);
+    if (p_.grad_params[0] != nullptr) parameters_.store_tasks(v_, first_, tasks_, p_.grad_params);
     if (grad_shared_ != nullptr) {
       for (int64_t i = 0; i < vectors_; ++i)
         add_in_use(grad_shared_ + i * kLanes<T>, load(v_ + i * kLanes<T>));
@@ -306,7 +213,7 @@ class Adaptation {
     for (int l = 0; l < p_.mlp.layers; ++l) {
       Vec<T> grad_rate{};
       const T momentum = p_.sgd.momentum;
-      for (int64_t i = network_.offset(l); i < network_.offset(l + 1); ++i) {
+      for (int64_t i = parameters_.offset(l); i < parameters_.offset(l + 1); ++i) {
         const Vec<T> v = load(v_ + i * kLanes<T>);
         if (keeps_buffers_) {
           const Vec<T> product = v * load(buffer(k + 1) + i * kLanes<T>);

@@ -23,11 +23,11 @@ constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <typename T>
 struct TasksInLanes {
   static constexpr int kTasks = kLanes<T>, kSamples = 1;
-  static constexpr bool kTransposes = false;
+  // Vectors that `features` features of one row of parameters take.
+  static constexpr int64_t columns(int64_t features) { return features; }
   static METAFAST_HD Vec<T> parameter(const T* p) { return load(p); }
   // The vector of elementwise values (learning rates) that all tasks share, for vector i of the parameters.
   static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return broadcast(values[i]); }
-  static constexpr int64_t shared_size(int64_t vectors) { return vectors; }
   // Feature o of sample s of an array [rows, pitch], as the outer product of parameter gradients reads it.
   static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
     return load(array + (s * pitch + o) * kLanes<T>);
@@ -37,10 +37,9 @@ struct TasksInLanes {
 template <typename T>
 struct SamplesInLanes {
   static constexpr int kTasks = 1, kSamples = kLanes<T>;
-  static constexpr bool kTransposes = true;
+  static constexpr int64_t columns(int64_t features) { return div_up(features, kLanes<T>); }
   static METAFAST_HD Vec<T> parameter(const T* p) { return broadcast(*p); }
   static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return load(values + i * kLanes<T>); }
-  static constexpr int64_t shared_size(int64_t vectors) { return vectors * kLanes<T>; }
   static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
     return broadcast(array[((s / kLanes<T>)*pitch + o) * kLanes<T> + s % kLanes<T>]);
   }

@@ -6,53 +6,14 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <new>
 
+#include "inner_loop/arena.h"
 #include "inner_loop/gemm.h"
 #include "inner_loop/math.h"
-#include "inner_loop/params.h"
+#include "inner_loop/parameters.h"
 
 namespace metafast::METAFAST_ISA {
-
-// Memory of a thread, in vectors, which it keeps from call to call. Who needs some takes it once: first from
-// an empty Arena, which only counts.
-template <typename T>
-class Arena {
- public:
-  explicit Arena(T* memory = nullptr) : memory_(memory) {}
-
-  T* take(int64_t vectors) {
-    T* taken = memory_ ? memory_ + used_ * kLanes<T> : nullptr;
-    used_ += vectors;
-    return taken;
-  }
-  T* take_if(bool wanted, int64_t vectors) { return wanted ? take(vectors) : nullptr; }
-  bool counts() const { return memory_ == nullptr; }
-  int64_t bytes() const { return used_ * kVectorBytes; }
-
- private:
-  T* memory_;
-  int64_t used_ = 0;
-};
-
-inline void* thread_memory(int64_t bytes) {
-  struct Memory {
-    void* data = nullptr;
-    int64_t size = 0;
-    ~Memory() { std::free(data); }
-  };
-  static thread_local Memory memory;
-  if (memory.size < bytes) {
-    std::free(memory.data);
-    memory.size = 0;
-    memory.data = std::aligned_alloc(64, div_up(bytes, 64) * 64);
-    if (memory.data == nullptr) throw std::bad_alloc();
-    memory.size = bytes;
-  }
-  return memory.data;
-}
 
 template <typename T>
 METAFAST_HD T sum_of_lanes(Vec<T> v) {
@@ -119,7 +80,7 @@ struct Batch {
         features(mlp.widths[0]),
         outputs(mlp.widths[mlp.layers]),
         x(arena.take(rows * (features + 1))),
-        x_transposed(Layout::kTransposes ? arena.take(samples * div_up(features + 1, kLanes<T>)) : x),
+        x_transposed((Layout::kSamples > 1) ? arena.take(samples * Layout::columns(features + 1)) : x),
         y(arena.take(rows * outputs)),
         share(arena.take(rows)),
         grad_x(arena.take_if(examples.grad_x != nullptr, rows * features)),
@@ -160,8 +121,8 @@ struct Batch {
       for (int64_t s = 0; s < samples && valid > 0; ++s)
         share[lane_offset<T>(row_of(s), 1, 0, lane_of(t, s))] *= mean;
     }
-    if (Layout::kTransposes) {
-      transpose_samples(x, features + 1, samples, div_up(features + 1, kLanes<T>), x_transposed);
+    if (Layout::kSamples > 1) {
+      transpose_samples(x, features + 1, samples, Layout::columns(features + 1), x_transposed);
     }
   }
 
@@ -184,19 +145,11 @@ struct Batch {
 template <class Layout, typename T>
 class Network {
  public:
-  // Parameters of layer l: [widths[l + 1], cols(l)] vectors from vector offset(l) on.
-  int64_t cols(int l) const { return Layout::kTransposes ? div_up(width(l) + 1, kLanes<T>) : width(l) + 1; }
-  int64_t offset(int l) const { return offsets_[l]; }
-  int64_t vectors() const { return offsets_[layers()]; }
-  int64_t width(int l) const { return mlp_.widths[l]; }
-  int layers() const { return mlp_.layers; }
-
-  Network(Arena<T>& arena, const Mlp<T>& mlp, int64_t samples, bool tangents, bool input_gradients)
-      : mlp_(mlp) {
+  Network(Arena<T>& arena, const Mlp<T>& mlp, const Parameters<Layout, T>& parameters, int64_t samples,
+          bool tangents, bool input_gradients)
+      : mlp_(mlp), parameters_(parameters) {
     const int64_t rows = div_up(samples, Layout::kSamples);
-    offsets_[0] = 0;
     for (int l = 0; l < layers(); ++l) {
-      offsets_[l + 1] = offsets_[l] + width(l + 1) * cols(l);
       Layer& layer = layers_[l + 1];
       layer.pitch = width(l + 1) + (l + 1 < layers());
       layer.out = arena.take(rows * layer.pitch);
@@ -206,7 +159,7 @@ class Network {
       layer.out_rows = layer.out;
       layer.tangent_rows = layer.out_tangent;
       if (l + 1 == layers()) continue;
-      if (Layout::kTransposes) {
+      if (Layout::kSamples > 1) {
         layer.out_rows = arena.take(samples * cols(l + 1));
         layer.tangent_rows = arena.take_if(tangents, samples * cols(l + 1));
       }
@@ -225,14 +178,14 @@ class Network {
     layers_[0].out_rows = batch.x_transposed;
     for (int l = 0; l < layers(); ++l) {
       const Layer &in = layers_[l], &layer = layers_[l + 1];
-      const Factor<T> factor{parameters(theta, l), in.out, in.pitch, width(l) + 1};
+      const Factor<T> factor{layer_of(theta, l), in.out, in.pitch, width(l) + 1};
       multiply<Layout, 1>(&factor, forward_strides(l), batch.rows, width(l + 1), layer.out, layer.pitch);
       if (l + 1 == layers()) break;
       with_activation(mlp_.activation, [&]<class A>() {
         each(layer, l + 1, batch.rows,
              [&](int64_t out, int64_t) { store(layer.out + out, A::value(load(layer.out + out))); });
       });
-      if (Layout::kTransposes) {
+      if (Layout::kSamples > 1) {
         transpose_samples(layer.out, layer.pitch, batch.samples, cols(l + 1), layer.out_rows);
       }
     }
@@ -264,7 +217,7 @@ class Network {
     }
     for (int l = layers() - 1; l >= 0; --l) {
       const Layer &in = layers_[l], &out = layers_[l + 1];
-      const Factor<T> factor{parameters(theta, l), out.grad, width(l + 1), width(l + 1)};
+      const Factor<T> factor{layer_of(theta, l), out.grad, width(l + 1), width(l + 1)};
       if (l > 0) {
         multiply<Layout, 1>(&factor, backward_strides(l), batch.rows, width(l), in.grad, width(l));
         with_activation(mlp_.activation, [&]<class A>() {
@@ -278,7 +231,7 @@ class Network {
       const OuterFactor<T> outer_factor{out.grad, in.out_rows};
       outer<Layout, 1>(&outer_factor, {width(l + 1), cols(l)}, batch.samples, width(l + 1), cols(l),
                        [&](int64_t i, Vec<T> v)
-                           __attribute__((always_inline)) { consume(l, offsets_[l] + i, v); });
+                           __attribute__((always_inline)) { consume(l, parameters_.offset(l) + i, v); });
     }
   }
 
@@ -292,10 +245,11 @@ class Network {
     loss_tangent(batch);
     for (int l = layers() - 1; l >= 0; --l) {
       const Layer &in = layers_[l], &out = layers_[l + 1];
-      const Factor<T> factors[2] = {{parameters(theta, l), out.grad_tangent, width(l + 1), width(l + 1)},
-                                    {parameters(u, l), out.grad, width(l + 1), width(l + 1)}};
-      const auto consume_layer = [&](int64_t i, Vec<T> v)
-                                     __attribute__((always_inline)) { consume(offsets_[l] + i, v); };
+      const Factor<T> factors[2] = {{layer_of(theta, l), out.grad_tangent, width(l + 1), width(l + 1)},
+                                    {layer_of(u, l), out.grad, width(l + 1), width(l + 1)}};
+      const auto consume_layer = [&](int64_t i, Vec<T> v) __attribute__((always_inline)) {
+        consume(parameters_.offset(l) + i, v);
+      };
       const OuterFactor<T> outer_factors[2] = {{out.grad_tangent, in.out_rows}, {out.grad, in.tangent_rows}};
       const OuterPitch pitch{width(l + 1), cols(l)};
       if (l == 0) {  // the inputs have no tangent
@@ -304,7 +258,7 @@ class Network {
         return;
       }
       multiply<Layout, 2>(factors, backward_strides(l), batch.rows, width(l), in.grad_tangent, width(l));
-      const Factor<T> factor{parameters(theta, l), out.grad, width(l + 1), width(l + 1)};
+      const Factor<T> factor{layer_of(theta, l), out.grad, width(l + 1), width(l + 1)};
       multiply<Layout, 1>(&factor, backward_strides(l), batch.rows, width(l), in.grad, width(l));
       with_activation(mlp_.activation, [&]<class A>() {
         each(in, l, batch.rows, [&](int64_t a, int64_t g) {
@@ -335,7 +289,10 @@ class Network {
   }
   static void subtract(T* to, Vec<T> v) { store(to, load(to) - v); }
 
-  const T* parameters(const T* theta, int l) const { return theta + offsets_[l] * kLanes<T>; }
+  int64_t width(int l) const { return mlp_.widths[l]; }
+  int layers() const { return mlp_.layers; }
+  int64_t cols(int l) const { return parameters_.cols(l); }
+  const T* layer_of(const T* theta, int l) const { return theta + parameters_.offset(l) * kLanes<T>; }
   Strides forward_strides(int l) const { return {cols(l) * kLanes<T>, Layout::kTasks}; }
   Strides backward_strides(int l) const { return {Layout::kTasks, cols(l) * kLanes<T>}; }
 
@@ -353,8 +310,8 @@ class Network {
       const Layer &in = layers_[l], &layer = layers_[l + 1];
       const bool last = l + 1 == layers();
       T* out = last ? layer.grad_tangent : layer.out_tangent;
-      const Factor<T> factors[2] = {{parameters(u, l), in.out, in.pitch, width(l) + 1},
-                                    {parameters(theta, l), in.out_tangent, in.pitch, width(l)}};
+      const Factor<T> factors[2] = {{layer_of(u, l), in.out, in.pitch, width(l) + 1},
+                                    {layer_of(theta, l), in.out_tangent, in.pitch, width(l)}};
       if (l == 0) {
         multiply<Layout, 1>(factors, forward_strides(l), batch.rows, width(l + 1), out, layer.pitch);
       } else {
@@ -366,7 +323,7 @@ class Network {
           store(layer.out_tangent + a, load(layer.out_tangent + a) * A::slope(load(layer.out + a)));
         });
       });
-      if (Layout::kTransposes) {
+      if (Layout::kSamples > 1) {
         transpose_samples(layer.out_tangent, layer.pitch, batch.samples, cols(l + 1), layer.tangent_rows);
       }
     }
@@ -407,7 +364,7 @@ class Network {
   }
 
   const Mlp<T>& mlp_;
-  int64_t offsets_[kMaxLayers + 1];
+  const Parameters<Layout, T>& parameters_;
   Layer layers_[kMaxLayers + 1] = {};
   T* input_scratch_;
 };

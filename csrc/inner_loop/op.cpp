@@ -61,7 +61,7 @@ class Problem {
   }
 
   void set_query(const Tensor& x, const Tensor& y, const OptionalTensor& step_weights) {
-    query_ = load_set(x, y, "query_x", "query_y");
+    query_ = load_set(x, y, "query_x", "query_y", 'Q');
     if (!step_weights) return;
     const Arg arg{*step_weights, "step_weights"}, like{support_.x, "support_x"};
     TORCH_CHECK_VALUE(steps_ > 0, "step_weights: expected None with steps = 0, got a tensor");
@@ -169,20 +169,21 @@ class Problem {
     }
   }
 
-  Set load_set(const Tensor& x, const Tensor& y, const char* x_name, const char* y_name) const {
+  Set load_set(const Tensor& x, const Tensor& y, const char* x_name, const char* y_name,
+               char letter = 'S') const {
     const Arg ax{x, x_name}, ay{y, y_name}, like{params_[0], "params[0]"};
     check_same_dtype(like, {ax});
     check_same_device(like, {ax, ay});
     TORCH_CHECK_VALUE(x.dim() == 3 && x.size(0) == tasks_ && x.size(2) == params_[0].size(-1), x_name,
-                      ": expected shape [T, S, D] with T = ", tasks_, ", D = ", params_[0].size(-1), ", got ",
-                      x.sizes());
+                      ": expected shape [T, ", letter, ", D] with T = ", tasks_,
+                      ", D = ", params_[0].size(-1), ", got ", x.sizes());
     const int64_t outputs = params_.back().size(-1);
     if (loss_ == Loss::mse) {
       check_same_dtype(like, {ay});
-      check_sizes(ay, {tasks_, x.size(1), outputs}, "[T, S, O]");
+      check_sizes(ay, {tasks_, x.size(1), outputs}, letter == 'Q' ? "[T, Q, O]" : "[T, S, O]");
     } else {
       check_labels_dtype(ay);
-      check_sizes(ay, {tasks_, x.size(1)}, "[T, S]");
+      check_sizes(ay, {tasks_, x.size(1)}, letter == 'Q' ? "[T, Q]" : "[T, S]");
     }
     Set set{x.contiguous(), y.contiguous()};
     if (loss_ == Loss::cross_entropy && !runs_cuda(y)) check_label_values(set.y, outputs, y_name);
@@ -239,9 +240,12 @@ class Gradients {
     const auto like = [&](const Tensor& tensor, bool wanted) {
       return wanted ? empty(tensor.sizes(), options) : at::empty({0}, options);
     };
-    support_ = {like(problem.support().x, support_x), like(problem.support().y, support_y)};
+    const auto like_targets = [&](const Tensor& tensor, bool wanted) {  // labels have no gradient
+      return like(tensor, wanted && tensor.is_floating_point());
+    };
+    support_ = {like(problem.support().x, support_x), like_targets(problem.support().y, support_y)};
     if (problem.query().x.defined())
-      query_ = {like(problem.query().x, query_x), like(problem.query().y, query_y)};
+      query_ = {like(problem.query().x, query_x), like_targets(problem.query().y, query_y)};
     for (size_t i = 0; i < problem.params().size(); ++i) {
       const bool allocate = params && !problem.shared();
       params_.push_back(allocate ? empty(problem.task_shape(i), options) : at::empty({0}, options));

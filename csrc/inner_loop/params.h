@@ -98,8 +98,8 @@ struct InnerLoop {
   // in the lanes. This and how tasks are dealt to work items follow from the shapes alone, never from the
   // number of threads.
   METAFAST_HD bool task_by_task() const {
-    constexpr int64_t kFewTasks = 8, kCacheBytes = 4 << 20;
-    const int64_t copies = keeps_trajectory() ? sgd.steps + 3 : 2;
+    constexpr int64_t kFewTasks = 12, kCacheBytes = 4 << 20;
+    const int64_t copies = keeps_trajectory() ? (lr_gradient() ? 2 : 1) * sgd.steps + 3 : 2;
     return tasks <= kFewTasks || copies * mlp.size() * kGroup * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
   }
   static constexpr int64_t kGroup = 16;  // a multiple of every number of lanes

@@ -1,13 +1,14 @@
 """Reference of the inner loop family: SGD on each task's copy of an MLP, and the query loss after it.
 
-The functions have the signatures of `metafast.inner_loop`. The inner gradients come from ``torch.func.grad``, so
-what is returned can be differentiated to any order, by autograd and by every transform of ``torch.func``.
+The functions have the signatures of `metafast.inner_loop`. The inner gradients come from
+``torch.func.grad``, so what is returned can be differentiated to any order, by autograd and by every
+transform of ``torch.func``.
 
-An MLP is its parameters ``[W1, b1, ..., WL, bL]`` in the layout of ``nn.Linear``, each shared by all tasks (``W``
-``[O, I]``, ``b`` ``[O]``) or of each task (``[T, O, I]``, ``[T, O]``). Inputs are ``[T, S, D]``. Targets are
-``[T, S, O]`` for ``"mse"``, whose loss is the mean over a task's examples and outputs, and int64 ``[T, S]`` for
-``"cross_entropy"``, the mean over a task's examples that are not labelled -100. A task without any has the loss NaN,
-and no gradient.
+An MLP is its parameters ``[W1, b1, ..., WL, bL]`` in the layout of ``nn.Linear``, each shared by all tasks
+(``W`` [O, I], ``b`` [O]) or of each task ([T, O, I], [T, O]). Inputs are [T, S, D]. Targets are [T, S, O] for
+``"mse"``, whose loss is the mean over a task's examples and outputs, and int64 [T, S] for
+``"cross_entropy"``, the mean over a task's examples that are not labelled -100. A task without any has the
+loss NaN, and no gradient.
 """
 
 from __future__ import annotations
@@ -102,17 +103,17 @@ def inner_sgd(
 ) -> list[Tensor]:
     """Train each task's copy of an MLP by `steps` steps of full-batch SGD.
 
-    theta_{k+1} = theta_k - lr * m_{k+1}, where m_{k+1} = momentum * m_k + grad loss(theta_k) and m_0 = 0, as in
-    ``torch.optim.SGD``. With `first_order` the gradients count as constants in the backward (Finn et al. 2017,
-    section 5.2).
+    theta_{k+1} = theta_k - lr * m_{k+1}, where m_{k+1} = momentum * m_k + grad loss(theta_k) and m_0 = 0, as
+    in ``torch.optim.SGD``. With `first_order` the gradients count as constants in the backward (Finn et al.
+    2017, section 5.2).
 
     Args:
         params: ``[W1, b1, ..., WL, bL]``, shared by all tasks or one of each task.
         x: Support inputs, [T, S, D].
         y: Support targets: [T, S, O], or labels [T, S] with cross_entropy.
         loss: ``"mse"`` or ``"cross_entropy"``.
-        lr: A number or 0-d tensor; [K, L], a rate for each step and layer (MAML++); or a sequence of tensors, one
-            for each parameter and of the shape of one task's parameter (Meta-SGD).
+        lr: A number or 0-d tensor; [K, L], a rate for each step and layer (MAML++); or a sequence of tensors,
+            one for each parameter and of the shape of one task's parameter (Meta-SGD).
         steps: K.
         activation: Between layers: ``"relu"``, ``"tanh"`` or ``"none"``.
 
@@ -145,8 +146,8 @@ def maml_loss(
         params: and all arguments not named here: as in `inner_sgd`.
         query_x: Query inputs, [T, Q, D].
         query_y: Query targets: [T, Q, O], or labels [T, Q] with cross_entropy.
-        step_weights: [K], the weight of the query loss after each step (MAML++'s multi-step loss). By default only
-            the loss after the last step counts, with weight 1.
+        step_weights: [K], the weight of the query loss after each step (MAML++'s multi-step loss). By default
+            only the loss after the last step counts, with weight 1.
         reduction: ``"mean"`` over tasks, or ``"none"``.
 
     Returns:

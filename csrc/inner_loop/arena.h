@@ -1,0 +1,70 @@
+// Memory of the kernels: aligned arrays of vectors, without an allocation in the loops over tasks and steps.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "common/simd.h"
+
+namespace metafast::METAFAST_ISA {
+
+// Memory of this thread, which keeps it from call to call unless it is large. One at a time.
+class ThreadMemory {
+ public:
+  explicit ThreadMemory(int64_t bytes) {
+    Block& block = this_thread();
+    if (block.size < bytes) block.resize((bytes + 63) / 64 * 64);
+    data_ = block.data;
+  }
+  ~ThreadMemory() {
+    constexpr int64_t kKeep = 16 << 20;
+    if (this_thread().size > kKeep) this_thread().resize(0);
+  }
+  ThreadMemory(const ThreadMemory&) = delete;
+  ThreadMemory& operator=(const ThreadMemory&) = delete;
+
+  void* get() const { return data_; }
+
+ private:
+  struct Block {
+    void* data = nullptr;
+    int64_t size = 0;
+    ~Block() { std::free(data); }
+    void resize(int64_t bytes) {
+      std::free(data);
+      size = 0;
+      data = bytes > 0 ? std::aligned_alloc(64, bytes) : nullptr;
+      if (data == nullptr && bytes > 0) throw std::bad_alloc();
+      size = bytes;
+    }
+  };
+  static Block& this_thread() {
+    static thread_local Block block;
+    return block;
+  }
+
+  void* data_;
+};
+
+// Deals out memory in arrays of vectors. Without memory it only counts: so whoever needs arrays takes them in
+// one place, once to count and once in earnest.
+template <typename T>
+class Arena {
+ public:
+  explicit Arena(T* memory = nullptr) : memory_(memory) {}
+
+  T* take(int64_t vectors) {
+    T* taken = memory_ ? memory_ + used_ * kLanes<T> : nullptr;
+    used_ += vectors;
+    return taken;
+  }
+  T* take_if(bool wanted, int64_t vectors) { return wanted ? take(vectors) : nullptr; }
+  bool counts() const { return memory_ == nullptr; }
+  int64_t bytes() const { return used_ * kVectorBytes; }
+
+ private:
+  T* memory_;
+  int64_t used_ = 0;
+};
+
+}  // namespace metafast::METAFAST_ISA

@@ -1,0 +1,107 @@
+// Where the parameters of a group of tasks lie in memory, and their ways from and to the caller's tensors.
+#pragma once
+
+#include <algorithm>
+
+#include "inner_loop/lanes.h"
+#include "inner_loop/params.h"
+
+namespace metafast::METAFAST_ISA {
+
+template <class Layout, typename T>
+class Parameters {
+ public:
+  explicit Parameters(const Mlp<T>& mlp) : mlp_(mlp) {
+    offsets_[0] = 0;
+    for (int l = 0; l < mlp.layers; ++l) offsets_[l + 1] = offsets_[l] + mlp.widths[l + 1] * cols(l);
+  }
+
+  // Layer l is a matrix [widths[l + 1], cols(l)] of vectors, from vector offset(l) on.
+  int64_t cols(int l) const { return Layout::columns(mlp_.widths[l] + 1); }
+  int64_t offset(int l) const { return offsets_[l]; }
+  int64_t vectors() const { return offsets_[mlp_.layers]; }
+
+  // One set of parameters for all tasks.
+  void load_shared(const T* const* params, T* theta) const {
+    for_each_run(params, [&](const T* in, int, int64_t begin, int64_t n, int64_t place) {
+      if constexpr (Layout::kTasks == 1) {
+        std::copy_n(in + begin, n, theta + place);
+      } else {
+        for (int64_t i = 0; i < n; ++i) store(theta + place + i * kLanes<T>, broadcast(in[begin + i]));
+      }
+    });
+  }
+
+  // Numbers that all tasks share, as Layout::shared() reads them.
+  void load_elements(const T* const* values, T* elements) const {
+    for_each_run(values, [&](const T* in, int, int64_t begin, int64_t n, int64_t place) {
+      std::copy_n(in + begin, n, elements + place / Layout::kTasks);
+    });
+  }
+
+  // Parameters [T, ...] of tasks [first, first + tasks).
+  void load_tasks(const T* const* params, int64_t first, int tasks, T* theta) const {
+    for_each_run(params, [&](const T* in, int i, int64_t begin, int64_t n, int64_t place) {
+      const int64_t size = mlp_.size(i);
+      if constexpr (Layout::kTasks == 1) {
+        std::copy_n(in + first * size + begin, n, theta + place);
+      } else {
+        gather_lanes(in + first * size + begin, size, tasks, n, theta + place);
+      }
+    });
+  }
+
+  void store_tasks(const T* theta, int64_t first, int tasks, T* const* params) const {
+    for_each_run(params, [&](T* out, int i, int64_t begin, int64_t n, int64_t place) {
+      const int64_t size = mlp_.size(i);
+      if constexpr (Layout::kTasks == 1) {
+        std::copy_n(theta + place, n, out + first * size + begin);
+      } else {
+        scatter_lanes(theta + place, size, tasks, n, out + first * size + begin);
+      }
+    });
+  }
+
+  // The sum over the tasks in lanes, all parameters one after the other. Overwrites `theta`.
+  void store_sum(T* theta, T* out) const {
+    if constexpr (Layout::kTasks > 1) {
+      for (int64_t i = 0; i < vectors(); i += kLanes<T>) {
+        Vec<T> block[kLanes<T>] = {};
+        for (int64_t j = 0; j < std::min<int64_t>(kLanes<T>, vectors() - i); ++j) {
+          block[j] = load(theta + (i + j) * kLanes<T>);
+        }
+        transpose_lanes<T>(block);
+        for (int t = 1; t < kLanes<T>; ++t) block[0] += block[t];
+        store(theta + i, block[0]);  // its place has been read
+      }
+    }
+    T* outs[2 * kMaxLayers];
+    for (int i = 0; i < 2 * mlp_.layers; ++i) {
+      outs[i] = out;
+      out += mlp_.size(i);
+    }
+    for_each_run(outs, [&](T* to, int, int64_t begin, int64_t n, int64_t place) {
+      std::copy_n(theta + place / Layout::kTasks, n, to + begin);
+    });
+  }
+
+ private:
+  const Mlp<T>& mlp_;
+  int64_t offsets_[kMaxLayers + 1];
+
+  // f(arrays[i], i, first element, number of elements, their place in theta) for all elements of every
+  // parameter i, in runs of neighbours.
+  template <class Pointer, class F>
+  void for_each_run(Pointer* arrays, const F& f) const {
+    for (int l = 0; l < mlp_.layers; ++l) {
+      const int64_t inputs = mlp_.widths[l];
+      for (int64_t o = 0; o < mlp_.widths[l + 1]; ++o) {
+        const int64_t row = (offsets_[l] + o * cols(l)) * kLanes<T>;
+        f(arrays[2 * l], 2 * l, o * inputs, inputs, row);
+        f(arrays[2 * l + 1], 2 * l + 1, o, int64_t{1}, row + inputs * Layout::kTasks);
+      }
+    }
+  }
+};
+
+}  // namespace metafast::METAFAST_ISA

@@ -1,0 +1,431 @@
+"""The inner loop ops against the reference: values, gradients, options, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metafast.reference import inner_loop as reference
+
+ops = torch.ops.metafast
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(ops, "maml_loss"), reason="the inner loop ops are not in this build"
+)
+
+# Relative to the largest element of the tensor, against the float64 reference on the same inputs. The gradient
+# of a scalar is a sum over tasks of terms of both signs: its rounding is relative to the largest gradient of all.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def rates(lr: float | Tensor | Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    if isinstance(lr, Sequence):
+        return list(lr)
+    return [lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=like.dtype)]
+
+
+def inner_sgd(params, x, y, *, loss, lr, steps, activation="relu", momentum=0.0, first_order=False):
+    return ops.inner_sgd(params, x, y, rates(lr, x), loss, steps, activation, momentum, first_order)
+
+
+def maml_loss(
+    params,
+    support_x,
+    support_y,
+    query_x,
+    query_y,
+    *,
+    loss,
+    lr,
+    steps,
+    activation="relu",
+    momentum=0.0,
+    first_order=False,
+    step_weights=None,
+    reduction="mean",
+):
+    data = (support_x, support_y, query_x, query_y)
+    options = (loss, steps, activation, momentum, first_order, reduction == "mean")
+    return ops.maml_loss(params, *data, rates(lr, support_x), step_weights, *options)
+
+
+@dataclass(frozen=True)
+class Case:
+    tasks: int = 3
+    widths: tuple[int, ...] = (3, 7, 5, 2)
+    support: int = 5
+    query: int = 4
+    steps: int = 3
+    loss: str = "mse"
+    lr: str = "scalar"  # or "step and layer", "element", "constant"
+    per_task: bool = False
+    activation: str = "tanh"
+    momentum: float = 0.0
+    first_order: bool = False
+    step_weights: tuple[float, ...] | None = None
+    reduction: str = "mean"
+
+
+@dataclass
+class Problem:
+    """The tensors of a case; those that can have a gradient have one."""
+
+    params: list[Tensor]
+    lr: Tensor | list[Tensor]
+    data: list[Tensor]  # support x, support y, query x, query y
+    options: dict
+    query_options: dict
+
+    def leaves(self, *, query: bool) -> list[Tensor]:
+        lr = self.lr if isinstance(self.lr, list) else [self.lr]
+        tensors = [*self.params, *lr, *self.data[: 4 if query else 2]]
+        return [tensor for tensor in tensors if tensor.requires_grad]
+
+
+def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
+    """The same numbers for both dtypes: float64 ones are rounded to float32 first."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+        numbers = torch.randn(*shape, generator=generator) * scale
+        return numbers.to(dtype).requires_grad_()
+
+    lead = (case.tasks,) if case.per_task else ()
+    params = []
+    for inputs, outputs in zip(case.widths[:-1], case.widths[1:], strict=True):
+        params += [leaf(*lead, outputs, inputs, scale=inputs**-0.5), leaf(*lead, outputs, scale=0.1)]
+    if case.lr in ("scalar", "constant"):
+        lr = torch.tensor(0.05).to(dtype).requires_grad_(case.lr == "scalar")
+    elif case.lr == "step and layer":
+        lr = leaf(case.steps, len(case.widths) - 1, scale=0.05)
+    else:
+        lr = [leaf(*p.shape[len(lead) :], scale=0.05) for p in params]
+    data = []
+    for count in (case.support, case.query):
+        data.append(leaf(case.tasks, count, case.widths[0]))
+        if case.loss == "mse":
+            data.append(leaf(case.tasks, count, case.widths[-1]))
+        else:
+            labels = torch.randint(0, case.widths[-1], (case.tasks, count), generator=generator)
+            labels[::2, -1] = -100
+            data.append(labels)
+    weights = None if case.step_weights is None else torch.tensor(case.step_weights).to(dtype)
+    options = {
+        "loss": case.loss,
+        "steps": case.steps,
+        "activation": case.activation,
+        "momentum": case.momentum,
+        "first_order": case.first_order,
+    }
+    return Problem(params, lr, data, options, {"step_weights": weights, "reduction": case.reduction})
+
+
+def assert_near(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
+    scales = [other.abs().max().item() if other.numel() else 0.0 for other in expected]
+    for one, other, own_scale in zip(actual, expected, scales, strict=True):
+        assert one.dtype == dtype
+        scale = max(scales) if other.dim() == 0 else own_scale
+        atol = TOLERANCE[dtype] * max(scale, 1e-3)
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=atol)
+
+
+def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Of the outputs, each weighed by its own pattern of numbers."""
+    total = sum(
+        (out.double() * torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape)).sum()
+        for out in outputs
+    )
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+CASES = [
+    Case(widths=(1, 40, 40, 1), support=10, query=10, steps=5),
+    Case(tasks=20, widths=(1, 40, 40, 1), support=10, query=10, steps=5),
+    Case(tasks=20, widths=(1, 40, 40, 1), support=10, query=10, steps=5, first_order=True),
+    Case(activation="relu", lr="step and layer", momentum=0.7),
+    Case(tasks=37, activation="relu", lr="step and layer", momentum=0.7, reduction="none"),
+    Case(lr="element", momentum=0.7, step_weights=(0.2, 0.3, 0.5)),
+    Case(tasks=17, lr="element", step_weights=(0.2, 0.0, 0.8), reduction="none"),
+    Case(per_task=True, lr="element", reduction="none"),
+    Case(tasks=33, per_task=True, lr="step and layer", momentum=0.5),
+    Case(tasks=18, loss="cross_entropy", lr="step and layer", per_task=True),
+    Case(loss="cross_entropy", activation="relu", support=19, query=33, reduction="none"),
+    Case(tasks=20, loss="cross_entropy", widths=(20, 33, 17, 6), momentum=0.9),
+    Case(tasks=18, first_order=True, lr="element", momentum=0.3, step_weights=(1.0, 0.5, 0.25)),
+    Case(first_order=True, momentum=0.3, step_weights=(1.0, 0.5, 0.25), loss="cross_entropy"),
+    Case(tasks=20, first_order=True, lr="constant", momentum=0.3, step_weights=(1.0, 0.5, 0.25)),
+    Case(first_order=True, lr="constant", per_task=True, reduction="none"),
+    Case(tasks=17, lr="constant", activation="relu"),
+    Case(tasks=16, widths=(4, 3), activation="none", loss="cross_entropy", steps=2),
+    Case(widths=(2, 3, 4, 5, 6, 5, 4, 3, 2), steps=2, lr="step and layer"),
+    Case(tasks=20, widths=(2, 3, 4, 5, 6, 5, 4, 3, 2), steps=2, activation="relu"),
+    Case(widths=(1, 1, 1), support=1, query=1, activation="none"),
+    Case(steps=0, reduction="none"),
+    Case(tasks=20, steps=0),
+    Case(tasks=40, widths=(3, 300, 300, 2), steps=2),  # too large for many tasks at once
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_maml_loss_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
+    exact, problem = make(case, torch.float64), make(case, dtype)
+    expected = reference.maml_loss(
+        exact.params, *exact.data, lr=exact.lr, **exact.options, **exact.query_options
+    )
+    actual = maml_loss(
+        problem.params, *problem.data, lr=problem.lr, **problem.options, **problem.query_options
+    )
+    assert_near([actual], [expected], dtype)
+    assert_near(
+        gradients([actual], problem.leaves(query=True)),
+        gradients([expected], exact.leaves(query=True)),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.reduction == "mean"], ids=str)
+def test_inner_sgd_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
+    exact, problem = make(case, torch.float64), make(case, dtype)
+    expected = reference.inner_sgd(exact.params, *exact.data[:2], lr=exact.lr, **exact.options)
+    actual = inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
+    assert_near(actual, expected, dtype)
+    assert_near(
+        gradients(actual, problem.leaves(query=False)), gradients(expected, exact.leaves(query=False)), dtype
+    )
+
+
+def test_reference_is_sgd_on_one_task_after_the_other() -> None:
+    problem = make(Case(loss="cross_entropy", lr="scalar", momentum=0.7), torch.float64)
+    support_x, support_y, query_x, query_y = problem.data
+
+    def forward(params: Sequence[Tensor], x: Tensor) -> Tensor:
+        hidden = torch.tanh(F.linear(x, params[0], params[1]))
+        return F.linear(torch.tanh(F.linear(hidden, params[2], params[3])), params[4], params[5])
+
+    losses = []
+    for task in range(3):
+        params = [p.detach().clone().requires_grad_() for p in problem.params]
+        optimizer = torch.optim.SGD(params, lr=problem.lr.item(), momentum=0.7)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(forward(params, support_x[task].detach()), support_y[task]).backward()
+            optimizer.step()
+        losses.append(F.cross_entropy(forward(params, query_x[task].detach()), query_y[task]))
+    found = reference.maml_loss(
+        problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none"
+    )
+    torch.testing.assert_close(found, torch.stack(losses))
+
+
+@pytest.mark.parametrize("tasks", [3, 37, 300])
+def test_same_bits_with_any_number_of_threads(tasks: int) -> None:
+    problem = make(Case(tasks=tasks, activation="relu"), torch.float32)
+
+    def bits() -> list[Tensor]:
+        loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
+        return [loss, *torch.autograd.grad(loss, problem.leaves(query=True))]
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(bits())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("tasks", [3, 20])
+def test_nan_stays_in_its_task(tasks: int) -> None:
+    problem = make(Case(tasks=tasks, per_task=True), torch.float32)
+    clean = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none")
+    with torch.no_grad():
+        problem.data[0][1, 2, 0] = torch.nan
+    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none")
+    others = torch.arange(tasks) != 1
+    assert loss[1].isnan()
+    assert torch.equal(loss[others], clean[others])
+    grads = torch.autograd.grad(loss.sum(), problem.params)
+    assert all(g[others].isfinite().all() for g in grads)
+    assert any(g[1].isnan().any() for g in grads)
+
+
+@pytest.mark.parametrize("tasks", [3, 20])
+def test_task_without_examples(tasks: int) -> None:
+    case = Case(tasks=tasks, loss="cross_entropy")
+    problem = make(case, torch.float64)
+    problem.data[1][0] = -100  # no support: not adapted
+    problem.data[3][1] = -100  # no query: no loss
+    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none")
+    unadapted = reference.maml_loss(
+        problem.params, *problem.data, lr=0.0, **problem.options, reduction="none"
+    )
+    assert loss[1].isnan()
+    assert loss.isnan().sum() == 1
+    torch.testing.assert_close(loss[0], unadapted[0])
+    grad = torch.autograd.grad(loss[1], problem.params[0])[0]
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_no_tasks() -> None:
+    problem = make(Case(tasks=0), torch.float32)
+    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
+    assert loss.isnan()
+    assert [a.shape[0] for a in inner_sgd(problem.params, *problem.data[:2], lr=0.1, **problem.options)] == [
+        0
+    ] * 6
+    grads = torch.autograd.grad(loss, problem.params)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+@pytest.mark.parametrize("tasks", [3, 20])
+def test_strided_arguments(tasks: int) -> None:
+    problem = make(Case(tasks=tasks, per_task=True), torch.float64)
+    expected = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
+
+    def strided(tensor: Tensor) -> Tensor:
+        return tensor.detach().mT.contiguous().mT if tensor.dim() > 1 else tensor.detach()
+
+    params, data = [strided(p) for p in problem.params], [strided(x) for x in problem.data]
+    assert not params[0].is_contiguous()
+    assert torch.equal(expected, maml_loss(params, *data, lr=problem.lr.detach(), **problem.options))
+
+
+def test_only_asked_gradients_exist() -> None:
+    problem = make(Case(), torch.float32)
+    for leaf in problem.leaves(query=True):
+        leaf.requires_grad_(leaf is problem.data[0])
+    maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options).backward()
+    assert problem.data[0].grad is not None
+    assert all(p.grad is None for p in problem.params)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_differentiation_raises(reduction: str) -> None:
+    problem = make(Case(reduction=reduction), torch.float64)
+    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, **problem.query_options)
+    adapted = inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
+    for output in (loss, adapted[0]):
+        (grad,) = torch.autograd.grad(output.sum(), problem.params[0], create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"metafast\.reference differentiates to any order"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"loss": "hinge"}, ValueError, "loss: expected mse or cross_entropy, got hinge"),
+        (
+            {"activation": "gelu"},
+            ValueError,
+            "activation: expected relu, tanh or none, got gelu; metafast.adapt",
+        ),
+        ({"steps": -1}, ValueError, "steps: expected a number >= 0, got -1"),
+        ({"lr": torch.zeros(2)}, ValueError, r"lr: expected shape \[K, L\] = \[3, 3\], got \[2\]"),
+        ({"lr": torch.tensor(0.1, dtype=torch.float64)}, TypeError, "lr: expected the dtype of params"),
+        (
+            {"lr": [torch.tensor(0.1)] * 2},
+            ValueError,
+            "lr: expected one tensor or one for each parameter, got 2",
+        ),
+        (
+            {"step_weights": torch.ones(2)},
+            ValueError,
+            r"step_weights: expected shape \[K\] = \[3\], got \[2\]",
+        ),
+    ],
+)
+def test_bad_options(change: dict, error: type[Exception], message: str) -> None:
+    problem = make(Case(), torch.float32)
+    options = {"lr": 0.1, **problem.options, **change}
+    with pytest.raises(error, match=message):
+        maml_loss(problem.params, *problem.data, **options)
+
+
+def test_bad_tensors() -> None:
+    problem = make(Case(), torch.float32)
+    options = {"lr": 0.1, **problem.options}
+    params, (support_x, support_y, query_x, query_y) = problem.params, problem.data
+    data = problem.data
+    with pytest.raises(ValueError, match=r"params\[2\]: expected shape \[O, I\] = \[5, 7\], got \[5, 6\]"):
+        maml_loss([*params[:2], params[2][:, :6], *params[3:]], *data, **options)
+    with pytest.raises(ValueError, match=r"params: expected W1, b1, .* got 5 tensors; metafast.adapt"):
+        maml_loss(params[:5], *data, **options)
+    with pytest.raises(ValueError, match=r"query_x: expected shape \[T, Q, D\] with T = 3, D = 3"):
+        maml_loss(params, support_x, support_y, query_x[..., :2], query_y, **options)
+    with pytest.raises(
+        ValueError, match=r"support_y: expected shape \[T, S, O\] = \[3, 5, 2\], got \[3, 4, 2\]"
+    ):
+        maml_loss(params, support_x, support_y[:, :4], query_x, query_y, **options)
+    with pytest.raises(TypeError, match="x: expected a tensor of dtype float32 or float64, got Half"):
+        inner_sgd([p.half() for p in params], support_x.half(), support_y.half(), **options)
+    labels = torch.tensor([[0, 1, 2, 0, 1]] * 3)
+    with pytest.raises(
+        ValueError, match=r"y: expected classes in \[0, 2\) or -100 \(ignored\), got 2 at position 2"
+    ):
+        inner_sgd(params, support_x, labels, **{**options, "loss": "cross_entropy"})
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_update_is_torch_sgd(momentum: float, nesterov: bool) -> None:
+    torch.manual_seed(0)
+    # More tensors than one launch takes, one of them of many work items.
+    params = [torch.randn(shape) for shape in [(), (3, 5), (0,), (4, 3, 2, 2), (300, 100)] * 14]
+    expected = [p.clone().requires_grad_() for p in params]
+    optimizer = torch.optim.SGD(expected, lr=0.1, momentum=momentum, weight_decay=0.01, nesterov=nesterov)
+    buffers: list[Tensor] = []
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in params]
+        for p, grad in zip(expected, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+        params, buffers = ops.sgd_update(
+            params, grads, [torch.tensor(0.1)], buffers, momentum, 0.01, nesterov
+        )
+    torch.testing.assert_close(params, [p.detach() for p in expected])
+
+
+@pytest.mark.parametrize("lr_shapes", ["one", "each"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_update_gradients(nesterov: bool, lr_shapes: str) -> None:
+    torch.manual_seed(0)
+
+    def leaves() -> list[Tensor]:
+        return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 2), (4,)]]
+
+    lr = [torch.rand((), dtype=torch.float64, requires_grad=True)] if lr_shapes == "one" else leaves()
+
+    def update(*tensors: Tensor) -> tuple[Tensor, ...]:
+        new_params, buffers = ops.sgd_update(
+            tensors[:2], tensors[2:4], tensors[6:], tensors[4:6], 0.9, 0.1, nesterov
+        )
+        return (*new_params, *buffers)
+
+    inputs = (*leaves(), *leaves(), *leaves(), *lr)
+    assert torch.autograd.gradcheck(update, inputs)
+    assert torch.autograd.gradgradcheck(update, inputs)
+
+
+def test_task_linear() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 4, 5), (3, 2, 5), (3, 2)]
+    )
+    expected = torch.stack([F.linear(x[t], weight[t], bias[t]) for t in range(3)])
+    torch.testing.assert_close(ops.task_linear(x, weight, bias), expected)
+    torch.testing.assert_close(reference.task_linear(x, weight, bias), expected)
+    assert torch.autograd.gradgradcheck(ops.task_linear, (x, weight, bias))
+    with pytest.raises(
+        ValueError, match=r"weight: expected shape \[T, O, I\] with T = 3, I = 5, got \[3, 5, 2\]"
+    ):
+        ops.task_linear(x, weight.mT, bias)
