@@ -283,7 +283,7 @@ def prototypical_case(size: Size, device: torch.device, backward: bool, targets:
 
         return e.expected(loss, e.query_labels, (), backward)
 
-    held = differences * (4 if backward else 2)
+    held = differences * (4.5 if backward else 2)
     variants = [
         Variant("metafast", "metafast", ours, e.collect),
         torch_variant("eager broadcasting", "eager", peers.logits_broadcasting, torch_call, held),
@@ -394,8 +394,10 @@ def relation_case(size: Size, device: torch.device, backward: bool, targets: Seq
         return episode_loop(loss, e, e.targets, parameters, backward)
 
     def easyfsl_collect(results: object) -> list[Tensor]:
-        loss, support, query, weight, *rest = loop_collect(e)(results)
-        return [loss, support, query, weight.roll(size.features, 1), *rest]  # back to [query; prototype]
+        collected = loop_collect(e)(results)
+        if backward:
+            collected[3] = collected[3].roll(size.features, 1)  # back to [query; prototype]
+        return collected
 
     def expected(_: str | None) -> list[Tensor]:
         def loss(support: Tensor, labels: Tensor, query: Tensor, target: Tensor, *head: Tensor) -> Tensor:
@@ -476,7 +478,7 @@ def distance_case(
             "eager",
             peers.sqeuclidean_broadcasting,
             torch_call,
-            differences * (4 if backward else 2),
+            differences * (4.5 if backward else 2),
         ),
         torch_variant("eager torch.cdist", "eager", peers.sqeuclidean_cdist, torch_call),
         torch_variant("eager GEMM", "eager", sqeuclidean, torch_call),
