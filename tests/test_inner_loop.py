@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
     not hasattr(ops, "maml_loss"), reason="the inner loop ops are not in this build"
 )
 
-# Relative to the largest element of the tensor, against the float64 reference on the same inputs. The gradient
-# of a scalar is a sum over tasks of terms of both signs: its rounding is relative to the largest gradient of all.
+# Relative to the largest element of the tensor, against the float64 reference on the same inputs. The
+# gradient of a scalar is a sum over tasks of terms of both signs: its rounding is relative to the largest
+# gradient of all.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 

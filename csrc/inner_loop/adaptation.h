@@ -73,9 +73,18 @@ class Adaptation {
     return buffers_ + (keeps_buffers_ ? k - 1 : 0) * vectors_ * kLanes<T>;
   }  // m_k
 
-  Vec<T> rate(int64_t k, int l, int64_t i) const {
-    if (elements_ != nullptr) return Layout::shared(elements_, i);
-    return broadcast(p_.sgd.rates[k * p_.sgd.step_stride + l * p_.sgd.layer_stride]);
+  // lr of a layer in a step. By value in the loops over parameters, like every pointer there: their stores
+  // could change what is read through `this`, for all that the compiler knows.
+  struct Rate {
+    const T* elements;
+    Vec<T> value;
+    METAFAST_HD Vec<T> of(int64_t i) const {
+      return elements != nullptr ? Layout::shared(elements, i) : value;
+    }
+  };
+  Rate rate(int64_t k, int l) const {
+    if (elements_ != nullptr) return {elements_, Vec<T>{}};
+    return {nullptr, broadcast(p_.sgd.rates[k * p_.sgd.step_stride + l * p_.sgd.layer_stride])};
   }
 
   // --- work items
@@ -143,7 +152,6 @@ class Adaptation {
   void start_backward() {
     clear(v_, vectors_);
     if (p_.grad_adapted[0] != nullptr) parameters_.load_tasks(p_.grad_adapted, first_, tasks_, v_);
-    if (m_ != nullptr) clear(m_, vectors_);
   }
 
   void finish() {
@@ -179,12 +187,24 @@ class Adaptation {
     const T *theta = this->theta(k), *old_buffer = momentum != 0 ? buffer(k) : nullptr;
     T *next = this->theta(k + 1), *new_buffer = buffers_ ? buffer(k + 1) : nullptr;
     network_.forward(theta, support_);
-    network_.backward(theta, without_gradients(support_), Vec<T>{} + 1,
-                      [&](int l, int64_t i, Vec<T> grad) __attribute__((always_inline)) {
-                        if (old_buffer != nullptr) grad += momentum * load(old_buffer + i * kLanes<T>);
-                        if (new_buffer != nullptr) store(new_buffer + i * kLanes<T>, grad);
-                        store(next + i * kLanes<T>, load(theta + i * kLanes<T>) - rate(k, l, i) * grad);
-                      });
+    const auto backward = [&](const auto& consumer) {
+      network_.backward(theta, without_gradients(support_), Vec<T>{} + 1, consumer);
+    };
+    if (new_buffer == nullptr && elements_ == nullptr) {
+      backward([&](int l) {
+        return [theta, next, lr = rate(k, l).value](int64_t i, Vec<T> grad) __attribute__((always_inline)) {
+          store(next + i * kLanes<T>, load(theta + i * kLanes<T>) - lr * grad);
+        };
+      });
+    } else {
+      backward([&](int l) {
+        return [=, lr = rate(k, l)](int64_t i, Vec<T> grad) __attribute__((always_inline)) {
+          if (old_buffer != nullptr) grad += momentum * load(old_buffer + i * kLanes<T>);
+          if (new_buffer != nullptr) store(new_buffer + i * kLanes<T>, grad);
+          store(next + i * kLanes<T>, load(theta + i * kLanes<T>) - lr.of(i) * grad);
+        };
+      });
+    }
   }
 
   static Batch<Layout, T> without_gradients(Batch<Layout, T> batch) {
@@ -203,32 +223,39 @@ class Adaptation {
     network_.forward(theta(k), query_);
     losses_ += weight * network_.loss(query_);
     if (!p_.backward) return;
-    network_.backward(theta(k), query_, weight * task_weights_,
-                      [&](int, int64_t i, Vec<T> grad) __attribute__((always_inline)) {
-                        store(v_ + i * kLanes<T>, load(v_ + i * kLanes<T>) + grad);
-                      });
+    network_.backward(theta(k), query_, weight * task_weights_, [this](int) { return add_to_v(); });
+  }
+
+  auto add_to_v() const {
+    return [v = v_](int64_t i, Vec<T> grad)
+               __attribute__((always_inline)) { store(v + i * kLanes<T>, load(v + i * kLanes<T>) + grad); };
   }
 
   void step_back(int64_t k) {
+    const T momentum = k + 1 < p_.sgd.steps ? p_.sgd.momentum : T(0);
     for (int l = 0; l < p_.mlp.layers; ++l) {
-      Vec<T> grad_rate{};
-      const T momentum = p_.sgd.momentum;
-      for (int64_t i = parameters_.offset(l); i < parameters_.offset(l + 1); ++i) {
-        const Vec<T> v = load(v_ + i * kLanes<T>);
-        if (keeps_buffers_) {
-          const Vec<T> product = v * load(buffer(k + 1) + i * kLanes<T>);
-          grad_rate -= product;
-          if (grad_elements_ != nullptr) add_in_use(grad_elements_ + i * kLanes<T>, -product);
-        }
-        store(m_ + i * kLanes<T>, momentum * load(m_ + i * kLanes<T>) - rate(k, l, i) * v);
+      if (keeps_buffers_) add_rate_gradient(k, l);
+      T* const m = m_;
+      const T* const v = v_;
+      const Rate lr = rate(k, l);
+      const int64_t end = parameters_.offset(l + 1) * kLanes<T>;
+      for (int64_t i = parameters_.offset(l) * kLanes<T>; i < end; i += kLanes<T>) {
+        const Vec<T> own = -lr.of(i / kLanes<T>) * load(v + i);
+        store(m + i, momentum != 0 ? own + momentum * load(m + i) : own);
       }
-      if (grad_rates_ != nullptr) add_in_use(grad_rates_ + (k * p_.mlp.layers + l) * kLanes<T>, grad_rate);
     }
-    if (!reverses_) return;
-    network_.hessian_product(theta(k), m_, support_,
-                             [&](int64_t i, Vec<T> product) __attribute__((always_inline)) {
-                               store(v_ + i * kLanes<T>, load(v_ + i * kLanes<T>) + product);
-                             });
+    if (reverses_) network_.hessian_product(theta(k), m_, support_, add_to_v());
+  }
+
+  // Of lr in step k, layer l: -v m_{k+1}.
+  void add_rate_gradient(int64_t k, int l) {
+    Vec<T> sum{};
+    for (int64_t i = parameters_.offset(l); i < parameters_.offset(l + 1); ++i) {
+      const Vec<T> product = load(v_ + i * kLanes<T>) * load(buffer(k + 1) + i * kLanes<T>);
+      sum -= product;
+      if (grad_elements_ != nullptr) add_in_use(grad_elements_ + i * kLanes<T>, -product);
+    }
+    if (grad_rates_ != nullptr) add_in_use(grad_rates_ + (k * p_.mlp.layers + l) * kLanes<T>, sum);
   }
 
   // Adds lanes that hold a task; the others may hold anything.

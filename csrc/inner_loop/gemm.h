@@ -100,7 +100,7 @@ struct OuterPitch {
 
 template <class Layout, int kOutputs, int kCols, int kFactors, typename T, class Consume>
 METAFAST_HD void outer_tile(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int64_t output,
-                            int64_t col, int64_t cols, const Consume& consume) {
+                            int64_t col, int64_t first, int64_t cols, const Consume& consume) {
   Vec<T> sums[kOutputs][kCols] = {};
   for (int64_t s = 0; s < samples; ++s) {
 #pragma GCC unroll 2
@@ -120,26 +120,29 @@ METAFAST_HD void outer_tile(const OuterFactor<T>* factors, OuterPitch pitch, int
 #pragma GCC unroll 8
   for (int o = 0; o < kOutputs; ++o) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kCols; ++c) consume((output + o) * cols + col + c, sums[o][c]);
+    for (int c = 0; c < kCols; ++c) consume(first + (output + o) * cols + col + c, sums[o][c]);
   }
 }
 
-// consume(i, v) for every vector i of the gradient [outputs, cols]: the sum over factors and samples of
-// gradients[s][o] * activations[s][c].
+// consume(first + i, v) for every vector i of the gradient [outputs, cols]: the sum over factors and samples
+// of gradients[s][o] * activations[s][c].
 template <class Layout, int kFactors, typename T, class Consume>
 void outer(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int64_t outputs, int64_t cols,
-           const Consume& consume) {
+           int64_t first, const Consume& consume) {
   constexpr int kOutputs = kRegisters == 32 ? 4 : 2, kCols = 5;
   const auto tiles = [&]<int kTileOutputs>(int64_t output) __attribute__((always_inline)) {
     int64_t col = 0;
     for (; col + kCols <= cols; col += kCols) {
-      outer_tile<Layout, kTileOutputs, kCols, kFactors>(factors, pitch, samples, output, col, cols, consume);
+      outer_tile<Layout, kTileOutputs, kCols, kFactors>(factors, pitch, samples, output, col, first, cols,
+                                                        consume);
     }
     for (; col + 2 <= cols; col += 2) {
-      outer_tile<Layout, kTileOutputs, 2, kFactors>(factors, pitch, samples, output, col, cols, consume);
+      outer_tile<Layout, kTileOutputs, 2, kFactors>(factors, pitch, samples, output, col, first, cols,
+                                                    consume);
     }
     if (col < cols) {
-      outer_tile<Layout, kTileOutputs, 1, kFactors>(factors, pitch, samples, output, col, cols, consume);
+      outer_tile<Layout, kTileOutputs, 1, kFactors>(factors, pitch, samples, output, col, first, cols,
+                                                    consume);
     }
   };
   int64_t output = 0;

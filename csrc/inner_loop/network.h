@@ -177,7 +177,7 @@ class Network {
     layers_[0].out = batch.x;
     layers_[0].out_rows = batch.x_transposed;
     for (int l = 0; l < layers(); ++l) {
-      const Layer &in = layers_[l], &layer = layers_[l + 1];
+      const Layer in = layers_[l], layer = layers_[l + 1];
       const Factor<T> factor{layer_of(theta, l), in.out, in.pitch, width(l) + 1};
       multiply<Layout, 1>(&factor, forward_strides(l), batch.rows, width(l + 1), layer.out, layer.pitch);
       if (l + 1 == layers()) break;
@@ -204,11 +204,11 @@ class Network {
     return sum + batch.undefined;
   }
 
-  // After forward: the gradient of `weight` times the loss. consume(l, i, v) takes vector i of the
+  // After forward: the gradient of `weight` times the loss. consumer_of(l)(i, v) takes vector i of the
   // parameters, a part of layer l, once that layer has passed its gradient on: it may overwrite the
   // parameters.
-  template <class Consume>
-  void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight, const Consume& consume) {
+  template <class Consumer>
+  void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight, const Consumer& consumer_of) {
     loss_gradient(batch, weight);
     if (batch.grad_y != nullptr) {  // the targets enter mse as -z
       for (int64_t i = 0; i < batch.rows * batch.outputs; ++i) {
@@ -216,7 +216,7 @@ class Network {
       }
     }
     for (int l = layers() - 1; l >= 0; --l) {
-      const Layer &in = layers_[l], &out = layers_[l + 1];
+      const Layer in = layers_[l], out = layers_[l + 1];
       const Factor<T> factor{layer_of(theta, l), out.grad, width(l + 1), width(l + 1)};
       if (l > 0) {
         multiply<Layout, 1>(&factor, backward_strides(l), batch.rows, width(l), in.grad, width(l));
@@ -230,8 +230,7 @@ class Network {
       }
       const OuterFactor<T> outer_factor{out.grad, in.out_rows};
       outer<Layout, 1>(&outer_factor, {width(l + 1), cols(l)}, batch.samples, width(l + 1), cols(l),
-                       [&](int64_t i, Vec<T> v)
-                           __attribute__((always_inline)) { consume(l, parameters_.offset(l) + i, v); });
+                       parameters_.offset(l), consumer_of(l));
     }
   }
 
@@ -244,17 +243,15 @@ class Network {
     loss_gradient(batch, Vec<T>{} + 1);
     loss_tangent(batch);
     for (int l = layers() - 1; l >= 0; --l) {
-      const Layer &in = layers_[l], &out = layers_[l + 1];
+      const Layer in = layers_[l], out = layers_[l + 1];
       const Factor<T> factors[2] = {{layer_of(theta, l), out.grad_tangent, width(l + 1), width(l + 1)},
                                     {layer_of(u, l), out.grad, width(l + 1), width(l + 1)}};
-      const auto consume_layer = [&](int64_t i, Vec<T> v) __attribute__((always_inline)) {
-        consume(parameters_.offset(l) + i, v);
-      };
       const OuterFactor<T> outer_factors[2] = {{out.grad_tangent, in.out_rows}, {out.grad, in.tangent_rows}};
       const OuterPitch pitch{width(l + 1), cols(l)};
       if (l == 0) {  // the inputs have no tangent
         if (batch.grad_x != nullptr) add_input_gradient<2>(factors, batch);
-        outer<Layout, 1>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), consume_layer);
+        outer<Layout, 1>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), parameters_.offset(l),
+                         consume);
         return;
       }
       multiply<Layout, 2>(factors, backward_strides(l), batch.rows, width(l), in.grad_tangent, width(l));
@@ -269,7 +266,8 @@ class Network {
           store(in.grad + g, grad * slope);
         });
       });
-      outer<Layout, 2>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), consume_layer);
+      outer<Layout, 2>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), parameters_.offset(l),
+                       consume);
     }
   }
 
@@ -296,18 +294,20 @@ class Network {
   Strides forward_strides(int l) const { return {cols(l) * kLanes<T>, Layout::kTasks}; }
   Strides backward_strides(int l) const { return {Layout::kTasks, cols(l) * kLanes<T>}; }
 
-  // f(offset in out, offset in grad) for every feature of activations l
+  // f(offset in out, offset in grad) for every feature of activations l. Layers are copied where this runs:
+  // behind a reference, the compiler would have to expect that f's stores change the pointers in them.
   template <class F>
-  METAFAST_HD void each(const Layer& layer, int l, int64_t rows, const F& f) const {
+  METAFAST_HD void each(const Layer layer, int l, int64_t rows, const F& f) const {
+    const int64_t features = width(l);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < width(l); ++i)
-        f((r * layer.pitch + i) * kLanes<T>, (r * width(l) + i) * kLanes<T>);
+      const int64_t out = r * layer.pitch * kLanes<T>, grad = r * features * kLanes<T>;
+      for (int64_t i = 0; i < features * kLanes<T>; i += kLanes<T>) f(out + i, grad + i);
     }
   }
 
   void forward_tangent(const T* theta, const T* u, const Batch<Layout, T>& batch) {
     for (int l = 0; l < layers(); ++l) {
-      const Layer &in = layers_[l], &layer = layers_[l + 1];
+      const Layer in = layers_[l], layer = layers_[l + 1];
       const bool last = l + 1 == layers();
       T* out = last ? layer.grad_tangent : layer.out_tangent;
       const Factor<T> factors[2] = {{layer_of(u, l), in.out, in.pitch, width(l) + 1},
