@@ -87,8 +87,7 @@ class Adaptation {
     return {nullptr, broadcast(p_.sgd.rates[k * p_.sgd.step_stride + l * p_.sgd.layer_stride])};
   }
 
-  // --- work items
-  // ----------------------------------------------------------------------------------------------
+  // ---- work items ----
 
   void run_item(int64_t item) {
     const int64_t begin = item * p_.tasks_per_item(), end = std::min(p_.tasks, begin + p_.tasks_per_item());
@@ -179,8 +178,7 @@ class Adaptation {
     if (examples.grad_y) batch.store_tasks(batch.grad_y, batch.outputs, first_, tasks_, examples.grad_y);
   }
 
-  // --- steps
-  // ---------------------------------------------------------------------------------------------------
+  // ---- steps ----
 
   void step(int64_t k) {
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);

@@ -10,8 +10,7 @@
 
 namespace metafast {
 
-// --- the ops, through the dispatcher
-// -------------------------------------------------------------------------------
+// ---- the ops, through the dispatcher ----
 
 #define METAFAST_CALL(op, ...)                                     \
   static const auto handle = find_op<decltype(metafast::op)>(#op); \
@@ -144,8 +143,7 @@ variable_list gradients(variable_list grads, const Inputs& inputs, size_t option
   return grads;
 }
 
-// --- inner_sgd
-// -----------------------------------------------------------------------------------------------------
+// ---- inner_sgd ----
 
 std::vector<Tensor> inner_sgd_backward_autograd(at::TensorList grads, at::TensorList params, const Tensor& x,
                                                 const Tensor& y, at::TensorList lr, std::string_view loss,
@@ -197,8 +195,7 @@ std::vector<Tensor> inner_sgd_autograd(at::TensorList params, const Tensor& x, c
   return inner_sgd(params, x, y, lr, loss, steps, activation, momentum, first_order);
 }
 
-// --- maml_loss
-// -----------------------------------------------------------------------------------------------------
+// ---- maml_loss ----
 
 std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_autograd(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
@@ -295,8 +292,7 @@ Tensor maml_loss_autograd(at::TensorList params, const Tensor& support_x, const 
                    momentum, first_order, mean);
 }
 
-// --- sgd_update
-// ----------------------------------------------------------------------------------------------------
+// ---- sgd_update ----
 
 // The backward is written in torch's own ops, so it has derivatives of every order.
 struct SgdUpdateFunction : Function<SgdUpdateFunction> {

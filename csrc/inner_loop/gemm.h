@@ -12,8 +12,7 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// --- parameters times activations
-// ----------------------------------------------------------------------------------
+// ---- parameters times activations ----
 
 // One product of a sum of products: parameters [cols, depth] with the strides of the call, activations [rows,
 // depth].
@@ -82,8 +81,7 @@ void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t c
   if (row < rows) tiles.template operator()<1, 8>(row);
 }
 
-// --- gradient of the parameters
-// ------------------------------------------------------------------------------------
+// ---- gradient of the parameters ----
 
 // One product of a sum: gradients [samples, outputs] in the lanes of the layout, activations [samples,
 // features]. TasksInLanes: features are vectors. SamplesInLanes: features are lanes, of the transposed

@@ -45,13 +45,20 @@ struct SamplesInLanes {
   }
 };
 
+template <typename T>
+METAFAST_HD T sum_of_lanes(Vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
 // Where element (row r, feature i) of one task's or example's lane lies in an array [rows, pitch] of vectors.
 template <typename T>
 METAFAST_HD int64_t lane_offset(int64_t row, int64_t pitch, int64_t feature, int lane) {
   return (row * pitch + feature) * kLanes<T> + lane;
 }
 
-// --- transposes --------------------------------------------------------------------------------------------
+// ---- transposes ----
 
 // One step of transpose_lanes(): exchanges between a and b the lanes in which bit kHalf of the lane number
 // differs from the vector (clear for a, set for b).

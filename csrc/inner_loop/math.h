@@ -7,8 +7,7 @@
 
 namespace metafast {
 
-// --- activations a = value(z): slope da/dz and the bend d(slope)/dz * Rz, both as functions of a
-// -------------------
+// ---- activations a = value(z): slope da/dz and the bend d(slope)/dz * Rz, both as functions of a ----
 
 // NaN stays NaN; the derivative at 0 is 0, as torch's.
 struct Relu {
@@ -60,8 +59,8 @@ struct Identity {
   }
 };
 
-// --- losses of one example: outputs z [O], targets y [O], its share w of the task's mean; 0: it is left out
-// -------- Left out means that whatever it holds, NaN too, has no effect: hence ?: and no product with 0.
+// ---- losses of one example: outputs z [O], targets y [O], its share w of the task's mean; 0: left out ----
+// Left out means that whatever it holds, NaN too, has no effect: hence ?: and no product with 0.
 
 struct MeanSquaredError {
   template <typename V>

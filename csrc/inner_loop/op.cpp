@@ -279,12 +279,13 @@ class Gradients {
   template <typename T>
   std::vector<Tensor> finish(const InnerLoop<T>& p, const Tensor& sums) {
     if (p.sums.params >= 0) split(sums, p.sums.params, params_);
-    std::vector<Tensor> lr(problem_.lr().size(), at::empty({0}, problem_.options()));
+    std::vector<Tensor> lr;
+    for (size_t i = 0; i < problem_.lr().size(); ++i) lr.push_back(at::empty({0}, problem_.options()));
     if (p.sums.lr >= 0 && lr.size() > 1) {
       split(sums, p.sums.lr, lr);
     } else if (p.sums.lr >= 0) {
       const Tensor rates = sums.narrow(0, p.sums.lr, problem_.lr_columns());
-      lr[0] = problem_.lr()[0].dim() == 0 ? rates.sum() : rates.view(problem_.lr()[0].sizes());
+      lr[0] = problem_.lr()[0].dim() == 0 ? rates.sum() : rates.view(problem_.lr()[0].sizes()).clone();
     }
     std::vector<Tensor> all = params_;
     all.insert(all.end(), lr.begin(), lr.end());
@@ -299,12 +300,12 @@ class Gradients {
   std::vector<Tensor> params_;
   Set support_, query_;
 
+  // Copies: results of an op may not share memory.
   void split(const Tensor& sums, int64_t column, std::vector<Tensor>& parts) const {
-    for (size_t i = 0; i < parts.size(); ++i) {
-      const int64_t size = c10::multiply_integers(problem_.shape(i));
-      parts[i] = sums.narrow(0, column, size).view(problem_.shape(i));
-      column += size;
-    }
+    std::vector<int64_t> sizes;
+    for (size_t i = 0; i < parts.size(); ++i) sizes.push_back(c10::multiply_integers(problem_.shape(i)));
+    parts = at::split_with_sizes_copy(sums.narrow(0, column, problem_.parameter_count()), sizes);
+    for (size_t i = 0; i < parts.size(); ++i) parts[i] = parts[i].view(problem_.shape(i));
   }
 };
 
@@ -321,8 +322,7 @@ Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
   return sums;
 }
 
-// --- inner_sgd
-// -----------------------------------------------------------------------------------------------------
+// ---- inner_sgd ----
 
 std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
                                  std::string_view loss, int64_t steps, std::string_view activation,
@@ -364,8 +364,7 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
   });
 }
 
-// --- maml_loss
-// -----------------------------------------------------------------------------------------------------
+// ---- maml_loss ----
 
 // The loss [T] or, as mean over tasks, [].
 template <typename T>
@@ -431,8 +430,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
   });
 }
 
-// --- sgd_update
-// ----------------------------------------------------------------------------------------------------
+// ---- sgd_update ----
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorList params,
                                                                    at::TensorList grads, at::TensorList lr,
@@ -502,8 +500,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
   return {new_params, new_buffers};
 }
 
-// --- task_linear
-// ---------------------------------------------------------------------------------------------------
+// ---- task_linear ----
 
 // Batched GEMM from the library, which is at its best on these shapes, and has derivatives of every order.
 Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
