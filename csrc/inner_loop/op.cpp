@@ -182,6 +182,8 @@ class Problem {
       check_same_dtype(like, {ay});
       check_sizes(ay, {tasks_, x.size(1), outputs}, letter == 'Q' ? "[T, Q, O]" : "[T, S, O]");
     } else {
+      TORCH_CHECK_VALUE(outputs > 0,
+                        "params: expected an output for each class with cross_entropy, got none");
       check_labels_dtype(ay);
       check_sizes(ay, {tasks_, x.size(1)}, letter == 'Q' ? "[T, Q]" : "[T, S]");
     }
