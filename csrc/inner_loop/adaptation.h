@@ -6,8 +6,9 @@
 //   M = dL/dm_{k+1} = momentum M - lr v,   v += H_k M,   grad_lr -= v m_{k+1},
 // where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start.
 //
-// A thread holds K + 3 sets of a group's parameters, K more for a gradient of lr; 2 without a way back, so for
-// first_order too. (Group: kLanes tasks, or one.) Nothing grows with the number of tasks but the results.
+// A thread holds K + 4 sets of a group's parameters, K more for a gradient of lr; 3 with first_order and a
+// given lr; 1 to adapt alone. (A group is kLanes tasks, or one.) Nothing grows with the number of tasks but
+// results.
 #pragma once
 
 #include "inner_loop/network.h"
