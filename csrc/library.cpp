@@ -9,8 +9,7 @@
 #define METAFAST_LIBRARY(name, m) TORCH_LIBRARY(name, m)
 
 METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
-  // --- pairwise
-  // ----------------------------------------------------------------------------------------------
+  // ---- pairwise ----
 
   // Class means: embeddings [..., S, D], labels [..., S] -> [..., N, D].
   m.def("prototypes(Tensor embeddings, Tensor labels, SymInt num_classes) -> Tensor");

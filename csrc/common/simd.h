@@ -1,8 +1,8 @@
 // SIMD for the CPU kernels: the compiler's vector extensions at the width of the instruction set that this
 // translation unit is compiled for. Vec<T> has the operators of T, lane by lane; comparisons select with ?:.
 //
-// Why no SIMD library: the operators cover all that the kernels do but loads of a part of a vector, a
-// transposition and four elementary functions, which are below.
+// Why no SIMD library: the operators cover all that the kernels do but loads of a part of a vector, sums
+// across lanes and four elementary functions, which are below.
 #pragma once
 
 #include <cstdint>
@@ -147,35 +147,34 @@ METAFAST_HD void for_vectors(int64_t count, F&& f) {
   if (offset < count) f(PartOfVector<T>{offset, static_cast<int>(count - offset)});
 }
 
-// --- transposition
-// -------------------------------------------------------------------------------------------
+// ---- sums across lanes ----
 
-// One step of transpose(): exchanges between a and b the lanes in which bit kHalf of the lane number differs
-// from the vector (clear for a, set for b).
+// Lanes l of a with bit kHalf of l clear, of b elsewhere, each plus its partner lane l ^ kHalf.
 template <int kHalf, typename T, int... l>
-METAFAST_HD void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
+METAFAST_HD Vec<T> merge_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
   constexpr int n = kLanes<T>;
-  const Vec<T> first = a, second = b;
 #if defined(__clang__) || __GNUC__ >= 12
-  a = __builtin_shufflevector(first, second, (l & kHalf ? n + (l ^ kHalf) : l)...);
-  b = __builtin_shufflevector(first, second, (l & kHalf ? n + l : (l ^ kHalf))...);
+  return __builtin_shufflevector(a, b, (l & kHalf ? n + l : l)...) +
+         __builtin_shufflevector(a, b, (l & kHalf ? n + (l ^ kHalf) : (l ^ kHalf))...);
 #else
-  a = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + (l ^ kHalf) : l)...});
-  b = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + l : (l ^ kHalf))...});
+  return __builtin_shuffle(a, b, Mask<T>{(l & kHalf ? n + l : l)...}) +
+         __builtin_shuffle(a, b, Mask<T>{(l & kHalf ? n + (l ^ kHalf) : (l ^ kHalf))...});
 #endif
 }
 
-// The square of kLanes vectors: lane i of rows[l] and lane l of rows[i] change places.
-template <typename T, int kHalf = kLanes<T> / 2>
-METAFAST_HD void transpose(Vec<T>* rows) {
-  if constexpr (kHalf > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) {
-      if ((i & kHalf) == 0) {
-        exchange<kHalf, T>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
-      }
+// Lane l of the result is the sum of the lanes of sums[l], kLanes of them: a tree of blends and shuffles, two
+// for each pair of vectors, where summing the vectors one by one would take a tree for each.
+template <typename T, int kCount = kLanes<T>>
+METAFAST_HD Vec<T> sum_lanes(Vec<T>* sums) {
+  if constexpr (kCount == 1) {
+    return sums[0];
+  } else {
+    constexpr int half = kCount / 2;
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      sums[i] = merge_halves<half, T>(sums[i], sums[i + half], std::make_integer_sequence<int, kLanes<T>>{});
     }
-    transpose<T, kHalf / 2>(rows);
+    return sum_lanes<T, half>(sums);
   }
 }
 
@@ -183,10 +182,10 @@ METAFAST_HD void transpose(Vec<T>* rows) {
 
 namespace metafast {
 
-// --- elementary functions ----------------------------------------------------------------------------------
+// ---- elementary functions ----
 
-// float: minimax polynomials on reduced arguments, within 2 units in the last place (tests/test_simd.py measures
-// it); exp flushes results below FLT_MIN to zero. double: the C library, lane by lane.
+// float: minimax polynomials on reduced arguments, within 2 units in the last place (tests/test_simd.py
+// measures it); exp flushes results below FLT_MIN to zero. double: the C library, lane by lane.
 
 template <>
 struct Math<METAFAST_ISA::Vec<float>> {

@@ -9,8 +9,7 @@
 
 namespace metafast {
 
-// --- the ops, through the dispatcher
-// ---------------------------------------------------------------------------
+// ---- the ops, through the dispatcher ----
 
 #define METAFAST_CALL(op, ...)                                     \
   static const auto handle = find_op<decltype(metafast::op)>(#op); \
@@ -72,8 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward(
                 query_labels, ways, rows, valid, num_classes, method, metric, scale, reduction);
 }
 
-// --- their autograd kernels
-// ------------------------------------------------------------------------------------
+// ---- their autograd kernels ----
 
 namespace {
 

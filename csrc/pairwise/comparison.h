@@ -39,14 +39,15 @@ Chunk<T> chunk_of(const Pairs<T>& p, int64_t item) {
 template <typename T, class F>
 void for_each_tile(const Pairs<T>& p, const Chunk<T>& chunk, T* grad, F&& f) {
   constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int kSecondLevel = 2;  // wide rows of two tiles would not fit the first
   const int64_t ahead = kLanes<T> * p.features;
   for (int64_t q = chunk.begin; q < chunk.end; q += kLanes<T>) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, chunk.end - q));
     const T* x = chunk.x + q * p.features;
-    for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(x + i);
+    for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(x + i, 0, kSecondLevel);
     if (grad != nullptr) {
       T* next = grad + (chunk.task * p.queries + q) * p.features;
-      for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(next + i, 1);
+      for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(next + i, 1, kSecondLevel);
     }
     f(q, Queries<T>{x, p.features, count});
   }
@@ -65,16 +66,15 @@ class Comparison {
   static constexpr int64_t kManyRows = 8;
 
  public:
-  Comparison(const Pairs<T>& p, const Chunk<T>& chunk, bool with_tangents = false)
+  Comparison(const Pairs<T>& p, const Chunk<T>& chunk)
       : p_(p),
         y_(chunk.y),
-        columns_(p.features),
-        tangent_columns_(with_tangents ? p.features : 0),
         norms_(M::kCosine ? p.rows : 0),
         sums_(M::kCosine ? 2 * p.rows : 0),
         centred_(kCanCentre && p.rows >= kManyRows),
         centre_(centred_ ? p.features : 0),
         centred_rows_(centred_ ? p.rows * p.features : 0),
+        centred_queries_(centred_ ? kLanes<T> * p.features : 0),
         squares_(centred_ ? p.rows : 0) {
     if (centred_) centre();
     if constexpr (M::kCosine) {
@@ -89,14 +89,13 @@ class Comparison {
 
   // out_j = metric(x, y_j)
   void distances(const Queries<T>& x, V* out) {
-    load_columns(x, p_.features, columns_.get());
-    if (centred_) {
-      centred_distances(out);
+    if (kCanCentre && centred_) {
+      if constexpr (kCanCentre) centred_distances(x, out);
     } else {
-      sum_terms<Term, kWeighted>(columns_.get(), y_, p_.rows, p_.features, p_.weight, out);
+      sum_terms<Term, kWeighted>(x, y_, p_.rows, p_.features, p_.weight, out);
     }
     if constexpr (M::kCosine) {
-      norm_ = inverse_norm<V>(inner_products<T>(columns_.get(), columns_.get(), p_.features));
+      norm_ = inverse_norm<V>(inner_products(x, x, p_.features));
       for (int64_t j = 0; j < p_.rows; ++j) out[j] = 1 + norm_.inverse * norms_[j].inverse * out[j];
     } else if constexpr (!std::is_same_v<Link, IdentityLink>) {
       const V bias = broadcast<T>(p_.bias ? *p_.bias : T(0));
@@ -138,12 +137,11 @@ class Comparison {
 
   // After distances() of the same tile: their tangents, x moving along u, y along v [J, D], the weight along
   // z, the bias along `bias_tangent`.
-  void tangents(const Queries<T>& u, const T* v, const T* z, T bias_tangent, const V* out, V* tangent) {
-    load_columns(u, p_.features, tangent_columns_.get());
-    sum_tangents<Term, kWeighted>(columns_.get(), tangent_columns_.get(), centred_ ? centred_rows_.get() : y_,
-                                  v, p_.rows, p_.features, p_.weight, z, tangent);
+  void tangents(const Queries<T>& x, const Queries<T>& u, const T* v, const T* z, T bias_tangent,
+                const V* out, V* tangent) {
+    sum_tangents<Term, kWeighted>(x, u, y_, v, p_.rows, p_.features, p_.weight, z, tangent);
     if constexpr (M::kCosine) {
-      tangent_x_ = norm_.slope * inner_products<T>(columns_.get(), tangent_columns_.get(), p_.features);
+      tangent_x_ = norm_.slope * inner_products(x, u, p_.features);
       for (int64_t j = 0; j < p_.rows; ++j) {
         tangent[j] = cosine_tangent<V>(out[j], norm_.inverse * norms_[j].inverse, tangent[j], tangent_x_,
                                        broadcast<T>(tangent_y(v, j)));
@@ -220,26 +218,28 @@ class Comparison {
     }
   }
 
-  // The squared distances, from columns_, which it centres. Where much cancels all the same, in pairs much
+  // Squared distances between the centred queries and rows. Where much cancels all the same, in pairs much
   // closer to each other than to the centre, the differences are squared and summed as they are. That keeps
   // the relative error below kCancelled^-1 roundings of the sum of the norms.
-  void centred_distances(V* out) {
+  void centred_distances(const Queries<T>& x, V* out) {
     constexpr T kCancelled = T(1) / 32;
-    V* x = columns_.get();
-    V square{};
-    for (int64_t d = 0; d < p_.features; ++d) {
-      x[d] -= centre_[d];
-      square += x[d] * x[d];
+    const int64_t features = p_.features;
+    for (int i = 0; i < x.count; ++i) {
+      const T* query = x[i];
+      T* centred = centred_queries_.get() + i * features;
+      for_vectors<T>(features, [&](auto at) { at.store(centred, at.load(query) - at.load(centre_.get())); });
     }
-    sum_terms<NegativeProduct, false, T>(x, centred_rows_.get(), p_.rows, p_.features, nullptr, out);
+    const Queries<T> centred{centred_queries_.get(), features, x.count};
+    const V squares = inner_products(centred, centred, features);
+    sum_terms<NegativeProduct, false, T>(centred, centred_rows_.get(), p_.rows, features, nullptr, out);
     for (int64_t j = 0; j < p_.rows; ++j) {
-      const V scale = square + squares_[j], distance = scale + 2 * out[j];
+      const V scale = squares + squares_[j], distance = scale + 2 * out[j];
       out[j] = distance;
       const Mask<T> kept =
           distance >= kCancelled * scale;  // false for NaN, from infinite features for example
       if (any<T>(~kept)) {
         V exact;
-        sum_terms<Term, false, T>(x, centred_rows_.get() + j * p_.features, 1, p_.features, nullptr, &exact);
+        sum_terms<Term, false, T>(centred, centred_rows_.get() + j * features, 1, features, nullptr, &exact);
         out[j] = kept ? distance : exact;
       }
     }
@@ -251,13 +251,13 @@ class Comparison {
 
   const Pairs<T>& p_;
   const T* y_;
-  Scratch<V> columns_, tangent_columns_;  // the tile's queries and their tangents, by column
-  Scratch<InverseNorm<T>> norms_;         // cosine: of the rows
-  Scratch<V> sums_;  // cosine: multiples of the rows (and of v) that finish_*() adds to grad_y
+  Scratch<InverseNorm<T>> norms_;  // cosine: of the rows
+  Scratch<V> sums_;                // cosine: multiples of the rows (and of v) that finish_*() adds to grad_y
   bool centred_;
-  Scratch<T> centre_, centred_rows_, squares_;  // centred: mean row, rows minus it, their squared norms
-  InverseNorm<V> norm_{};                       // cosine: of the tile's queries
-  V tangent_x_{};                               // cosine: slope * <x, u> of the tile's queries
+  // Centred: the mean row, rows and queries minus it, the rows' squared norms.
+  Scratch<T> centre_, centred_rows_, centred_queries_, squares_;
+  InverseNorm<V> norm_{};  // cosine: of the tile's queries
+  V tangent_x_{};          // cosine: slope * <x, u> of the tile's queries
 };
 
 }  // namespace metafast::METAFAST_ISA

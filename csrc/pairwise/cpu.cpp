@@ -7,8 +7,7 @@
 
 namespace metafast::METAFAST_ISA {
 
-// --- prototypes
-// ----------------------------------------------------------------------------------------------
+// ---- prototypes ----
 
 template <typename T>
 void run(const Prototypes<T>& p, int64_t begin, int64_t end) {
@@ -56,8 +55,7 @@ void run(const PrototypesBackward<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- pairwise
-// ------------------------------------------------------------------------------------------------
+// ---- pairwise ----
 
 template <class M, bool kWeighted, typename T>
 void walk(const Pairwise<T>& p, int64_t begin, int64_t end) {
@@ -110,12 +108,12 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_y, p.rows * p.features);
     clear(grad_weight, p.features);
     Vec<T> bias{};
-    Comparison<M, kWeighted, T> compare(p, chunk, /*with_tangents=*/true);
+    Comparison<M, kWeighted, T> compare(p, chunk);
     for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};
       compare.distances(x, out.get());
-      compare.tangents(u, v, p.gg_weight, bias_tangent, out.get(), tangent.get());
+      compare.tangents(x, u, v, p.gg_weight, bias_tangent, out.get(), tangent.get());
       store_tile(tangent.get(), p.rows, x.count, p.grad_grad + query * p.rows);
       load_tile(p.grad + query * p.rows, p.rows, x.count, grad.get());
       std::fill_n(first.get(), p.rows, Vec<T>{});
@@ -127,8 +125,7 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- classify
-// ------------------------------------------------------------------------------------------------
+// ---- classify ----
 
 template <class M, typename T>
 void walk(const Classify<T>& p, int64_t begin, int64_t end) {
@@ -194,7 +191,7 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
     const T* v = p.gg_y + chunk.task * p.rows * p.features;
     T* grad_y = p.grad_y + chunk.index * p.rows * p.features;
     clear(grad_y, p.rows * p.features);
-    Comparison<M, false, T> compare(p, chunk, /*with_tangents=*/true);
+    Comparison<M, false, T> compare(p, chunk);
     ClassProbabilities<T> probabilities(p, chunk.task);
     for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
@@ -203,7 +200,7 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
       scale_tile(logits.get(), p.rows, -p.scale, out.get());
       probabilities.set(logits.get());
       gradients.set(chunk.task, q, x.count, probabilities.ways());
-      compare.tangents(u, v, nullptr, T(0), out.get(), tangent.get());
+      compare.tangents(x, u, v, nullptr, T(0), out.get(), tangent.get());
 
       // Means of the logits' tangents -scale * tangent, over all rows and over those of each class.
       V mean{};
@@ -243,8 +240,7 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// --- from the metric of the arguments to the kernel compiled for it
-// ------------------------------------------------
+// ---- from the metric of the arguments to the kernel compiled for it ----
 
 template <class Params>
 void run_metric(const Params& p, int64_t begin, int64_t end) {
@@ -315,8 +311,7 @@ void run(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
   run_distance(p, begin, end);
 }
 
-// --- sums
-// ----------------------------------------------------------------------------------------------------
+// ---- sums ----
 
 template <typename T>
 void run(const ReduceLoss<T>& p, int64_t, int64_t) {

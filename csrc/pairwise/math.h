@@ -10,8 +10,7 @@
 
 namespace metafast {
 
-// --- terms: value, its derivatives dx and dy, and the change ddx, ddy of these along a tangent (u, v)
-// ---------
+// ---- terms: value, its derivatives dx and dy, their changes ddx and ddy along a tangent (u, v) ----
 
 // (x - y)^2
 struct SquaredDifference {
@@ -150,8 +149,7 @@ struct TanhSum {
   }
 };
 
-// --- links: out = forward(sum); derivatives as functions of `out`
-// -------------------------------------------
+// ---- links: out = forward(sum); derivatives as functions of `out` ----
 
 struct IdentityLink {
   template <typename V>
@@ -201,8 +199,7 @@ struct SigmoidLink {
   }
 };
 
-// --- metrics: a term and a link
-// ------------------------------------------------------------------------------
+// ---- metrics: a term and a link ----
 
 struct SqEuclidean {
   using Term = SquaredDifference;
@@ -283,11 +280,11 @@ METAFAST_HD CosineSecond<V> cosine_second(V g, V e, V out, V tangent, V ab, V s,
           g * c * slope_y, slope_y * (e * c - g * (tangent + 2 * c * t))};
 }
 
-// --- class probabilities
-// ------------------------------------------------------------------------------------- log p(class) = log
-// sum_{rows of the class} exp(logit) - log sum_{all rows} exp(logit). For one row with probability `all`
-// among all rows and `own` among those of its class (1 for a prototype), with g the gradient of its class's
-// log-probability and g_sum the sum of g over classes:
+// ---- class probabilities ----
+
+// log p(class) = log sum_{rows of the class} exp(logit) - log sum_{all rows} exp(logit). For one row with
+// probability `all` among all rows and `own` among those of its class (1 for a prototype), with g the gradient
+// of its class's log-probability and g_sum the sum of g over classes:
 
 template <typename V>
 METAFAST_HD V logit_gradient(V g, V own, V g_sum, V all) {

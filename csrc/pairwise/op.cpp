@@ -12,8 +12,7 @@
 namespace metafast {
 namespace {
 
-// --- arguments
-// -----------------------------------------------------------------------------------------------
+// ---- arguments ----
 
 Metric metric_of(std::string_view name) {
   if (name == "sqeuclidean") return Metric::sqeuclidean;
@@ -125,17 +124,17 @@ const T* data(const OptionalTensor& tensor) {
 }
 
 // Into how many chunks a task's queries are split, from the shapes alone. With many tasks there is work for
-// all threads; with few, chunks are made, of at least kGrain multiply-adds and 16 queries.
+// all threads; with few, chunks are made, large enough that what each prepares from the rows is little beside
+// its queries.
 int64_t query_chunks(const Tensor& like, int64_t tasks, int64_t queries, int64_t rows, int64_t features) {
-  constexpr int64_t kItems = 32;
-  if (runs_cuda(like)) {
 #if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
-    return cuda::query_chunks(tasks, queries, rows, features);
+  if (runs_cuda(like)) return cuda::query_chunks(tasks, queries, rows, features);
 #endif
-  }
+  (void)like;
+  constexpr int64_t kItems = 32, kQueries = 128;
   const int64_t wanted = (kItems + tasks - 1) / std::max<int64_t>(1, tasks);
-  const int64_t worthwhile = queries * rows * features / kGrain;
-  return std::max<int64_t>(1, std::min({wanted, worthwhile, queries / 16}));
+  const int64_t worthwhile = std::min(queries / kQueries, queries * rows * features / kGrain);
+  return std::max<int64_t>(1, std::min(wanted, worthwhile));
 }
 
 // Adds up the partial sums that the chunks left in `partial` [outer, chunks, ...], unless there is only one.
@@ -151,8 +150,7 @@ Tensor sum_chunks(const Tensor& partial, int64_t outer, at::IntArrayRef sizes) {
   return out;
 }
 
-// --- prototypes
-// ----------------------------------------------------------------------------------------------
+// ---- prototypes ----
 
 Tensor run_prototypes(const Tensor& embeddings, const Tensor& labels, const OptionalTensor& ways,
                       int64_t num_classes) {
@@ -205,8 +203,7 @@ Tensor prototypes_backward_op(const Tensor& grad, const Tensor& labels) {
   return run_prototypes_backward(dense(grad), dense_l, std::nullopt).to(grad.scalar_type());
 }
 
-// --- pairwise
-// ------------------------------------------------------------------------------------------------
+// ---- pairwise ----
 
 // The checked, dense arguments of a pairwise comparison and the part of the kernel's struct that they fill.
 struct PairArguments {
@@ -370,8 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
           args.finish_weight(partial_weight), args.finish_bias(partial_bias)};
 }
 
-// --- classify
-// ------------------------------------------------------------------------------------------------
+// ---- classify ----
 
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 

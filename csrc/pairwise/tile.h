@@ -7,9 +7,6 @@
 //   sum_tangents    its change when x moves along u, y along v, w along z     (double backward)
 //   spread, spread_second                                                     (backward, double backward)
 //                   per-pair factors times the derivatives of the terms, onto the gradients of x, y and w
-//
-// The sums read the queries by column, one query per lane, so that no sum ever crosses lanes; spreading
-// writes rows, so its lanes are features.
 #pragma once
 
 #include <algorithm>
@@ -61,89 +58,80 @@ METAFAST_HD T sum_of_lanes(Vec<T> v) {
   return sum;
 }
 
-// The features of a tile by column: out[d] holds feature d of the queries, one per lane, 0 in lanes past the
-// last.
-template <typename T>
-void load_columns(const Queries<T>& x, int64_t features, Vec<T>* out) {
-  for_vectors<T>(features, [&](auto at) {
-    Vec<T> block[kLanes<T>];
-    for (int i = 0; i < kLanes<T>; ++i) block[i] = i < x.count ? at.load(x.first + i * x.stride) : Vec<T>{};
-    transpose<T>(block);
-    for (int l = 0; l < kLanes<T> && at.offset + l < features; ++l) out[at.offset + l] = block[l];
+// ---- forward ----
+
+// Adds to sums[r * kQueries + i], still spread over lanes, the terms of query x[i] and row y + r * features.
+template <class Term, bool kWeighted, int kQueries, int kRows, typename T>
+METAFAST_HD void add_terms(const T* const* x, const T* y, int64_t features, const T* weight, Vec<T>* sums) {
+  // Every term is 0 at (0, 0), so the padding of a last part of a vector adds nothing.
+  for_vectors<T>(features, [&](auto at) __attribute__((always_inline)) {
+    Vec<T> rows[kRows], w{};
+    if constexpr (kWeighted) w = at.load(weight);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) rows[r] = at.load(y + r * features);
+#pragma GCC unroll 16
+    for (int i = 0; i < kQueries; ++i) {
+      const Vec<T> query = at.load(x[i]);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> value = Term::value(query, rows[r]);
+        sums[r * kQueries + i] += kWeighted ? w * value : value;
+      }
+    }
   });
 }
 
-// --- forward
-// -------------------------------------------------------------------------------------------------
-
-// The sums for kRows rows from y on; x by column. Few rows are summed in two halves, since kRows chains of
-// additions alone would wait for each other.
-template <class Term, bool kWeighted, int kRows, typename T>
-METAFAST_HD void sum_block(const Vec<T>* x, const T* y, int64_t features, const T* weight, Vec<T>* out) {
-  constexpr int kChains = kRows < 4 ? 2 : 1;
-  Vec<T> sums[kChains][kRows] = {};
-  const auto add = [&](int chain, int64_t d) __attribute__((always_inline)) {
-    const Vec<T> w = kWeighted ? broadcast<T>(weight[d]) : Vec<T>{};
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> value = Term::value(x[d], broadcast<T>(y[r * features + d]));
-      sums[chain][r] += kWeighted ? w * value : value;
-    }
-  };
-  int64_t d = 0;
-  for (; d + kChains <= features; d += kChains) {
-#pragma GCC unroll 2
-    for (int chain = 0; chain < kChains; ++chain) add(chain, d + chain);
-  }
-  for (; d < features; ++d) add(0, d);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) out[r] = kChains == 2 ? sums[0][r] + sums[kChains - 1][r] : sums[0][r];
-}
-
-// out_ij = sum_d w_d value(x_id, y_jd)
+// out_ij = sum_d w_d value(x_id, y_jd). Four queries against several rows at a time: their kLanes sums stay
+// in registers, each vector loaded serves four operations or more, and the sums cross lanes together.
 template <class Term, bool kWeighted, typename T>
-void sum_terms(const Vec<T>* x, const T* y, int64_t rows, int64_t features, const T* weight, Vec<T>* out) {
-  constexpr int kRows = 8;
-  const auto block = [&](auto count, int64_t j) {
-    sum_block<Term, kWeighted, decltype(count)::value>(x, y + j * features, features, weight, out + j);
-  };
+void sum_terms(const Queries<T>& x, const T* y, int64_t rows, int64_t features, const T* weight,
+               Vec<T>* out) {
+  constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4, kRows = kLanes<T> / kQueries;
   int64_t j = 0;
-  for (; j + kRows <= rows; j += kRows) block(std::integral_constant<int, kRows>{}, j);
-  switch (rows - j) {
-    case 1:
-      return block(std::integral_constant<int, 1>{}, j);
-    case 2:
-      return block(std::integral_constant<int, 2>{}, j);
-    case 3:
-      return block(std::integral_constant<int, 3>{}, j);
-    case 4:
-      return block(std::integral_constant<int, 4>{}, j);
-    case 5:
-      return block(std::integral_constant<int, 5>{}, j);
-    case 6:
-      return block(std::integral_constant<int, 6>{}, j);
-    case 7:
-      return block(std::integral_constant<int, 7>{}, j);
+  for (; kRows > 1 && j + kRows <= rows; j += kRows) {
+    for (int r = 0; r < kRows; ++r) out[j + r] = Vec<T>{};  // also the lanes of no query
+    for (int i = 0; i < x.count; i += kQueries) {
+      const T* queries[kQueries];
+      for (int k = 0; k < kQueries; ++k) queries[k] = x[i + k];
+      Vec<T> sums[kLanes<T>] = {};
+      add_terms<Term, kWeighted, kQueries, kRows>(queries, y + j * features, features, weight, sums);
+      const Vec<T> sum = sum_lanes<T>(sums);
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_memcpy(&lane<T>(out, j + r, i), reinterpret_cast<const T*>(&sum) + r * kQueries,
+                         kQueries * sizeof(T));
+      }
+    }
+  }
+  for (; j < rows; ++j) {
+    Vec<T> sums[kLanes<T>] = {};
+    for (int i = 0; i < x.count; i += kQueries) {
+      const T* queries[kQueries];
+      for (int k = 0; k < kQueries; ++k) queries[k] = x[i + k];
+      add_terms<Term, kWeighted, kQueries, 1>(queries, y + j * features, features, weight, sums + i);
+    }
+    out[j] = sum_lanes<T>(sums);
   }
 }
 
-// Inner products of each query with the same row of another array, both by column.
+// Inner products of each query with the same row of another array.
 template <typename T>
-Vec<T> inner_products(const Vec<T>* x, const Vec<T>* u, int64_t features) {
-  Vec<T> sum{};
-  for (int64_t d = 0; d < features; ++d) sum += x[d] * u[d];
-  return sum;
+Vec<T> inner_products(const Queries<T>& x, const Queries<T>& u, int64_t features) {
+  Vec<T> sums[kLanes<T>] = {};
+  for (int i = 0; i < x.count; ++i) {
+    const T *a = x[i], *b = u[i];
+    for_vectors<T>(features, [&](auto at) { sums[i] += at.load(a) * at.load(b); });
+  }
+  return sum_lanes<T>(sums);
 }
 
 template <typename T>
 T inner_product(const T* x, const T* y, int64_t features) {
-  T sum = 0;
-  for (int64_t d = 0; d < features; ++d) sum += x[d] * y[d];
-  return sum;
+  Vec<T> sum{};
+  for_vectors<T>(features, [&](auto at) { sum += at.load(x) * at.load(y); });
+  return sum_of_lanes<T>(sum);
 }
 
-// --- backward
-// ------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 // grad_x_i = sum_j factor_ij w dx and grad_y_j += sum_i factor_ij w dy for kRows rows from y on, and
 // grad_weight += sum_ij factor_ij value / kDerivative. The rows and their gradients stay in registers while
@@ -203,22 +191,28 @@ void spread(const Queries<T>& x, const T* y, int64_t rows, int64_t features, con
   }
 }
 
-// --- double backward
-// -----------------------------------------------------------------------------------------
+// ---- double backward ----
 
-// out_ij = sum_d kDerivative w (u dx + v dy) + z value, the tangent of sum_terms; x and u by column.
+// out_ij = sum_d kDerivative w (u dx + v dy) + z value, the tangent of sum_terms.
 template <class Term, bool kWeighted, typename T>
-void sum_tangents(const Vec<T>* x, const Vec<T>* u, const T* y, const T* v, int64_t rows, int64_t features,
-                  const T* weight, const T* z, Vec<T>* out) {
+void sum_tangents(const Queries<T>& x, const Queries<T>& u, const T* y, const T* v, int64_t rows,
+                  int64_t features, const T* weight, const T* z, Vec<T>* out) {
   for (int64_t j = 0; j < rows; ++j) {
-    Vec<T> sum{};
-    for (int64_t d = 0; d < features; ++d) {
-      const Vec<T> row = broadcast<T>(y[j * features + d]), row_tangent = broadcast<T>(v[j * features + d]);
-      const T w = Term::kDerivative * (kWeighted ? weight[d] : T(1));
-      sum += w * (u[d] * Term::dx(x[d], row) + row_tangent * Term::dy(x[d], row));
-      if constexpr (kWeighted) sum += z[d] * Term::value(x[d], row);
-    }
-    out[j] = sum;
+    Vec<T> sums[kLanes<T>] = {};
+    for_vectors<T>(features, [&](auto at) {
+      const Vec<T> row = at.load(y + j * features), row_tangent = at.load(v + j * features);
+      Vec<T> w = broadcast<T>(Term::kDerivative), weight_tangent{};
+      if constexpr (kWeighted) {
+        w *= at.load(weight);
+        weight_tangent = at.load(z);
+      }
+      for (int i = 0; i < x.count; ++i) {
+        const Vec<T> query = at.load(x[i]), tangent = at.load(u[i]);
+        sums[i] += w * (tangent * Term::dx(query, row) + row_tangent * Term::dy(query, row));
+        if constexpr (kWeighted) sums[i] += weight_tangent * Term::value(query, row);
+      }
+    });
+    out[j] = sum_lanes<T>(sums);
   }
 }
 
@@ -269,8 +263,7 @@ void add_scaled(T factor, const T* row, int64_t features, T* out) {
   for (int64_t d = 0; d < features; ++d) out[d] += factor * row[d];
 }
 
-// --- tiles in memory
-// -----------------------------------------------------------------------------------------
+// ---- tiles in memory ----
 
 // [count, J] rows of an array with lanes as columns, and back.
 template <typename T>
