@@ -63,7 +63,7 @@ void walk(const Pairwise<T>& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile<T>(p, chunk, nullptr, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       compare.distances(x, out.get());
       store_tile(out.get(), p.rows, x.count, p.out + (chunk.task * p.queries + q) * p.rows);
     });
@@ -81,7 +81,7 @@ void walk(const PairwiseBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_weight, p.features);
     Vec<T> bias{};
     Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       if constexpr (M::kCosine) {
         compare.distances(x, out.get());
@@ -109,7 +109,7 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_weight, p.features);
     Vec<T> bias{};
     Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};
       compare.distances(x, out.get());
@@ -134,7 +134,7 @@ void walk(const Classify<T>& p, int64_t begin, int64_t end) {
     const Chunk<T> chunk = chunk_of(p, item);
     Comparison<M, false, T> compare(p, chunk);
     ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile<T>(p, chunk, nullptr, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       compare.distances(x, logits.get());
       scale_tile(logits.get(), p.rows, -p.scale, logits.get());
@@ -163,7 +163,7 @@ void walk(const ClassifyBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_y, p.rows * p.features);
     Comparison<M, false, T> compare(p, chunk);
     ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       compare.distances(x, out.get());
       scale_tile(grad.get(), p.rows, -p.scale, out.get());
       probabilities.set(grad.get());
@@ -193,7 +193,7 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_y, p.rows * p.features);
     Comparison<M, false, T> compare(p, chunk);
     ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};
       compare.distances(x, out.get());
