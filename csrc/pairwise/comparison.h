@@ -55,21 +55,24 @@ class Comparison {
   static constexpr int64_t kManyRows = 8;
 
  public:
-  Comparison(const Pairs<T>& p, const Chunk<T>& chunk)
+  explicit Comparison(const Pairs<T>& p)
       : p_(p),
-        y_(chunk.y),
         norms_(M::kCosine ? p.rows : 0),
         sums_(M::kCosine ? 2 * p.rows : 0),
         centred_(kCanCentre && p.rows >= kManyRows),
         centre_(centred_ ? p.features : 0),
         centred_rows_(centred_ ? p.rows * p.features : 0),
         centred_queries_(centred_ ? kLanes<T> * p.features : 0),
-        squares_(centred_ ? p.rows : 0) {
+        squares_(centred_ ? p.rows : 0) {}
+
+  // Prepares the rows of the chunk's task.
+  void start(const Chunk<T>& chunk) {
+    y_ = chunk.y;
     if (centred_) centre();
     if constexpr (M::kCosine) {
-      for (int64_t j = 0; j < p.rows; ++j) {
-        norms_[j] = inverse_norm<T>(inner_product(row(j), row(j), p.features));
-        sums_[j] = sums_[p.rows + j] = V{};
+      for (int64_t j = 0; j < p_.rows; ++j) {
+        norms_[j] = inverse_norm<T>(inner_product(row(j), row(j), p_.features));
+        sums_[j] = sums_[p_.rows + j] = V{};
       }
     }
   }
@@ -254,7 +257,7 @@ class Comparison {
   }
 
   const Pairs<T>& p_;
-  const T* y_;
+  const T* y_ = nullptr;
   Scratch<InverseNorm<T>> norms_;  // cosine: of the rows
   Scratch<V> sums_;                // cosine: multiples of the rows (and of v) that finish_*() adds to grad_y
   bool centred_;
