@@ -40,7 +40,9 @@ function(metafast_cpu_kernels family)
 endfunction()
 
 function(metafast_family family)
-  metafast_cpu_kernels(${family})
+  if(NOT METAFAST_EMULATED)  # which runs the CUDA kernels alone
+    metafast_cpu_kernels(${family})
+  endif()
   set(folder "${PROJECT_SOURCE_DIR}/csrc/${family}")
   target_sources(metafast_ops INTERFACE "${folder}/op.cpp" "${folder}/autograd.cpp")
   set_property(GLOBAL APPEND PROPERTY METAFAST_CUDA_SOURCES "${folder}/cuda.cu")
