@@ -31,17 +31,15 @@ struct Queries {
 // Fetches the next tile from memory while this one is computed: a little at every call, since the processor
 // waits for many fetches at once as it waits for loads, and a tile is too short for it to see the pattern by
 // itself.
-template <bool kToWrite>
 class Fetch {
  public:
-  Fetch() = default;
   Fetch(const void* from, int64_t bytes, int64_t calls)
       : next_(static_cast<const char*>(from)), step_(bytes / std::max<int64_t>(1, calls)) {}
 
   METAFAST_HD void operator()() {
     constexpr int kLine = 64;
-    __builtin_prefetch(next_, kToWrite);  // any address may be named
-    if (step_ > kLine) __builtin_prefetch(next_ + kLine, kToWrite);
+    __builtin_prefetch(next_);  // any address may be named
+    if (step_ > kLine) __builtin_prefetch(next_ + kLine);
     next_ += step_;
   }
 
@@ -84,8 +82,8 @@ METAFAST_HD T sum_of_lanes(Vec<T> v) {
 
 // Adds to sums[r * kQueries + i], still spread over lanes, the terms of query x[i] and row y + r * features.
 template <class Term, bool kWeighted, int kQueries, int kRows, typename T>
-METAFAST_HD void add_terms(const T* const* x, const T* y, int64_t features, const T* weight,
-                           Fetch<false>& fetch, Vec<T>* sums) {
+METAFAST_HD void add_terms(const T* const* x, const T* y, int64_t features, const T* weight, Fetch& fetch,
+                           Vec<T>* sums) {
   // Every term is 0 at (0, 0), so the padding of a last part of a vector adds nothing.
   for_vectors<T>(features, [&](auto at) __attribute__((always_inline)) {
     fetch();
@@ -114,7 +112,7 @@ void sum_terms(const Queries<T>& x, const T* y, int64_t rows, int64_t features, 
   constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4, kRows = kLanes<T> / kQueries;
   const int64_t blocks = kRows > 1 ? rows / kRows + rows % kRows : rows;
   const int64_t calls = blocks * (kLanes<T> / kQueries) * (features / kLanes<T>);
-  Fetch<false> fetch(next, kLanes<T> * features * sizeof(T), calls);
+  Fetch fetch(next, kLanes<T> * features * sizeof(T), calls);
   const auto add = [&](auto count, int64_t j, int i, Vec<T>* sums) __attribute__((always_inline)) {
     const T* queries[kQueries];
     for (int k = 0; k < kQueries; ++k) queries[k] = x[i + k];
@@ -167,8 +165,7 @@ T inner_product(const T* x, const T* y, int64_t features) {
 // the queries pass.
 template <class Term, bool kWeighted, int kRows, typename T>
 METAFAST_HD void spread_block(const Queries<T>& x, const T* y, int64_t features, const T* weight,
-                              const Vec<T>* factor, bool first, Fetch<true>& fetch, T* grad_x, T* grad_y,
-                              T* grad_weight) {
+                              const Vec<T>* factor, bool first, T* grad_x, T* grad_y, T* grad_weight) {
   for_vectors<T>(features, [&](auto at) __attribute__((always_inline)) {
     Vec<T> rows[kRows], grads[kRows], w{}, grad_w{};
     if constexpr (kWeighted) w = at.load(weight);
@@ -182,7 +179,6 @@ METAFAST_HD void spread_block(const Queries<T>& x, const T* y, int64_t features,
     const T* factors = reinterpret_cast<const T*>(factor);
     for (int i = 0; i < x.count; ++i, query_row += x.stride, grad_row += features, ++factors) {
       const Vec<T> query = at.load(query_row);
-      fetch();
       Vec<T> grad{};
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
@@ -210,12 +206,9 @@ template <class Term, bool kWeighted, typename T>
 void spread(const Queries<T>& x, const T* y, int64_t rows, int64_t features, const T* weight,
             const Vec<T>* factor, T* grad_x, T* grad_y, T* grad_weight) {
   constexpr int kRows = 5;  // the common way; 2 * 5 vectors and the query fit the 16 registers of AVX2
-  const int64_t calls = (rows / kRows + rows % kRows) * x.count * (features / kLanes<T>);
-  Fetch<true> fetch(grad_x + kLanes<T> * features, kLanes<T> * features * sizeof(T), calls);
   const auto block = [&](auto count, int64_t j) {
     spread_block<Term, kWeighted, decltype(count)::value>(x, y + j * features, features, weight, factor + j,
-                                                          j == 0, fetch, grad_x, grad_y + j * features,
-                                                          grad_weight);
+                                                          j == 0, grad_x, grad_y + j * features, grad_weight);
   };
   int64_t j = 0;
   for (; j + kRows <= rows; j += kRows) block(std::integral_constant<int, kRows>{}, j);
