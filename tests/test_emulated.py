@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMULATED_LIBRARY, ROOT, emulated_library
+from emulated_build import EMULATED_LIBRARY, ROOT, emulated_library
 from rows import Row, Sizes
 from test_contract import (
     EVERY_ROW,
