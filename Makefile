@@ -39,7 +39,8 @@ test: $(VENV)/metafast.stamp  ## Run the tests
 
 bench: $(VENV)/bench.stamp  ## Run the benchmarks
 	mkdir -p $(OUT)
-	for name in $(BENCHMARKS); do $(BIN)/python -m bench.$$name | tee $(OUT)/$$name-cpu.txt; done
+	for name in $(BENCHMARKS); do \
+	  $(BIN)/python -m bench.$$name --out $(OUT)/$$name-cpu.json | tee $(OUT)/$$name-cpu.txt; done
 
 lint: $(VENV)/lint.stamp  ## Check style and format: ruff, clang-format
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
@@ -95,4 +96,5 @@ gpu-memcheck gpu-racecheck: gpu-%:
 	$(SANITIZE) --tool $* $(PYTHON) -m pytest -q -m "gpu and sanitizer" | tee $(OUT)/$@.txt
 
 gpu-bench:
-	for name in $(BENCHMARKS); do $(ON_GPU) -m bench.$$name --device cuda | tee $(OUT)/$$name-cuda.txt; done
+	for name in $(BENCHMARKS); do \
+	  $(ON_GPU) -m bench.$$name --device cuda --out $(OUT)/$$name-cuda.json | tee $(OUT)/$$name-cuda.txt; done

@@ -1,19 +1,36 @@
 # metafast_emulated, for the tests: the same ops over the CUDA kernels, which the host compiler takes from the same
 # .cu files through the headers in tests/cuda_emulator. torch.ops.load_library loads it beside metafast._C.
+# metafast_emulated_sanitized is the same with the kernels under AddressSanitizer and UndefinedBehaviorSanitizer. It is
+# absent where the compiler has no shared runtime for them.
+
+set(CMAKE_CXX_FLAGS_RELEASE "-O1")  # the tests wait for the compiler more than for the kernels; asserts stay in
+
+add_library(metafast_emulated_ops OBJECT)
+target_link_libraries(metafast_emulated_ops PRIVATE metafast_ops)
+target_compile_definitions(metafast_emulated_ops PRIVATE METAFAST_EMULATED METAFAST_NAMESPACE=metafast_emulated)
 
 set(emulator "${PROJECT_SOURCE_DIR}/tests/cuda_emulator")
 file(GLOB emulator_sources CONFIGURE_DEPENDS "${emulator}/*.cpp")
 get_property(cuda_sources GLOBAL PROPERTY METAFAST_CUDA_SOURCES)
 set_source_files_properties(${cuda_sources} PROPERTIES
-  LANGUAGE CXX COMPILE_OPTIONS -UNDEBUG)  # device-side asserts are in every build
+  LANGUAGE CXX COMPILE_OPTIONS -Wno-unknown-pragmas)  # nvcc's
 
-add_library(metafast_emulated SHARED ${cuda_sources} ${emulator_sources})
-target_include_directories(metafast_emulated BEFORE PRIVATE "${emulator}")
-target_compile_definitions(metafast_emulated PRIVATE METAFAST_EMULATED METAFAST_NAMESPACE=metafast_emulated)
-target_link_libraries(metafast_emulated PRIVATE metafast_ops)
-set_target_properties(metafast_emulated PROPERTIES
-  PREFIX "" LIBRARY_OUTPUT_DIRECTORY "${METAFAST_EMULATED_OUTPUT}")
-if(METAFAST_SANITIZE)
-  target_compile_options(metafast_emulated PRIVATE -fsanitize=${METAFAST_SANITIZE} -fno-omit-frame-pointer -O1 -g)
-  target_link_options(metafast_emulated PRIVATE -fsanitize=${METAFAST_SANITIZE})
+function(metafast_emulated_library name)
+  add_library(${name} SHARED ${cuda_sources} ${emulator_sources} $<TARGET_OBJECTS:metafast_emulated_ops>)
+  target_include_directories(${name} BEFORE PRIVATE "${emulator}")
+  target_link_libraries(${name} PRIVATE metafast_flags torch)
+  target_compile_options(${name} PRIVATE ${ARGN})
+  target_link_options(${name} PRIVATE ${ARGN})
+  set_target_properties(${name} PROPERTIES PREFIX "")
+endfunction()
+
+metafast_emulated_library(metafast_emulated)
+
+include(CheckCXXSourceCompiles)
+set(sanitize -fsanitize=address,undefined)
+set(CMAKE_REQUIRED_FLAGS ${sanitize})
+check_cxx_source_compiles("int main() {}" METAFAST_HAVE_SANITIZERS)
+if(METAFAST_HAVE_SANITIZERS AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  metafast_emulated_library(metafast_emulated_sanitized
+    ${sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
 endif()

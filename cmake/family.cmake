@@ -31,6 +31,9 @@ set(METAFAST_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16
 # csrc/<family>/cpu.cpp once for each instruction set; METAFAST_ISA names the C++ namespace its code lives in, so
 # that the linker never merges two of them.
 function(metafast_cpu_kernels family)
+  if(METAFAST_EMULATED)  # which runs the CUDA kernels alone
+    return()
+  endif()
   foreach(isa IN LISTS METAFAST_ISAS)
     set(target metafast_${family}_${isa})
     add_library(${target} OBJECT "${PROJECT_SOURCE_DIR}/csrc/${family}/cpu.cpp")

@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+from torch import Tensor
+
 class BuildInfo(TypedDict):
     version: str
     torch: str
@@ -18,3 +20,23 @@ def active_isa() -> str:
 
 def detected_isa() -> str:
     """The best instruction set that is built and that this machine has."""
+
+def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """`torch.ops.metafast.prototypes`, typed; csrc/library.cpp states what it computes, as of the others."""
+
+def pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str) -> Tensor:
+    """`torch.ops.metafast.pairwise`, typed."""
+
+def classify(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor | None,
+    ways: Tensor | None,
+    num_classes: int,
+    method: str,
+    metric: str,
+    scale: float,
+    reduction: int,
+) -> Tensor:
+    """`torch.ops.metafast.classify`, typed: its first result."""

@@ -59,7 +59,7 @@ def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def pairwise_distance(
     x: Tensor, y: Tensor, metric: str = "sqeuclidean", *, weight: Tensor | None = None
 ) -> Tensor:
-    """The distance of every x to every y, from direct differences: never negative, no cancellation.
+    """The distance of every x to every y, never negative and without cancellation.
 
     Args:
         x: [..., Q, D], float.

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from emulated_build import emulated_library
 from hypothesis import settings
 
 from metafast import _doors
-
-ROOT = Path(__file__).resolve().parent.parent
-EMULATED = ROOT / "build" / "emulated"
 
 settings.register_profile("metafast", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("metafast")
@@ -31,31 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
-
-
-@cache
-def _build_emulated() -> str:
-    """Builds build/emulated/metafast_emulated.so; returns what the compiler said where it could not."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool, path=path) is None]
-    if missing:
-        pytest.skip(f"the emulated kernels cannot be built: no {', '.join(missing)} on PATH")
-    options = ["METAFAST_EMULATED=ON", "METAFAST_CUDA=OFF", f"Python_EXECUTABLE={sys.executable}"]
-    configure = ["cmake", "-S", str(ROOT), "-B", str(EMULATED), "-G", "Ninja", *(f"-D{o}" for o in options)]
-    for command in (configure, ["cmake", "--build", str(EMULATED), "--target", "metafast_emulated"]):
-        result = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        if result.returncode != 0:
-            return f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
-    torch.ops.load_library(str(EMULATED / "metafast_emulated.so"))
-    return ""
-
-
-def emulated_library() -> Any:
-    """torch.ops.metafast_emulated: the CUDA kernels on CPU tensors, under tests/cuda_emulator."""
-    error = _build_emulated()
-    if error:
-        pytest.fail(error, pytrace=False)
-    return torch.ops.metafast_emulated
 
 
 def _typed(ops: Any) -> SimpleNamespace:
@@ -75,7 +42,8 @@ def _typed(ops: Any) -> SimpleNamespace:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The tensors' device, while metafast runs its CPU kernels, its emulated or its real CUDA kernels."""
     if request.param == "emulated":
-        ops = emulated_library()
+        torch.ops.load_library(str(emulated_library()))
+        ops = torch.ops.metafast_emulated
         monkeypatch.setattr(_doors, "ops", ops)
         monkeypatch.setattr(_doors, "typed", _typed(ops))
     return torch.device("cuda" if request.param == "cuda" else "cpu")

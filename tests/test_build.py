@@ -73,10 +73,10 @@ def test_info_tells_what_runs_where() -> None:
     assert info.threads == torch.get_num_threads()
     assert (info.cuda is None) == (info.cuda_architectures is None)
     assert len(info.gpus) == torch.cuda.device_count()
-    assert "cpu" in info.ops["pairwise_distance"]
-    assert ("cuda" in info.ops["pairwise_distance"]) == (info.cuda is not None)
+    assert "cpu" in info.ops["pairwise"]
+    assert ("cuda" in info.ops["pairwise"]) == (info.cuda is not None)
     table = str(info)
-    for expected in (info.metafast, info.torch, info.cpu_isa, "pairwise_distance", *info.gpus):
+    for expected in (info.metafast, info.torch, info.cpu_isa, "pairwise", *info.gpus):
         assert expected in table
 
 

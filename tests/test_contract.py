@@ -59,11 +59,27 @@ def value_and_grads(row: Row, function: Callable[..., Tensor], args: Sequence[Te
     return [out.detach(), *grads]
 
 
+def second_order(row: Row, function: Callable[..., Tensor], args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    args = [arg.detach().requires_grad_(i in row.differentiable) for i, arg in enumerate(args)]
+    wrt = [args[i] for i in row.differentiable]
+    grads = torch.autograd.grad(scalar(function)(*args), wrt, create_graph=True)
+    total = sum((grad * cotangent(grad)).sum() for grad in grads)
+    return torch.autograd.grad(total, wrt)
+
+
 def assert_parity(row: Row, args: Sequence[Tensor], dtype: torch.dtype) -> None:
     actual = value_and_grads(row, row.call(metafast), args)
     assert all(tensor.dtype == dtype for tensor in actual)
     wide = [arg.double().cpu() if arg.is_floating_point() else arg.cpu() for arg in args]
     assert_close(actual, value_and_grads(row, row.call(reference), wide), dtype)
+
+
+def assert_second_order_parity(row: Row, args: Sequence[Tensor], dtype: torch.dtype) -> None:
+    wide = [arg.double().cpu() if arg.is_floating_point() else arg.cpu() for arg in args]
+    actual = second_order(row, row.call(metafast), args)
+    expected = second_order(row, row.call(reference), wide)
+    scale = max(1.0, *(tensor.abs().max().item() for tensor in expected))  # sums of large terms of both signs
+    assert_close([t / scale for t in actual], [t / scale for t in expected], dtype)
 
 
 # --- parity with the float64 reference ------------------------------------------------------------------
@@ -157,18 +173,7 @@ def test_gradgradcheck(row: Row) -> None:
 @EVERY_ROW
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_second_order_parity(row: Row, dtype: torch.dtype, backend: torch.device) -> None:
-    def second_order(function: Callable[..., Tensor], args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        args = [arg.detach().requires_grad_(i in row.differentiable) for i, arg in enumerate(args)]
-        wrt = [args[i] for i in row.differentiable]
-        grads = torch.autograd.grad(scalar(function)(*args), wrt, create_graph=True)
-        total = sum((grad * cotangent(grad)).sum() for grad in grads)
-        return torch.autograd.grad(total, wrt)
-
-    args = make(row, ODD[1], dtype=dtype, device=backend)
-    wide = [arg.double().cpu() if arg.is_floating_point() else arg.cpu() for arg in args]
-    actual, expected = second_order(row.call(metafast), args), second_order(row.call(reference), wide)
-    scale = max(1.0, *(tensor.abs().max().item() for tensor in expected))  # sums of large terms of both signs
-    assert_close([t / scale for t in actual], [t / scale for t in expected], dtype)
+    assert_second_order_parity(row, make(row, ODD[1], dtype=dtype, device=backend), dtype)
 
 
 @EVERY_ROW

@@ -2,6 +2,7 @@
 // one: op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its
 // backward are linear and transposes of each other, so they are differentiable without end.
 #include <ATen/autocast_mode.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "common/call.h"
@@ -211,40 +212,44 @@ Tensor pairwise_autograd(const Tensor& x, const Tensor& y, const OptionalTensor&
   return pairwise(x, y, weight, bias, metric);
 }
 
-// What classify and its derivatives have in common: all but the tensors that are differentiated.
-struct ClassifyOptions {
-  OptionalTensor query_labels, ways;
+// What is not a tensor in the arguments of classify and its derivatives. The graph keeps it as one object,
+// since every entry of saved_data costs an allocation or two.
+struct ClassifyOptions : torch::CustomClassHolder {
   c10::SymInt num_classes;
   std::string method, metric;
   double scale;
   int64_t reduction;
 
-  void save(AutogradContext* ctx) const {
-    ctx->saved_data["num_classes"] = num_classes;
-    ctx->saved_data["method"] = method;
-    ctx->saved_data["metric"] = metric;
-    ctx->saved_data["scale"] = scale;
-    ctx->saved_data["reduction"] = reduction;
-  }
-
-  static ClassifyOptions restore(AutogradContext* ctx, const Tensor& query_labels, const Tensor& ways) {
-    auto& data = ctx->saved_data;
-    return {optional_of(query_labels),      optional_of(ways),
-            data["num_classes"].toSymInt(), data["method"].toStringRef(),
-            data["metric"].toStringRef(),   data["scale"].toDouble(),
-            data["reduction"].toInt()};
-  }
+  ClassifyOptions(c10::SymInt num_classes, std::string_view method, std::string_view metric, double scale,
+                  int64_t reduction)
+      : num_classes(std::move(num_classes)),
+        method(method),
+        metric(metric),
+        scale(scale),
+        reduction(reduction) {}
 };
+
+using ClassifyOptionsPtr = c10::intrusive_ptr<ClassifyOptions>;
+
+void save(AutogradContext* ctx, const ClassifyOptionsPtr& options) {
+  ctx->saved_data["options"] = c10::IValue::make_capsule(options);
+}
+
+const ClassifyOptions& restore(AutogradContext* ctx) {
+  return static_cast<const ClassifyOptions&>(*ctx->saved_data["options"].toCapsule());
+}
 
 struct ClassifyDoubleBackwardFunction : Function<ClassifyDoubleBackwardFunction> {
   static variable_list forward(AutogradContext*, const Tensor& gg_support, const Tensor& gg_query,
                                const Tensor& grad, const Tensor& support, const Tensor& support_labels,
                                const Tensor& query, const Tensor& rows, const Tensor& valid,
-                               const ClassifyOptions& o) {
+                               const OptionalTensor& query_labels, const OptionalTensor& ways,
+                               const ClassifyOptionsPtr& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [gg, gs, gq] = classify_double_backward(gg_support, gg_query, grad, support, support_labels, query,
-                                                 o.query_labels, o.ways, rows, valid, o.num_classes, o.method,
-                                                 o.metric, o.scale, o.reduction);
+    const ClassifyOptions& o = *options;
+    auto [gg, gs, gq] =
+        classify_double_backward(gg_support, gg_query, grad, support, support_labels, query, query_labels,
+                                 ways, rows, valid, o.num_classes, o.method, o.metric, o.scale, o.reduction);
     return {gg, gs, gq};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -259,9 +264,8 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_autograd(
     std::string_view method, std::string_view metric, double scale, int64_t reduction) {
   if (needs_graph("classify_double_backward", gg_support, gg_query, grad, support, query)) {
     const auto r = ClassifyDoubleBackwardFunction::apply(
-        gg_support, gg_query, grad, support, support_labels, query, rows, valid,
-        ClassifyOptions{query_labels, ways, num_classes, std::string(method), std::string(metric), scale,
-                        reduction});
+        gg_support, gg_query, grad, support, support_labels, query, rows, valid, query_labels, ways,
+        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction));
     return {r[0], r[1], r[2]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -272,22 +276,24 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_autograd(
 struct ClassifyBackwardFunction : Function<ClassifyBackwardFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& support,
                                const Tensor& support_labels, const Tensor& query, const Tensor& rows,
-                               const Tensor& valid, const ClassifyOptions& o) {
+                               const Tensor& valid, const OptionalTensor& query_labels,
+                               const OptionalTensor& ways, const ClassifyOptionsPtr& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const ClassifyOptions& o = *options;
     ctx->save_for_backward({grad, support, support_labels, query, rows, valid,
-                            tensor_or_undefined(o.query_labels), tensor_or_undefined(o.ways)});
-    o.save(ctx);
-    auto [gs, gq] = classify_backward(grad, support, support_labels, query, o.query_labels, o.ways, rows,
-                                      valid, o.num_classes, o.method, o.metric, o.scale, o.reduction);
+                            tensor_or_undefined(query_labels), tensor_or_undefined(ways)});
+    save(ctx, options);
+    auto [gs, gq] = classify_backward(grad, support, support_labels, query, query_labels, ways, rows, valid,
+                                      o.num_classes, o.method, o.metric, o.scale, o.reduction);
     return {gs, gq};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
-    const auto o = ClassifyOptions::restore(ctx, s[6], s[7]);
-    auto [gg, gs, gq] =
-        classify_double_backward(grads[0], grads[1], s[0], s[1], s[2], s[3], o.query_labels, o.ways, s[4],
-                                 s[5], o.num_classes, o.method, o.metric, o.scale, o.reduction);
-    return {gg, gs, Tensor(), gq, Tensor(), Tensor(), Tensor()};
+    const ClassifyOptions& o = restore(ctx);
+    auto [gg, gs, gq] = classify_double_backward(grads[0], grads[1], s[0], s[1], s[2], s[3],
+                                                 optional_of(s[6]), optional_of(s[7]), s[4], s[5],
+                                                 o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    return {gg, gs, Tensor(), gq, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -299,10 +305,9 @@ std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const 
                                                       std::string_view method, std::string_view metric,
                                                       double scale, int64_t reduction) {
   if (needs_graph("classify_backward", grad, support, query)) {
-    const auto r =
-        ClassifyBackwardFunction::apply(grad, support, support_labels, query, rows, valid,
-                                        ClassifyOptions{query_labels, ways, num_classes, std::string(method),
-                                                        std::string(metric), scale, reduction});
+    const auto r = ClassifyBackwardFunction::apply(
+        grad, support, support_labels, query, rows, valid, query_labels, ways,
+        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction));
     return {r[0], r[1]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -312,22 +317,24 @@ std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const 
 
 struct ClassifyFunction : Function<ClassifyFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
-                               const Tensor& query, const ClassifyOptions& o) {
+                               const Tensor& query, const OptionalTensor& query_labels,
+                               const OptionalTensor& ways, const ClassifyOptionsPtr& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, rows, valid] = classify(support, support_labels, query, o.query_labels, o.ways, o.num_classes,
+    const ClassifyOptions& o = *options;
+    auto [out, rows, valid] = classify(support, support_labels, query, query_labels, ways, o.num_classes,
                                        o.method, o.metric, o.scale, o.reduction);
-    ctx->save_for_backward({support, support_labels, query, rows, valid, tensor_or_undefined(o.query_labels),
-                            tensor_or_undefined(o.ways)});
-    o.save(ctx);
+    ctx->save_for_backward({support, support_labels, query, rows, valid, tensor_or_undefined(query_labels),
+                            tensor_or_undefined(ways)});
+    save(ctx, options);
     ctx->mark_non_differentiable({rows, valid});
     return {out, rows, valid};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
-    const auto o = ClassifyOptions::restore(ctx, s[5], s[6]);
-    auto [gs, gq] = classify_backward(grads[0], s[0], s[1], s[2], o.query_labels, o.ways, s[3], s[4],
-                                      o.num_classes, o.method, o.metric, o.scale, o.reduction);
-    return {gs, Tensor(), gq, Tensor()};
+    const ClassifyOptions& o = restore(ctx);
+    auto [gs, gq] = classify_backward(grads[0], s[0], s[1], s[2], optional_of(s[5]), optional_of(s[6]), s[3],
+                                      s[4], o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    return {gs, Tensor(), gq, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -337,10 +344,9 @@ std::tuple<Tensor, Tensor, Tensor> classify_autograd(const Tensor& support, cons
                                                      std::string_view method, std::string_view metric,
                                                      double scale, int64_t reduction) {
   if (needs_graph("classify", support, query)) {
-    const auto r =
-        ClassifyFunction::apply(support, support_labels, query,
-                                ClassifyOptions{query_labels, ways, num_classes, std::string(method),
-                                                std::string(metric), scale, reduction});
+    const auto r = ClassifyFunction::apply(
+        support, support_labels, query, query_labels, ways,
+        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction));
     return {r[0], r[1], r[2]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;

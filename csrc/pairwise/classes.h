@@ -16,14 +16,17 @@ class ClassProbabilities {
   using V = Vec<T>;
 
  public:
-  ClassProbabilities(const Classes<T>& p, int64_t task)
+  explicit ClassProbabilities(const Classes<T>& p)
       : p_(p),
-        ways_(p.ways ? p.ways[task] : p.way),
-        labels_(p.row_labels ? p.row_labels + task * p.rows : nullptr),
         all_(p.rows),
-        own_(labels_ ? p.rows : 0),
-        top_(labels_ ? p.way : 0),
-        sum_(labels_ ? p.way : 0) {}
+        own_(p.row_labels ? p.rows : 0),
+        top_(p.row_labels ? p.way : 0),
+        sum_(p.row_labels ? p.way : 0) {}
+
+  void start_task(int64_t task) {
+    ways_ = p_.ways ? p_.ways[task] : p_.way;
+    labels_ = p_.row_labels ? p_.row_labels + task * p_.rows : nullptr;
+  }
 
   int64_t ways() const { return ways_; }
 
@@ -33,13 +36,15 @@ class ClassProbabilities {
     return label >= 0 && label < ways_ ? label : -1;
   }
 
-  // Probabilities of the rows, from their logits.
+  // What the log-probabilities of a tile need, from the logits of its pairs.
   void set(const V* logits) {
     logits_ = logits;
     const V lowest = Math<V>::constant(-kInfinity);
-    V top = lowest;
+    V top = lowest, bottom = Math<V>::constant(kInfinity);
     for (int64_t j = 0; j < p_.rows; ++j) {
-      if (class_of(j) >= 0) top = logits[j] > top ? logits[j] : top;
+      if (class_of(j) < 0) continue;
+      top = logits[j] > top ? logits[j] : top;
+      bottom = logits[j] < bottom ? logits[j] : bottom;
     }
     V sum{};
     for (int64_t j = 0; j < p_.rows; ++j) {
@@ -47,26 +52,25 @@ class ClassProbabilities {
       sum += all_[j];
     }
     log_sum_ = top + Math<V>::log(sum);
-    const V scale = 1 / sum;
-    for (int64_t j = 0; j < p_.rows; ++j) all_[j] *= scale;
+    inverse_sum_ = 1 / sum;
     if (labels_ == nullptr) return;
 
+    // Each class's own maximum keeps the exponentials of unlikely classes from vanishing. Where all logits
+    // are so close that none can, the exponentials are there already.
+    const bool close = !any<T>(~(top - bottom < kClose));
     for (int64_t n = 0; n < p_.way; ++n) {
-      top_[n] = lowest;
+      top_[n] = close ? top : lowest;
       sum_[n] = V{};
     }
-    for (int64_t j = 0; j < p_.rows; ++j) {
+    for (int64_t j = 0; !close && j < p_.rows; ++j) {
       const int64_t n = class_of(j);
       if (n >= 0) top_[n] = logits[j] > top_[n] ? logits[j] : top_[n];
     }
     for (int64_t j = 0; j < p_.rows; ++j) {
       const int64_t n = class_of(j);
-      own_[j] = n >= 0 ? Math<V>::exp(logits[j] - top_[n]) : V{};
-      if (n >= 0) sum_[n] += own_[j];
-    }
-    for (int64_t j = 0; j < p_.rows; ++j) {
-      const int64_t n = class_of(j);
-      if (n >= 0) own_[j] /= sum_[n];
+      if (n < 0) continue;
+      own_[j] = close ? all_[j] : Math<V>::exp(logits[j] - top_[n]);
+      sum_[n] += own_[j];
     }
   }
 
@@ -76,16 +80,35 @@ class ClassProbabilities {
     return log_class - log_sum_;
   }
 
-  V all(int64_t j) const { return all_[j]; }                      // probability of row j among all rows
-  V own(int64_t j) const { return labels_ ? own_[j] : V{} + 1; }  // and among the rows of its class
+  // log p(label) of each of `count` queries, 0 where the label is ignored.
+  V label_log_probs(const int64_t* labels, int count) const {
+    V log_class{}, sum = V{} + 1;
+    Mask<T> valid{};
+    for (int i = 0; i < count; ++i) {
+      const int64_t n = labels[i];
+      if (n < 0 || n >= ways_) continue;
+      valid[i] = -1;
+      log_class[i] = labels_ ? top_[n][i] : logits_[n][i];
+      if (labels_) sum[i] = sum_[n][i];
+    }
+    if (labels_) log_class += Math<V>::log(sum);
+    return valid ? log_class - log_sum_ : V{};
+  }
+
+  V all(int64_t j) const { return all_[j] * inverse_sum_; }  // probability of row j among all rows,
+  V own(int64_t j) const {                                   // and among those of its class, which takes part
+    return labels_ ? own_[j] / sum_[labels_[j]] : V{} + 1;
+  }
 
  private:
+  static constexpr T kClose = 64;  // exp(-64) is far from the smallest float
+
   const Classes<T>& p_;
-  int64_t ways_;
-  const int64_t* labels_;
+  int64_t ways_ = 0;
+  const int64_t* labels_ = nullptr;
   const V* logits_ = nullptr;
-  Scratch<V> all_, own_, top_, sum_;
-  V log_sum_{};
+  Scratch<V> all_, own_, top_, sum_;  // exponentials of the rows; maximum and sum of each class
+  V log_sum_{}, inverse_sum_{};
 };
 
 // The gradients of the class log-probabilities of a tile, from those of log_probs or of the loss.

@@ -33,23 +33,12 @@ Chunk<T> chunk_of(const Pairs<T>& p, int64_t item) {
           p.y + task * p.y_task_stride};
 }
 
-// f(q, queries) for every tile of the chunk; q is the task's index of its first query. The tile after it is
-// fetched from memory meanwhile, and so are, to be written, the rows of `grad` (null, or laid out as x) that
-// belong to it: a tile is too short for the processor to see the pattern.
+// f(q, queries) for every tile of the chunk; q is the task's index of its first query.
 template <typename T, class F>
-void for_each_tile(const Pairs<T>& p, const Chunk<T>& chunk, T* grad, F&& f) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  constexpr int kSecondLevel = 2;  // wide rows of two tiles would not fit the first
-  const int64_t ahead = kLanes<T> * p.features;
+void for_each_tile(const Pairs<T>& p, const Chunk<T>& chunk, F&& f) {
   for (int64_t q = chunk.begin; q < chunk.end; q += kLanes<T>) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, chunk.end - q));
-    const T* x = chunk.x + q * p.features;
-    for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(x + i, 0, kSecondLevel);
-    if (grad != nullptr) {
-      T* next = grad + (chunk.task * p.queries + q) * p.features;
-      for (int64_t i = ahead; i < 2 * ahead; i += kLine) __builtin_prefetch(next + i, 1, kSecondLevel);
-    }
-    f(q, Queries<T>{x, p.features, count});
+    f(q, Queries<T>{chunk.x + q * p.features, p.features, count});
   }
 }
 
@@ -66,21 +55,24 @@ class Comparison {
   static constexpr int64_t kManyRows = 8;
 
  public:
-  Comparison(const Pairs<T>& p, const Chunk<T>& chunk)
+  explicit Comparison(const Pairs<T>& p)
       : p_(p),
-        y_(chunk.y),
         norms_(M::kCosine ? p.rows : 0),
         sums_(M::kCosine ? 2 * p.rows : 0),
         centred_(kCanCentre && p.rows >= kManyRows),
         centre_(centred_ ? p.features : 0),
         centred_rows_(centred_ ? p.rows * p.features : 0),
         centred_queries_(centred_ ? kLanes<T> * p.features : 0),
-        squares_(centred_ ? p.rows : 0) {
+        squares_(centred_ ? p.rows : 0) {}
+
+  // Prepares the rows of the chunk's task.
+  void start(const Chunk<T>& chunk) {
+    y_ = chunk.y;
     if (centred_) centre();
     if constexpr (M::kCosine) {
-      for (int64_t j = 0; j < p.rows; ++j) {
-        norms_[j] = inverse_norm<T>(inner_product(row(j), row(j), p.features));
-        sums_[j] = sums_[p.rows + j] = V{};
+      for (int64_t j = 0; j < p_.rows; ++j) {
+        norms_[j] = inverse_norm<T>(inner_product(row(j), row(j), p_.features));
+        sums_[j] = sums_[p_.rows + j] = V{};
       }
     }
   }
@@ -92,7 +84,7 @@ class Comparison {
     if (kCanCentre && centred_) {
       if constexpr (kCanCentre) centred_distances(x, out);
     } else {
-      sum_terms<Term, kWeighted>(x, y_, p_.rows, p_.features, p_.weight, out);
+      sum_terms<Term, kWeighted>(x, y_, p_.rows, p_.features, p_.weight, x.first + kLanes<T> * x.stride, out);
     }
     if constexpr (M::kCosine) {
       norm_ = inverse_norm<V>(inner_products(x, x, p_.features));
@@ -210,11 +202,20 @@ class Comparison {
   void centre() {
     const int64_t features = p_.features;
     std::fill_n(centre_.get(), features, T(0));
-    for (int64_t j = 0; j < p_.rows; ++j) add_scaled(T(1) / p_.rows, row(j), features, centre_.get());
-    for (int64_t j = 0; j < p_.rows; ++j) {
-      T* out = centred_rows_.get() + j * features;
-      for (int64_t d = 0; d < features; ++d) out[d] = row(j)[d] - centre_[d];
-      squares_[j] = inner_product(out, out, features);
+    for_vectors<T>(features, [&](auto at) {
+      V sum{};
+      for (int64_t j = 0; j < p_.rows; ++j) sum += at.load(row(j));
+      const V mean = sum * (T(1) / p_.rows);
+      at.store(centre_.get(), mean);
+      for (int64_t j = 0; j < p_.rows; ++j) {
+        at.store(centred_rows_.get() + j * features, at.load(row(j)) - mean);
+      }
+    });
+    for (int64_t j = 0; j < p_.rows; j += kLanes<T>) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, p_.rows - j));
+      const Queries<T> rows{centred_rows_.get() + j * features, features, count};
+      const V squares = inner_products(rows, rows, features);
+      for (int i = 0; i < count; ++i) squares_[j + i] = squares[i];
     }
   }
 
@@ -224,14 +225,19 @@ class Comparison {
   void centred_distances(const Queries<T>& x, V* out) {
     constexpr T kCancelled = T(1) / 32;
     const int64_t features = p_.features;
-    for (int i = 0; i < x.count; ++i) {
-      const T* query = x[i];
-      T* centred = centred_queries_.get() + i * features;
-      for_vectors<T>(features, [&](auto at) { at.store(centred, at.load(query) - at.load(centre_.get())); });
-    }
+    V sums[kLanes<T>] = {};
+    for_vectors<T>(features, [&](auto at) {
+      const V centre = at.load(centre_.get());
+      for (int i = 0; i < x.count; ++i) {
+        const V query = at.load(x.first + i * x.stride) - centre;
+        at.store(centred_queries_.get() + i * features, query);
+        sums[i] += query * query;
+      }
+    });
+    const V squares = sum_lanes<T>(sums);
     const Queries<T> centred{centred_queries_.get(), features, x.count};
-    const V squares = inner_products(centred, centred, features);
-    sum_terms<NegativeProduct, false, T>(centred, centred_rows_.get(), p_.rows, features, nullptr, out);
+    sum_terms<NegativeProduct, false, T>(centred, centred_rows_.get(), p_.rows, features, nullptr,
+                                         x.first + kLanes<T> * x.stride, out);
     for (int64_t j = 0; j < p_.rows; ++j) {
       const V scale = squares + squares_[j], distance = scale + 2 * out[j];
       out[j] = distance;
@@ -239,7 +245,8 @@ class Comparison {
           distance >= kCancelled * scale;  // false for NaN, from infinite features for example
       if (any<T>(~kept)) {
         V exact;
-        sum_terms<Term, false, T>(centred, centred_rows_.get() + j * features, 1, features, nullptr, &exact);
+        sum_terms<Term, false, T>(centred, centred_rows_.get() + j * features, 1, features, nullptr,
+                                  centre_.get(), &exact);
         out[j] = kept ? distance : exact;
       }
     }
@@ -250,7 +257,7 @@ class Comparison {
   }
 
   const Pairs<T>& p_;
-  const T* y_;
+  const T* y_ = nullptr;
   Scratch<InverseNorm<T>> norms_;  // cosine: of the rows
   Scratch<V> sums_;                // cosine: multiples of the rows (and of v) that finish_*() adds to grad_y
   bool centred_;

@@ -60,10 +60,11 @@ void run(const PrototypesBackward<T>& p, int64_t begin, int64_t end) {
 template <class M, bool kWeighted, typename T>
 void walk(const Pairwise<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> out(p.rows);
+  Comparison<M, kWeighted, T> compare(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
-    Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile<T>(p, chunk, nullptr, [&](int64_t q, const Queries<T>& x) {
+    compare.start(chunk);
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       compare.distances(x, out.get());
       store_tile(out.get(), p.rows, x.count, p.out + (chunk.task * p.queries + q) * p.rows);
     });
@@ -73,6 +74,7 @@ void walk(const Pairwise<T>& p, int64_t begin, int64_t end) {
 template <class M, bool kWeighted, typename T>
 void walk(const PairwiseBackward<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> out(p.rows), grad(p.rows);
+  Comparison<M, kWeighted, T> compare(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     T* grad_y = p.grad_y + chunk.index * p.rows * p.features;
@@ -80,8 +82,8 @@ void walk(const PairwiseBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_y, p.rows * p.features);
     clear(grad_weight, p.features);
     Vec<T> bias{};
-    Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    compare.start(chunk);
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       if constexpr (M::kCosine) {
         compare.distances(x, out.get());
@@ -100,6 +102,7 @@ template <class M, bool kWeighted, typename T>
 void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> out(p.rows), grad(p.rows), tangent(p.rows), first(p.rows);
   const T bias_tangent = p.gg_bias ? *p.gg_bias : T(0);
+  Comparison<M, kWeighted, T> compare(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     const T* v = p.gg_y + chunk.task * p.rows * p.features;
@@ -108,8 +111,8 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
     clear(grad_y, p.rows * p.features);
     clear(grad_weight, p.features);
     Vec<T> bias{};
-    Comparison<M, kWeighted, T> compare(p, chunk);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    compare.start(chunk);
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};
       compare.distances(x, out.get());
@@ -130,11 +133,13 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
 template <class M, typename T>
 void walk(const Classify<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> logits(p.rows);
+  Comparison<M, false, T> compare(p);
+  ClassProbabilities<T> probabilities(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
-    Comparison<M, false, T> compare(p, chunk);
-    ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile<T>(p, chunk, nullptr, [&](int64_t q, const Queries<T>& x) {
+    compare.start(chunk);
+    probabilities.start_task(chunk.task);
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       compare.distances(x, logits.get());
       scale_tile(logits.get(), p.rows, -p.scale, logits.get());
@@ -144,10 +149,9 @@ void walk(const Classify<T>& p, int64_t begin, int64_t end) {
             n < probabilities.ways() ? probabilities.log_prob(n) : Math<Vec<T>>::constant(-kInfinity);
         for (int i = 0; i < x.count; ++i) p.log_probs[(query + i) * p.way + n] = log_prob[i];
       }
-      for (int i = 0; i < x.count && p.nll != nullptr; ++i) {
-        const int64_t label = p.query_labels[query + i];
-        const bool valid = label >= 0 && label < probabilities.ways();
-        p.nll[query + i] = valid ? -probabilities.log_prob(label)[i] : T(0);
+      if (p.nll != nullptr) {
+        const Vec<T> nll = -probabilities.label_log_probs(p.query_labels + query, x.count);
+        for (int i = 0; i < x.count; ++i) p.nll[query + i] = nll[i];
       }
     });
   }
@@ -157,13 +161,15 @@ template <class M, typename T>
 void walk(const ClassifyBackward<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> out(p.rows), grad(p.rows);
   ClassGradients<T> gradients(p, p.grad);
+  Comparison<M, false, T> compare(p);
+  ClassProbabilities<T> probabilities(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     T* grad_y = p.grad_y + chunk.index * p.rows * p.features;
     clear(grad_y, p.rows * p.features);
-    Comparison<M, false, T> compare(p, chunk);
-    ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    compare.start(chunk);
+    probabilities.start_task(chunk.task);
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       compare.distances(x, out.get());
       scale_tile(grad.get(), p.rows, -p.scale, out.get());
       probabilities.set(grad.get());
@@ -186,14 +192,16 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
   using V = Vec<T>;
   Scratch<V> out(p.rows), logits(p.rows), grad(p.rows), tangent(p.rows), first(p.rows), class_mean(p.way);
   ClassGradients<T> gradients(p, p.grad);
+  Comparison<M, false, T> compare(p);
+  ClassProbabilities<T> probabilities(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     const T* v = p.gg_y + chunk.task * p.rows * p.features;
     T* grad_y = p.grad_y + chunk.index * p.rows * p.features;
     clear(grad_y, p.rows * p.features);
-    Comparison<M, false, T> compare(p, chunk);
-    ClassProbabilities<T> probabilities(p, chunk.task);
-    for_each_tile<T>(p, chunk, p.grad_x, [&](int64_t q, const Queries<T>& x) {
+    compare.start(chunk);
+    probabilities.start_task(chunk.task);
+    for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};
       compare.distances(x, out.get());
@@ -315,11 +323,21 @@ void run(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
 
 template <typename T>
 void run(const ReduceLoss<T>& p, int64_t, int64_t) {
-  double sum = 0;
-  int64_t valid = 0;
-  for (int64_t i = 0; i < p.count; ++i) {  // nll is 0 where the label is ignored
-    sum += p.nll[i];
-    valid += p.query_labels[i] != kIgnoreLabel;
+  constexpr int kSums = 8;  // additions that need not wait for each other
+  double sums[kSums] = {}, sum = 0;
+  int64_t valids[kSums] = {}, valid = 0;
+  const auto add = [&](int k, int64_t i) {
+    sums[k] += p.nll[i];  // 0 where the label is ignored
+    valids[k] += p.query_labels[i] != kIgnoreLabel;
+  };
+  int64_t i = 0;
+  for (; i + kSums <= p.count; i += kSums) {
+    for (int k = 0; k < kSums; ++k) add(k, i + k);
+  }
+  for (; i < p.count; ++i) add(0, i);
+  for (int k = 0; k < kSums; ++k) {
+    sum += sums[k];
+    valid += valids[k];
   }
   *p.valid = static_cast<T>(valid);
   *p.loss = static_cast<T>(p.mean ? sum / static_cast<double>(valid) : sum);

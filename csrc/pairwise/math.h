@@ -283,8 +283,8 @@ METAFAST_HD CosineSecond<V> cosine_second(V g, V e, V out, V tangent, V ab, V s,
 // ---- class probabilities ----
 
 // log p(class) = log sum_{rows of the class} exp(logit) - log sum_{all rows} exp(logit). For one row with
-// probability `all` among all rows and `own` among those of its class (1 for a prototype), with g the gradient
-// of its class's log-probability and g_sum the sum of g over classes:
+// probability `all` among all rows and `own` among those of its class (1 for a prototype), with g the
+// gradient of its class's log-probability and g_sum the sum of g over classes:
 
 template <typename V>
 METAFAST_HD V logit_gradient(V g, V own, V g_sum, V all) {

@@ -132,9 +132,10 @@ int64_t query_chunks(const Tensor& like, int64_t tasks, int64_t queries, int64_t
   if (runs_cuda(like)) return cuda::query_chunks(tasks, queries, rows, features);
 #endif
   (void)like;
-  constexpr int64_t kItems = 32, kQueries = 128;
+  constexpr int64_t kItems = 32, kCacheable = 1 << 16;
   const int64_t wanted = (kItems + tasks - 1) / std::max<int64_t>(1, tasks);
-  const int64_t worthwhile = std::min(queries / kQueries, queries * rows * features / kGrain);
+  const int64_t enough = rows * features > kCacheable ? 512 : 128;  // queries, to be worth preparing the rows
+  const int64_t worthwhile = std::min(queries / enough, queries * rows * features / kGrain);
   return std::max<int64_t>(1, std::min(wanted, worthwhile));
 }
 

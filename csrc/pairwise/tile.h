@@ -28,6 +28,26 @@ struct Queries {
   const T* operator[](int i) const { return first + (i < count ? i : count - 1) * stride; }
 };
 
+// Fetches the next tile from memory while this one is computed: a little at every call, since the processor
+// waits for many fetches at once as it waits for loads, and a tile is too short for it to see the pattern by
+// itself.
+class Fetch {
+ public:
+  Fetch(const void* from, int64_t bytes, int64_t calls)
+      : next_(static_cast<const char*>(from)), step_(bytes / std::max<int64_t>(1, calls)) {}
+
+  METAFAST_HD void operator()() {
+    constexpr int kLine = 64;
+    __builtin_prefetch(next_);  // any address may be named
+    if (step_ > kLine) __builtin_prefetch(next_ + kLine);
+    next_ += step_;
+  }
+
+ private:
+  const char* next_ = nullptr;
+  int64_t step_ = 0;
+};
+
 // Uninitialised, aligned scratch memory of one work item.
 template <typename V>
 class Scratch {
@@ -62,9 +82,11 @@ METAFAST_HD T sum_of_lanes(Vec<T> v) {
 
 // Adds to sums[r * kQueries + i], still spread over lanes, the terms of query x[i] and row y + r * features.
 template <class Term, bool kWeighted, int kQueries, int kRows, typename T>
-METAFAST_HD void add_terms(const T* const* x, const T* y, int64_t features, const T* weight, Vec<T>* sums) {
+METAFAST_HD void add_terms(const T* const* x, const T* y, int64_t features, const T* weight, Fetch& fetch,
+                           Vec<T>* sums) {
   // Every term is 0 at (0, 0), so the padding of a last part of a vector adds nothing.
   for_vectors<T>(features, [&](auto at) __attribute__((always_inline)) {
+    fetch();
     Vec<T> rows[kRows], w{};
     if constexpr (kWeighted) w = at.load(weight);
 #pragma GCC unroll 16
@@ -82,19 +104,27 @@ METAFAST_HD void add_terms(const T* const* x, const T* y, int64_t features, cons
 }
 
 // out_ij = sum_d w_d value(x_id, y_jd). Four queries against several rows at a time: their kLanes sums stay
-// in registers, each vector loaded serves four operations or more, and the sums cross lanes together.
+// in registers, each vector loaded serves four operations or more, and the sums cross lanes together. Memory
+// at `next`, as large as the tile, is fetched meanwhile.
 template <class Term, bool kWeighted, typename T>
 void sum_terms(const Queries<T>& x, const T* y, int64_t rows, int64_t features, const T* weight,
-               Vec<T>* out) {
+               const T* next, Vec<T>* out) {
   constexpr int kQueries = kLanes<T> < 4 ? kLanes<T> : 4, kRows = kLanes<T> / kQueries;
+  const int64_t blocks = kRows > 1 ? rows / kRows + rows % kRows : rows;
+  const int64_t calls = blocks * (kLanes<T> / kQueries) * (features / kLanes<T>);
+  Fetch fetch(next, kLanes<T> * features * sizeof(T), calls);
+  const auto add = [&](auto count, int64_t j, int i, Vec<T>* sums) __attribute__((always_inline)) {
+    const T* queries[kQueries];
+    for (int k = 0; k < kQueries; ++k) queries[k] = x[i + k];
+    add_terms<Term, kWeighted, kQueries, decltype(count)::value>(queries, y + j * features, features, weight,
+                                                                 fetch, sums);
+  };
   int64_t j = 0;
   for (; kRows > 1 && j + kRows <= rows; j += kRows) {
     for (int r = 0; r < kRows; ++r) out[j + r] = Vec<T>{};  // also the lanes of no query
     for (int i = 0; i < x.count; i += kQueries) {
-      const T* queries[kQueries];
-      for (int k = 0; k < kQueries; ++k) queries[k] = x[i + k];
       Vec<T> sums[kLanes<T>] = {};
-      add_terms<Term, kWeighted, kQueries, kRows>(queries, y + j * features, features, weight, sums);
+      add(std::integral_constant<int, kRows>{}, j, i, sums);
       const Vec<T> sum = sum_lanes<T>(sums);
       for (int r = 0; r < kRows; ++r) {
         __builtin_memcpy(&lane<T>(out, j + r, i), reinterpret_cast<const T*>(&sum) + r * kQueries,
@@ -104,11 +134,7 @@ void sum_terms(const Queries<T>& x, const T* y, int64_t rows, int64_t features, 
   }
   for (; j < rows; ++j) {
     Vec<T> sums[kLanes<T>] = {};
-    for (int i = 0; i < x.count; i += kQueries) {
-      const T* queries[kQueries];
-      for (int k = 0; k < kQueries; ++k) queries[k] = x[i + k];
-      add_terms<Term, kWeighted, kQueries, 1>(queries, y + j * features, features, weight, sums + i);
-    }
+    for (int i = 0; i < x.count; i += kQueries) add(std::integral_constant<int, 1>{}, j, i, sums + i);
     out[j] = sum_lanes<T>(sums);
   }
 }
@@ -117,10 +143,11 @@ void sum_terms(const Queries<T>& x, const T* y, int64_t rows, int64_t features, 
 template <typename T>
 Vec<T> inner_products(const Queries<T>& x, const Queries<T>& u, int64_t features) {
   Vec<T> sums[kLanes<T>] = {};
-  for (int i = 0; i < x.count; ++i) {
-    const T *a = x[i], *b = u[i];
-    for_vectors<T>(features, [&](auto at) { sums[i] += at.load(a) * at.load(b); });
-  }
+  for_vectors<T>(features, [&](auto at) {
+    for (int i = 0; i < x.count; ++i) {
+      sums[i] += at.load(x.first + i * x.stride) * at.load(u.first + i * u.stride);
+    }
+  });
   return sum_lanes<T>(sums);
 }
 
@@ -276,8 +303,12 @@ void load_tile(const T* rows, int64_t columns, int count, Vec<T>* tile) {
 
 template <typename T>
 void store_tile(Vec<T>* tile, int64_t columns, int count, T* rows) {
-  for (int i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < columns; ++j) rows[i * columns + j] = lane<T>(tile, j, i);
+  for (int64_t first = 0; first < columns;
+       first += kLanes<T>) {  // as much of the tile as the cache holds for sure
+    const int64_t last = std::min<int64_t>(columns, first + kLanes<T>);
+    for (int i = 0; i < count; ++i) {
+      for (int64_t j = first; j < last; ++j) rows[i * columns + j] = lane<T>(tile, j, i);
+    }
   }
 }
 

@@ -1,0 +1,90 @@
+"""The CUDA kernels on the CPU: parity and the same bits under every schedule, no report of a sanitizer."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emulated_build import EMULATED_LIBRARY, ROOT, emulated_library
+from rows import Row, Sizes
+from test_contract import (
+    EVERY_ROW,
+    ODD,
+    assert_parity,
+    assert_second_order_parity,
+    make,
+    second_order,
+    value_and_grads,
+)
+
+import metafast
+
+SEEDS = (0, 1, 2)
+ON_THE_EMULATOR = pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+# Many blocks and tiles in float64; in float32 fewer terms, as second derivatives of many cancel.
+CASES = pytest.mark.parametrize(
+    ("sizes", "dtype"), [(ODD[2], torch.float64), (ODD[1], torch.float32)], ids=str
+)
+
+
+def set_seed(seed: int) -> None:
+    ctypes.CDLL(str(emulated_library())).metafast_emulator_set_seed(ctypes.c_uint64(seed))
+
+
+@EVERY_ROW
+@CASES
+@ON_THE_EMULATOR
+@pytest.mark.parametrize("seed", SEEDS)
+def test_parity_under_every_schedule(
+    row: Row, sizes: Sizes, dtype: torch.dtype, seed: int, backend: torch.device
+) -> None:
+    args = make(row, sizes, dtype=dtype, device=backend)
+    set_seed(seed)
+    assert_parity(row, args, dtype)
+    assert_second_order_parity(row, args, dtype)
+
+
+@EVERY_ROW
+@CASES
+@ON_THE_EMULATOR
+def test_every_schedule_gives_the_same_bits(
+    row: Row, sizes: Sizes, dtype: torch.dtype, backend: torch.device
+) -> None:
+    args, function = make(row, sizes, dtype=dtype, device=backend), row.call(metafast)
+    results = []
+    for seed in SEEDS:
+        set_seed(seed)
+        results.append([*value_and_grads(row, function, args), *second_order(row, function, args)])
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def sanitizer_runtimes(library: Path) -> list[str]:
+    """Those that a library needs. They must come first in a process, so Python is to be started with them."""
+    needed = subprocess.run(["ldd", str(library)], check=True, capture_output=True, text=True).stdout
+    lines = (line.split() for line in needed.splitlines())
+    return [line[2] for line in lines if line[0].startswith(("libasan.", "libubsan."))]
+
+
+def test_sanitizers_report_nothing() -> None:
+    library = emulated_library("metafast_emulated_sanitized")
+    if not library.exists():
+        pytest.skip("the C++ compiler has no shared runtime of the sanitizers")
+    environment = {
+        EMULATED_LIBRARY: str(library),
+        "LD_PRELOAD": ":".join(sanitizer_runtimes(library)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much until it exits
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    # Without capture: a sanitizer's report goes straight to standard error and ends the process.
+    pytest_again = [sys.executable, "-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider"]
+    tests = ["tests/test_contract.py", "tests/test_pairwise.py", "-k", "emulated"]
+    result = subprocess.run(
+        [*pytest_again, *tests], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
