@@ -500,6 +500,12 @@ def test_cuda_tensors_are_refused() -> None:
         metafast.maml_loss(params, *data, lr=0.1, **problem.options)
 
 
+def test_info_says_what_runs_on_cuda() -> None:
+    ops = metafast.info().ops
+    assert ops["maml_loss"] == ops["inner_sgd"] == ops["sgd_update"] == ("cpu",)
+    assert ops["task_linear"] == ("cpu", "cuda")
+
+
 # --- torch.library, torch.compile, torch.func -----------------------------------------------------------
 
 # One or more cases of every branch in shapes and saved tensors.
