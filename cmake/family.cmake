@@ -1,4 +1,7 @@
-# metafast_family(<name>): one family of ops, csrc/<name>/{cpu.cpp,cuda.cu,op.cpp,autograd.cpp}.
+# metafast_family(<name> [CPU_ONLY]): one family of ops, csrc/<name>/{cpu.cpp,cuda.cu,op.cpp,autograd.cpp}.
+#
+# CPU_ONLY: there is no cuda.cu yet, and op.cpp implements the ops for the CPU alone. torch refuses CUDA tensors then,
+# and metafast_emulated, which is there for the CUDA kernels, has the family's schemas and nothing behind them.
 #
 # It adds to the interface library `metafast_ops`, which the Python module and, in the tests, metafast_emulated link:
 # op.cpp and autograd.cpp are compiled by each of them, the torch-free kernels here, once.
@@ -28,6 +31,9 @@ set(METAFAST_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16
 # csrc/<family>/cpu.cpp once for each instruction set; METAFAST_ISA names the C++ namespace its code lives in, so
 # that the linker never merges two of them.
 function(metafast_cpu_kernels family)
+  if(METAFAST_EMULATED)  # which runs the CUDA kernels alone
+    return()
+  endif()
   foreach(isa IN LISTS METAFAST_ISAS)
     set(target metafast_${family}_${isa})
     add_library(${target} OBJECT "${PROJECT_SOURCE_DIR}/csrc/${family}/cpu.cpp")
@@ -39,11 +45,23 @@ function(metafast_cpu_kernels family)
   endforeach()
 endfunction()
 
+function(metafast_cuda_kernels family)
+  set_property(GLOBAL APPEND PROPERTY METAFAST_CUDA_SOURCES "${PROJECT_SOURCE_DIR}/csrc/${family}/cuda.cu")
+endfunction()
+
 function(metafast_family family)
-  if(NOT METAFAST_EMULATED)  # which runs the CUDA kernels alone
-    metafast_cpu_kernels(${family})
+  cmake_parse_arguments(PARSE_ARGV 1 arg "CPU_ONLY" "" "")
+  if(arg_CPU_ONLY AND METAFAST_EMULATED)
+    return()
+  endif()
+  metafast_cpu_kernels(${family})
+  if(NOT arg_CPU_ONLY)
+    metafast_cuda_kernels(${family})
   endif()
   set(folder "${PROJECT_SOURCE_DIR}/csrc/${family}")
   target_sources(metafast_ops INTERFACE "${folder}/op.cpp" "${folder}/autograd.cpp")
-  set_property(GLOBAL APPEND PROPERTY METAFAST_CUDA_SOURCES "${folder}/cuda.cu")
 endfunction()
+
+# csrc/common holds the kernels that families share, and no ops.
+metafast_cpu_kernels(common)
+metafast_cuda_kernels(common)

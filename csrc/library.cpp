@@ -1,8 +1,10 @@
 // Every op of metafast and its schema: the table of contents. csrc/<family>/op.cpp implements them for CPU
-// and CUDA, autograd.cpp differentiates them, metafast/_fake.py gives their shapes to torch.compile.
+// and CUDA (the inner loop for CPU alone so far), autograd.cpp differentiates them, metafast/_fake.py gives
+// their shapes to torch.compile.
 //
 // "..." are leading batch dimensions, the same on all tensors of a call. T tasks, S support, Q queries, N
-// classes, D features. Labels are int64; -100 means ignored.
+// classes, D features, K steps, L layers, I inputs and O outputs of a layer. Labels are int64; -100 means
+// ignored.
 #include <torch/library.h>
 
 // TORCH_LIBRARY pastes its argument, so the macro has to be expanded before.
@@ -62,4 +64,45 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "classify_double_backward(Tensor gg_support, Tensor gg_query, Tensor grad, Tensor support, "
       "Tensor support_labels, Tensor query, Tensor? query_labels, Tensor? ways, Tensor rows, Tensor valid, "
       "SymInt num_classes, str method, str metric, float scale, int reduction) -> (Tensor, Tensor, Tensor)");
+
+  // ---- inner loop ----
+  //
+  // An MLP is params = [W1, b1, ..., WL, bL], each shared by all tasks ([O, I], [O]) or of each task ([T, O,
+  // I], [T, O]). x [T, S, D], y [T, S, O] for loss mse or int64 [T, S] for cross_entropy. lr is one tensor,
+  // [] or [K, L], or one for each parameter, of its shape. activation: relu, tanh or none.
+
+  // K = steps steps of SGD on each task -> the adapted parameters, each [T, ...].
+  m.def(
+      "inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, str loss, int steps, str activation, "
+      "float momentum, bool first_order) -> Tensor[]");
+  // grads: of the adapted parameters. -> gradients of params, lr, x, y, in one list; of size 0 where not
+  // wanted (wanted: params, lr, x, y). It cannot be differentiated.
+  m.def(
+      "inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, str loss, int "
+      "steps, "
+      "str activation, float momentum, bool first_order, bool[4] wanted) -> Tensor[]");
+
+  // The query loss after inner_sgd on the support: [T], or with `mean` their mean []. With step_weights [K],
+  // the sum of the losses after each step, weighed.
+  m.def(
+      "maml_loss(Tensor[] params, Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, "
+      "Tensor[] lr, "
+      "Tensor? step_weights, str loss, int steps, str activation, float momentum, bool first_order, bool "
+      "mean) "
+      "-> Tensor");
+  // grad: of the result. -> the result again, and gradients as of inner_sgd_backward (wanted: params, lr,
+  // support_x, support_y, query_x, query_y).
+  m.def(
+      "maml_loss_backward(Tensor grad, Tensor[] params, Tensor support_x, Tensor support_y, Tensor query_x, "
+      "Tensor query_y, Tensor[] lr, Tensor? step_weights, str loss, int steps, str activation, float "
+      "momentum, "
+      "bool first_order, bool mean, bool[6] wanted) -> (Tensor, Tensor[])");
+
+  // One step of SGD on many tensors. lr: one tensor, or one for each of params, that broadcasts to it.
+  // momentum_buffers may be empty: zeros. -> the new params, the new buffers (none without momentum).
+  m.def(
+      "sgd_update(Tensor[] params, Tensor[] grads, Tensor[] lr, Tensor[] momentum_buffers, float momentum, "
+      "float weight_decay, bool nesterov) -> (Tensor[], Tensor[])");
+  // x [T, B, I], weight [T, O, I], bias [T, O] -> [T, B, O].
+  m.def("task_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
 }

@@ -11,6 +11,7 @@ from metafast import _load  # noqa: F401  (first: it loads the compiled module, 
 from metafast import _fake, reference
 from metafast._doors import trace_doors
 from metafast._info import info
+from metafast.inner_loop import inner_sgd, maml_loss, sgd_update, task_linear
 from metafast.pairwise import (
     matching_log_probs,
     matching_loss,
@@ -27,6 +28,8 @@ _fake.register("metafast")
 
 __all__ = [
     "info",
+    "inner_sgd",
+    "maml_loss",
     "matching_log_probs",
     "matching_loss",
     "pairwise_distance",
@@ -35,5 +38,7 @@ __all__ = [
     "prototypical_loss",
     "reference",
     "relation_scores",
+    "sgd_update",
+    "task_linear",
     "trace_doors",
 ]

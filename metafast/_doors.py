@@ -6,7 +6,8 @@ function   C++ autograd functions raise under `torch.func`. A call inside `grad`
 reference  the rest (`jvp`, `hessian`, forward-mode AD, deeper nesting, `torch.func` inside torch.compile)
            runs the pure-PyTorch twin in `metafast.reference`: right, but slower.
 
-A family describes its ops to the second door in `Chain`s; nothing here knows any op.
+A family describes its ops to the second door in `Chain`s; nothing here knows any op. The ops on lists of
+tensors (the inner loop) have no second door: `call_or_reference` takes them through the first or the third.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from metafast import _C
 
 ops: Any = torch.ops.metafast  # the namespace that ops are looked up in; the tests put another one here
 typed: Any = _C  # the same ops with typed arguments, which an eager call reaches sooner
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +90,15 @@ def call(chain: Chain, *args: Any) -> Tensor:
         return chain.wrap(lambda *tensors: _Derivative.apply(chain, 0, (), *tensors)[0])(*args)
     _record(chain.ops[0].name, "reference")
     return chain.reference(*args)
+
+
+def call_or_reference(name: str, args: Sequence[Any], reference: Callable[[], Result]) -> Result:
+    """The op's result; in function transforms, with which its kernels do not compose, the reference's."""
+    if not _transforms_active() and (torch.compiler.is_compiling() or forward_ad._current_level < 0):
+        _record(name, "op")
+        return getattr(ops, name).default(*args)
+    _record(name, "reference")
+    return reference()
 
 
 def _kernels_compose() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,63 @@ def _classify_double_backward(
     return _gradient(grad), _gradient(gg_support), _gradient(gg_query)
 
 
+def _inner_sgd(params: Sequence[Tensor], x: Tensor, *args: Any) -> list[Tensor]:
+    shared = params[0].dim() == 2
+    return [x.new_empty(x.shape[0], *(p.shape if shared else p.shape[1:])) for p in params]
+
+
+def _wanted_gradients(
+    params: Sequence[Tensor], lr: Sequence[Tensor], data: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Of size 0 where not wanted, and for labels. `wanted` are params, lr, and each of the data."""
+    flags = [*[wanted[0]] * len(params), *[wanted[1]] * len(lr), *wanted[2:]]
+    return [
+        data[0].new_empty(tensor.shape if flag and tensor.is_floating_point() else 0)
+        for tensor, flag in zip((*params, *lr, *data), flags, strict=True)
+    ]
+
+
+def _inner_sgd_backward(
+    grads: Sequence[Tensor], params: Sequence[Tensor], x: Tensor, y: Tensor, lr: Sequence[Tensor], *args: Any
+) -> list[Tensor]:
+    *_, wanted = args
+    return _wanted_gradients(params, lr, (x, y), wanted)
+
+
+def _maml_loss(params: Sequence[Tensor], support_x: Tensor, *args: Any) -> Tensor:
+    *_, mean = args
+    return support_x.new_empty(() if mean else support_x.shape[0])
+
+
+def _maml_loss_backward(
+    grad: Tensor,
+    params: Sequence[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    lr: Sequence[Tensor],
+    *args: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    *_, wanted = args
+    data = (support_x, support_y, query_x, query_y)
+    return _gradient(grad), _wanted_gradients(
+        params, lr, data, wanted
+    )  # the loss has the shape of its gradient
+
+
+def _sgd_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [_gradient(p) for p in params], [_gradient(p) for p in params] if momentum else []
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "prototypes": _prototypes,
     "prototypes_backward": _prototypes_backward,
@@ -89,17 +146,29 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "classify": _classify,
     "classify_backward": _classify_backward,
     "classify_double_backward": _classify_double_backward,
+    "inner_sgd": _inner_sgd,
+    "inner_sgd_backward": _inner_sgd_backward,
+    "maml_loss": _maml_loss,
+    "maml_loss_backward": _maml_loss_backward,
+    "sgd_update": _sgd_update,
 }
+
+
+def _tensors(names: Sequence[str], args: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments and in their lists, by the name that an error gives them."""
+    for name, arg in zip(names, args, strict=True):
+        if isinstance(arg, Tensor):
+            yield name, arg
+        elif isinstance(arg, (list, tuple)):
+            members = [f"{name}[{i}]" for i in range(len(arg))] if len(arg) > 1 else [name] * len(arg)
+            yield from _tensors(members, arg)
 
 
 def _on_one_device(schema: torch.FunctionSchema, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake kernel behind a check that the real ones make too: a call with a meta tensor ends here."""
 
     def checked(*args: Any) -> Any:
-        names = (argument.name for argument in schema.arguments)
-        (first, like), *others = (
-            pair for pair in zip(names, args, strict=True) if isinstance(pair[1], Tensor)
-        )
+        (first, like), *others = _tensors([argument.name for argument in schema.arguments], args)
         for name, tensor in others:
             if tensor.device != like.device:
                 raise ValueError(

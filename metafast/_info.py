@@ -59,7 +59,7 @@ def _gpus() -> tuple[str, ...]:
 
 def _ops() -> dict[str, tuple[str, ...]]:
     names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("metafast::"))
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     return {
         name.removeprefix("metafast::"): tuple(
             key.lower() for key in ("CPU", "CUDA") if has_kernel(name, key)

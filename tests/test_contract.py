@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from record_ops import RecordOps
 from rows import ROWS, Row, Sizes
 from tolerances import TOLERANCES, assert_close
 from torch import Tensor
@@ -187,19 +188,6 @@ def test_third_derivative_raises(row: Row) -> None:
 
 
 # --- torch.library and torch.compile --------------------------------------------------------------------
-
-
-class RecordOps(TorchDispatchMode):
-    """Keeps the arguments of each metafast op that runs: its forward, backward and double backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[Any, tuple[Any, ...]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "metafast":
-            self.calls[func] = args
-        return func(*args, **(kwargs or {}))
 
 
 @EVERY_ROW

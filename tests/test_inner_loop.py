@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from record_ops import RecordOps
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
 
-from metafast.reference import inner_loop as reference
-
-ops = torch.ops.metafast
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(ops, "maml_loss"), reason="the inner loop ops are not in this build"
-)
+import metafast
+from metafast import reference
 
 # Relative to the largest element of the tensor, against the float64 reference on the same inputs. The
 # gradient of a scalar is a sum over tasks of terms of both signs: its rounding is relative to the largest
 # gradient of all.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def rates(lr: float | Tensor | Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    if isinstance(lr, Sequence):
-        return list(lr)
-    return [lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=like.dtype)]
-
-
-def inner_sgd(params, x, y, *, loss, lr, steps, activation="relu", momentum=0.0, first_order=False):
-    return ops.inner_sgd(params, x, y, rates(lr, x), loss, steps, activation, momentum, first_order)
-
-
-def maml_loss(
-    params,
-    support_x,
-    support_y,
-    query_x,
-    query_y,
-    *,
-    loss,
-    lr,
-    steps,
-    activation="relu",
-    momentum=0.0,
-    first_order=False,
-    step_weights=None,
-    reduction="mean",
-):
-    data = (support_x, support_y, query_x, query_y)
-    options = (loss, steps, activation, momentum, first_order, reduction == "mean")
-    return ops.maml_loss(params, *data, rates(lr, support_x), step_weights, *options)
 
 
 @dataclass(frozen=True)
@@ -180,7 +149,7 @@ def test_maml_loss_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
     expected = reference.maml_loss(
         exact.params, *exact.data, lr=exact.lr, **exact.options, **exact.query_options
     )
-    actual = maml_loss(
+    actual = metafast.maml_loss(
         problem.params, *problem.data, lr=problem.lr, **problem.options, **problem.query_options
     )
     assert_near([actual], [expected], dtype)
@@ -196,7 +165,7 @@ def test_maml_loss_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
 def test_inner_sgd_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
     exact, problem = make(case, torch.float64), make(case, dtype)
     expected = reference.inner_sgd(exact.params, *exact.data[:2], lr=exact.lr, **exact.options)
-    actual = inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
+    actual = metafast.inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
     assert_near(actual, expected, dtype)
     assert_near(
         gradients(actual, problem.leaves(query=False)), gradients(expected, exact.leaves(query=False)), dtype
@@ -231,7 +200,7 @@ def test_same_bits_with_any_number_of_threads(tasks: int) -> None:
     problem = make(Case(tasks=tasks, activation="relu"), torch.float32)
 
     def bits() -> list[Tensor]:
-        loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
+        loss = metafast.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
         return [loss, *torch.autograd.grad(loss, problem.leaves(query=True))]
 
     threads = torch.get_num_threads()
@@ -249,10 +218,14 @@ def test_same_bits_with_any_number_of_threads(tasks: int) -> None:
 @pytest.mark.parametrize("tasks", [3, 20])
 def test_nan_stays_in_its_task(tasks: int) -> None:
     problem = make(Case(tasks=tasks, per_task=True), torch.float32)
-    clean = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none")
+    clean = metafast.maml_loss(
+        problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none"
+    )
     with torch.no_grad():
         problem.data[0][1, 2, 0] = torch.nan
-    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none")
+    loss = metafast.maml_loss(
+        problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none"
+    )
     others = torch.arange(tasks) != 1
     assert loss[1].isnan()
     assert torch.equal(loss[others], clean[others])
@@ -267,7 +240,9 @@ def test_task_without_examples(tasks: int) -> None:
     problem = make(case, torch.float64)
     problem.data[1][0] = -100  # no support: not adapted
     problem.data[3][1] = -100  # no query: no loss
-    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none")
+    loss = metafast.maml_loss(
+        problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none"
+    )
     unadapted = reference.maml_loss(
         problem.params, *problem.data, lr=0.0, **problem.options, reduction="none"
     )
@@ -280,11 +255,11 @@ def test_task_without_examples(tasks: int) -> None:
 
 def test_no_tasks() -> None:
     problem = make(Case(tasks=0), torch.float32)
-    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
+    loss = metafast.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
     assert loss.isnan()
-    assert [a.shape[0] for a in inner_sgd(problem.params, *problem.data[:2], lr=0.1, **problem.options)] == [
-        0
-    ] * 6
+    assert [
+        a.shape[0] for a in metafast.inner_sgd(problem.params, *problem.data[:2], lr=0.1, **problem.options)
+    ] == [0] * 6
     grads = torch.autograd.grad(loss, problem.params)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
@@ -292,21 +267,21 @@ def test_no_tasks() -> None:
 @pytest.mark.parametrize("tasks", [3, 20])
 def test_strided_arguments(tasks: int) -> None:
     problem = make(Case(tasks=tasks, per_task=True), torch.float64)
-    expected = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
+    expected = metafast.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
 
     def strided(tensor: Tensor) -> Tensor:
         return tensor.detach().mT.contiguous().mT if tensor.dim() > 1 else tensor.detach()
 
     params, data = [strided(p) for p in problem.params], [strided(x) for x in problem.data]
     assert not params[0].is_contiguous()
-    assert torch.equal(expected, maml_loss(params, *data, lr=problem.lr.detach(), **problem.options))
+    assert torch.equal(expected, metafast.maml_loss(params, *data, lr=problem.lr.detach(), **problem.options))
 
 
 def test_only_asked_gradients_exist() -> None:
     problem = make(Case(), torch.float32)
     for leaf in problem.leaves(query=True):
         leaf.requires_grad_(leaf is problem.data[0])
-    maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options).backward()
+    metafast.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options).backward()
     assert problem.data[0].grad is not None
     assert all(p.grad is None for p in problem.params)
 
@@ -314,8 +289,10 @@ def test_only_asked_gradients_exist() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_differentiation_raises(reduction: str) -> None:
     problem = make(Case(reduction=reduction), torch.float64)
-    loss = maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options, **problem.query_options)
-    adapted = inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
+    loss = metafast.maml_loss(
+        problem.params, *problem.data, lr=problem.lr, **problem.options, **problem.query_options
+    )
+    adapted = metafast.inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
     for output in (loss, adapted[0]):
         (grad,) = torch.autograd.grad(output.sum(), problem.params[0], create_graph=True)
         with pytest.raises(NotImplementedError, match=r"metafast\.reference differentiates to any order"):
@@ -337,8 +314,10 @@ def test_second_differentiation_raises(reduction: str) -> None:
         (
             {"lr": [torch.tensor(0.1)] * 2},
             ValueError,
-            "lr: expected one tensor or one for each parameter, got 2",
+            "lr: expected one tensor for each of params, 6, got 2",
         ),
+        ({"lr": [torch.tensor(0.1)]}, ValueError, "lr: expected one tensor for each of params, 6, got 1"),
+        ({"reduction": "sum"}, ValueError, "reduction: expected 'mean' or 'none', got 'sum'"),
         (
             {"step_weights": torch.ones(2)},
             ValueError,
@@ -350,7 +329,7 @@ def test_bad_options(change: dict, error: type[Exception], message: str) -> None
     problem = make(Case(), torch.float32)
     options = {"lr": 0.1, **problem.options, **change}
     with pytest.raises(error, match=message):
-        maml_loss(problem.params, *problem.data, **options)
+        metafast.maml_loss(problem.params, *problem.data, **options)
 
 
 def test_bad_tensors() -> None:
@@ -359,22 +338,22 @@ def test_bad_tensors() -> None:
     params, (support_x, support_y, query_x, query_y) = problem.params, problem.data
     data = problem.data
     with pytest.raises(ValueError, match=r"params\[2\]: expected shape \[O, I\] = \[5, 7\], got \[5, 6\]"):
-        maml_loss([*params[:2], params[2][:, :6], *params[3:]], *data, **options)
+        metafast.maml_loss([*params[:2], params[2][:, :6], *params[3:]], *data, **options)
     with pytest.raises(ValueError, match=r"params: expected W1, b1, .* got 5 tensors; metafast.adapt"):
-        maml_loss(params[:5], *data, **options)
+        metafast.maml_loss(params[:5], *data, **options)
     with pytest.raises(ValueError, match=r"query_x: expected shape \[T, Q, D\] with T = 3, D = 3"):
-        maml_loss(params, support_x, support_y, query_x[..., :2], query_y, **options)
+        metafast.maml_loss(params, support_x, support_y, query_x[..., :2], query_y, **options)
     with pytest.raises(
         ValueError, match=r"support_y: expected shape \[T, S, O\] = \[3, 5, 2\], got \[3, 4, 2\]"
     ):
-        maml_loss(params, support_x, support_y[:, :4], query_x, query_y, **options)
+        metafast.maml_loss(params, support_x, support_y[:, :4], query_x, query_y, **options)
     with pytest.raises(TypeError, match="x: expected a tensor of dtype float32 or float64, got Half"):
-        inner_sgd([p.half() for p in params], support_x.half(), support_y.half(), **options)
+        metafast.inner_sgd([p.half() for p in params], support_x.half(), support_y.half(), **options)
     labels = torch.tensor([[0, 1, 2, 0, 1]] * 3)
     with pytest.raises(
         ValueError, match=r"y: expected classes in \[0, 2\) or -100 \(ignored\), got 2 at position 2"
     ):
-        inner_sgd(params, support_x, labels, **{**options, "loss": "cross_entropy"})
+        metafast.inner_sgd(params, support_x, labels, **{**options, "loss": "cross_entropy"})
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
@@ -384,14 +363,20 @@ def test_sgd_update_is_torch_sgd(momentum: float, nesterov: bool) -> None:
     params = [torch.randn(shape) for shape in [(), (3, 5), (0,), (4, 3, 2, 2), (300, 100)] * 14]
     expected = [p.clone().requires_grad_() for p in params]
     optimizer = torch.optim.SGD(expected, lr=0.1, momentum=momentum, weight_decay=0.01, nesterov=nesterov)
-    buffers: list[Tensor] = []
+    buffers = None
     for _ in range(3):
         grads = [torch.randn_like(p) for p in params]
         for p, grad in zip(expected, grads, strict=True):
             p.grad = grad
         optimizer.step()
-        params, buffers = ops.sgd_update(
-            params, grads, [torch.tensor(0.1)], buffers, momentum, 0.01, nesterov
+        params, buffers = metafast.sgd_update(
+            params,
+            grads,
+            0.1,
+            momentum_buffers=buffers,
+            momentum=momentum,
+            weight_decay=0.01,
+            nesterov=nesterov,
         )
     torch.testing.assert_close(params, [p.detach() for p in expected])
 
@@ -407,8 +392,14 @@ def test_sgd_update_gradients(nesterov: bool, lr_shapes: str) -> None:
     lr = [torch.rand((), dtype=torch.float64, requires_grad=True)] if lr_shapes == "one" else leaves()
 
     def update(*tensors: Tensor) -> tuple[Tensor, ...]:
-        new_params, buffers = ops.sgd_update(
-            tensors[:2], tensors[2:4], tensors[6:], tensors[4:6], 0.9, 0.1, nesterov
+        new_params, buffers = metafast.sgd_update(
+            tensors[:2],
+            tensors[2:4],
+            tensors[6] if lr_shapes == "one" else tensors[6:],
+            momentum_buffers=tensors[4:6],
+            momentum=0.9,
+            weight_decay=0.1,
+            nesterov=nesterov,
         )
         return (*new_params, *buffers)
 
@@ -423,10 +414,293 @@ def test_task_linear() -> None:
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 4, 5), (3, 2, 5), (3, 2)]
     )
     expected = torch.stack([F.linear(x[t], weight[t], bias[t]) for t in range(3)])
-    torch.testing.assert_close(ops.task_linear(x, weight, bias), expected)
+    torch.testing.assert_close(metafast.task_linear(x, weight, bias), expected)
     torch.testing.assert_close(reference.task_linear(x, weight, bias), expected)
-    assert torch.autograd.gradgradcheck(ops.task_linear, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(metafast.task_linear, (x, weight, bias))
     with pytest.raises(
         ValueError, match=r"weight: expected shape \[T, O, I\] with T = 3, I = 5, got \[3, 5, 2\]"
     ):
-        ops.task_linear(x, weight.mT, bias)
+        metafast.task_linear(x, weight.mT, bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": [torch.ones(2)]}, "grads: expected 2 tensors, one for each of params, got 1"),
+        ({"grads": [torch.ones(2), torch.ones(2)]}, r"grads\[1\]: expected shape .* = \[3\], got \[2\]"),
+        ({"lr": [torch.tensor(0.1)]}, "lr: expected one tensor for each of params, 2, got 1"),
+        (
+            {"lr": [torch.ones(2), torch.ones(2)]},
+            r"lr\[1\]: expected a shape that broadcasts to that of params\[1\]",
+        ),
+        ({"momentum_buffers": [torch.ones(2)]}, "momentum_buffers: expected 2 tensors"),
+        ({"nesterov": True}, "nesterov: expected momentum, got momentum = 0"),
+    ],
+)
+def test_bad_updates(change: dict, message: str) -> None:
+    args = {
+        "params": [torch.ones(2), torch.ones(3)],
+        "grads": [torch.ones(2), torch.ones(3)],
+        "lr": 0.1,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        metafast.sgd_update(**args)
+
+
+def test_update_of_nothing() -> None:
+    assert metafast.sgd_update([], [], 0.1, momentum=0.9) == ([], [])
+    with pytest.raises(ValueError, match="grads: expected 0 tensors"):
+        metafast.sgd_update([], [torch.ones(2)], 0.1)
+
+
+# --- what else an argument may be -----------------------------------------------------------------------
+
+
+def test_numbers_stand_for_tensors() -> None:
+    problem = make(Case(), torch.float64)
+    weights = [0.2, 0.3, 0.5]
+    one = metafast.maml_loss(problem.params, *problem.data, lr=0.05, step_weights=weights, **problem.options)
+    lr, step_weights = (torch.tensor(numbers, dtype=torch.float64) for numbers in (0.05, weights))
+    other = metafast.maml_loss(
+        problem.params, *problem.data, lr=lr, step_weights=step_weights, **problem.options
+    )
+    assert torch.equal(one, other)
+
+
+def test_parameter_lists() -> None:
+    problem = make(Case(lr="element"), torch.float64)
+    params, lr = torch.nn.ParameterList(problem.params), torch.nn.ParameterList(problem.lr)
+    for module in (metafast, reference):
+        expected = module.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
+        assert torch.equal(module.maml_loss(params, *problem.data, lr=lr, **problem.options), expected)
+        grads = [torch.ones_like(p) for p in params]
+        expected, _ = module.sgd_update(problem.params, grads, problem.lr)
+        assert all(map(torch.equal, module.sgd_update(params, grads, lr)[0], expected))
+
+
+@pytest.mark.parametrize("name", ["params[2]", "query_y"])
+def test_another_device(name: str) -> None:
+    problem = make(Case(), torch.float32)
+    params, data = list(problem.params), list(problem.data)
+    if name == "query_y":
+        data[3] = data[3].to("meta")
+    else:
+        params[2] = params[2].to("meta")
+    message = rf"{re.escape(name)}: expected a tensor on the device of .*, cpu, got one on meta"
+    with pytest.raises(ValueError, match=message):
+        metafast.maml_loss(params, *data, lr=0.1, **problem.options)
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_are_refused() -> None:
+    problem = make(Case(), torch.float32)
+    params, data = ([t.detach().cuda() for t in tensors] for tensors in (problem.params, problem.data))
+    with pytest.raises(NotImplementedError, match="CUDA"):
+        metafast.maml_loss(params, *data, lr=0.1, **problem.options)
+
+
+def test_info_says_what_runs_on_cuda() -> None:
+    ops = metafast.info().ops
+    assert ops["maml_loss"] == ops["inner_sgd"] == ops["sgd_update"] == ("cpu",)
+    assert ops["task_linear"] == ("cpu", "cuda")
+
+
+# --- torch.library, torch.compile, torch.func -----------------------------------------------------------
+
+# One or more cases of every branch in shapes and saved tensors.
+INTERFACE_CASES = [
+    Case(lr="step and layer", momentum=0.5, step_weights=(0.2, 0.3, 0.5)),
+    Case(lr="element", per_task=True, reduction="none"),
+    Case(loss="cross_entropy", lr="constant", first_order=True),
+]
+
+
+def maml_loss_of(case: Case, module: Any = metafast) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """maml_loss and its tensors."""
+    problem = make(case, torch.float64)
+
+    def function(params: Sequence[Tensor], lr: Any, *data: Tensor) -> Tensor:
+        return module.maml_loss(params, *data, lr=lr, **problem.options, **problem.query_options)
+
+    return function, (problem.params, problem.lr, *problem.data)
+
+
+def inner_sgd_of(case: Case, module: Any = metafast) -> tuple[Callable[..., list[Tensor]], tuple[Any, ...]]:
+    problem = make(case, torch.float64)
+
+    def function(params: Sequence[Tensor], lr: Any, *data: Tensor) -> list[Tensor]:
+        return module.inner_sgd(params, *data, lr=lr, **problem.options)
+
+    return function, (problem.params, problem.lr, *problem.data[:2])
+
+
+def sgd_update_of(case: Case, module: Any = metafast) -> tuple[Callable[..., list[Tensor]], tuple[Any, ...]]:
+    problem = make(case, torch.float64)
+
+    def function(params: Sequence[Tensor], *grads_and_buffers: Tensor) -> list[Tensor]:
+        grads, buffers = (grads_and_buffers[i::2] for i in range(2))
+        updated = module.sgd_update(params, grads, 0.1, momentum_buffers=buffers, momentum=case.momentum)
+        return [*updated[0], *updated[1]]
+
+    noise = [torch.randn_like(p).requires_grad_() for p in problem.params for _ in range(2)]
+    return function, (problem.params, *noise)
+
+
+def task_linear_of(case: Case, module: Any = metafast) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    shapes = [(case.tasks, 4, 5), (case.tasks, 2, 5), (case.tasks, 2)]
+    return module.task_linear, tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+
+
+CALLS = [
+    pytest.param(of, case, id=f"{of.__name__.removesuffix('_of')}-{i}")
+    for of, cases in (
+        (maml_loss_of, INTERFACE_CASES),
+        (inner_sgd_of, INTERFACE_CASES),
+        (sgd_update_of, [Case(), Case(momentum=0.9)]),
+        (task_linear_of, [Case()]),
+    )
+    for i, case in enumerate(cases)
+]
+
+
+def value_and_gradients(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    fresh = tree_map(lambda t: t.detach().requires_grad_(t.requires_grad), args)
+    outputs = function(*fresh)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    leaves = [leaf for leaf in tree_leaves(fresh) if leaf.requires_grad]
+    return [*(out.detach() for out in outputs), *gradients(outputs, leaves)]
+
+
+@pytest.mark.parametrize(("of", "case"), CALLS[:-1])
+def test_opcheck(of: Callable[..., Any], case: Case) -> None:
+    function, args = of(case)
+    with RecordOps() as record:
+        value_and_gradients(function, args)
+    assert {op.name().split("::")[1].removesuffix("_backward") for op in record.calls} == {
+        of.__name__.removesuffix("_of")
+    }
+    for op, args in record.calls.items():
+        needs_grad = "backward" not in op.name()
+        fresh = tree_map(
+            lambda x, needs_grad=needs_grad: (
+                x.detach().clone().requires_grad_(needs_grad and x.is_floating_point())
+                if isinstance(x, Tensor)
+                else x
+            ),
+            args,
+        )
+        torch.library.opcheck(op, fresh)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("of", "case"), CALLS)
+def test_compile(of: Callable[..., Any], case: Case, dynamic: bool) -> None:
+    torch.compiler.reset()
+    function, args = of(case)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.testing.assert_close(value_and_gradients(compiled, args), value_and_gradients(function, args))
+
+
+def test_compile_with_a_number_for_lr() -> None:
+    torch.compiler.reset()
+    problem = make(Case(), torch.float32)
+
+    def function(params: Sequence[Tensor], lr: float) -> Tensor:
+        return metafast.maml_loss(
+            params, *problem.data, lr=lr, step_weights=[0.5, 0.0, 1.0], **problem.options
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for lr in (0.1, 0.2):
+        assert torch.equal(compiled(problem.params, lr), function(problem.params, lr))
+
+
+@pytest.mark.parametrize("case", INTERFACE_CASES, ids=str)
+def test_gradient_transform(case: Case) -> None:
+    function, (params, *others) = maml_loss_of(case)
+    expected = torch.autograd.grad(function(params, *others).sum(), params)
+    for transform in (
+        torch.func.grad,
+        lambda f: torch.compile(torch.func.grad(f), fullgraph=True, backend="aot_eager"),
+    ):
+        torch.compiler.reset()
+        found = transform(lambda params: function(params, *others).sum())(params)
+        torch.testing.assert_close(found, list(expected))
+
+
+@pytest.mark.parametrize(("of", "case"), CALLS)
+def test_vmap(of: Callable[..., Any], case: Case) -> None:
+    function, args = of(case)
+    several = tree_map(lambda t: torch.stack([t, t.flip(0) if t.dim() else 2 * t]), args)
+    found = torch.vmap(function)(*several)
+    for i in range(2):
+        expected = function(*tree_map(lambda t, i=i: t[i], several))
+        torch.testing.assert_close(tree_map(lambda t, i=i: t[i], found), expected)
+
+
+def test_second_derivatives_by_transforms() -> None:
+    function, (params, *others) = maml_loss_of(Case())
+    twin, _ = maml_loss_of(Case(), reference)
+
+    def of_bias(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda bias: function([*params[:-1], bias], *others)
+
+    bias = params[-1].detach()
+    expected = torch.autograd.functional.hessian(of_bias(twin), bias)
+    torch.testing.assert_close(torch.func.hessian(of_bias(function))(bias), expected)
+
+
+def test_doors() -> None:
+    function, (params, *others) = maml_loss_of(Case())
+
+    def of_bias(bias: Tensor) -> Tensor:
+        return function([*params[:-1], bias], *others)
+
+    bias = params[-1].detach()
+    with metafast.trace_doors() as doors:
+        of_bias(bias)
+        torch.func.grad(of_bias)(bias)
+        torch.vmap(of_bias)(bias[None])
+        _, tangent = torch.func.jvp(of_bias, (bias,), (bias,))
+        with forward_ad.dual_level():
+            dual = of_bias(forward_ad.make_dual(bias, bias))
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
+        torch.compile(of_bias, fullgraph=True, backend="aot_eager")(bias)
+    assert doors == [("maml_loss", door) for door in ("op", *["reference"] * 4, "op")]
+
+
+def test_reference_says_what_was_expected() -> None:
+    function, args = maml_loss_of(Case(activation="gelu"))
+    with pytest.raises(ValueError, match="activation: expected relu, tanh or none, got gelu"):
+        torch.vmap(function)(*tree_map(lambda t: t[None], args))
+    function, args = maml_loss_of(Case(loss="mse"), reference)
+    with pytest.raises(ValueError, match="loss: expected mse or cross_entropy, got hinge"):
+        reference.inner_sgd(args[0], *args[2:4], loss="hinge", lr=0.1, steps=1)
+
+
+# --- autocast -------------------------------------------------------------------------------------------
+
+
+def test_autocast_changes_no_loss() -> None:
+    problem = make(Case(), torch.float32)
+
+    def loss(*data: Tensor) -> Tensor:
+        return metafast.maml_loss(problem.params, *data, lr=0.1, **problem.options)
+
+    expected = loss(*problem.data)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(*problem.data), expected)
+        (by_transform,) = torch.vmap(loss)(*(t[None] for t in problem.data))
+    torch.testing.assert_close(by_transform, expected)
+
+
+def test_task_linear_under_autocast() -> None:
+    x, weight, bias = torch.randn(3, 4, 5), torch.randn(3, 2, 5), torch.randn(3, 2)
+    expected = metafast.task_linear(x, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = metafast.task_linear(x.bfloat16(), weight, bias)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
+    with pytest.raises(TypeError, match="weight: expected the dtype of x, BFloat16, got Float"):
+        metafast.task_linear(x.bfloat16(), weight, bias)

@@ -1,6 +1,7 @@
-// The inner loop ops on CPU and CUDA: check the arguments, allocate the results, run the kernel. What each op
-// computes is stated in library.cpp.
+// The inner loop ops: check the arguments, allocate the results, run the kernel, which is there for the CPU
+// alone so far. What each op computes is stated in library.cpp.
 #include <ATen/ExpandUtils.h>
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -8,12 +9,14 @@
 
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "common/sums.h"
 #include "inner_loop/ops.h"
 #include "inner_loop/params.h"
-#include "pairwise/params.h"
 
 namespace metafast {
 namespace {
+
+std::string indexed(const char* name, size_t i) { return c10::str(name, '[', i, ']'); }
 
 constexpr const char* kOtherNetworks = "; metafast.adapt takes other networks";
 
@@ -148,7 +151,7 @@ class Problem {
     shared_ = params[0].dim() == 2;
     int64_t inputs = x.size(2);
     for (size_t i = 0; i < params.size(); ++i) {
-      const std::string name = "params[" + std::to_string(i) + "]";
+      const std::string name = indexed("params", i);
       const Arg arg{params[i], name.c_str()};
       check_same_dtype({x, x_name}, {arg});
       check_same_device({x, x_name}, {arg});
@@ -188,7 +191,7 @@ class Problem {
       check_sizes(ay, {tasks_, x.size(1)}, letter == 'Q' ? "[T, Q]" : "[T, S]");
     }
     Set set{x.contiguous(), y.contiguous()};
-    if (loss_ == Loss::cross_entropy && !runs_cuda(y)) check_label_values(set.y, outputs, y_name);
+    if (loss_ == Loss::cross_entropy) check_label_values(set.y, outputs, y_name);
     return set;
   }
 
@@ -206,7 +209,7 @@ class Problem {
                       "lr: expected one tensor or one for each parameter, got ", lr.size(), " for ",
                       params_.size(), " parameters");
     for (size_t i = 0; i < lr.size(); ++i) {
-      const std::string name = lr.size() == 1 ? "lr" : "lr[" + std::to_string(i) + "]";
+      const std::string name = lr.size() == 1 ? "lr" : indexed("lr", i);
       const Arg arg{lr[i], name.c_str()}, like{params_[0], "params[0]"};
       check_same_dtype(like, {arg});
       check_same_device(like, {arg});
@@ -313,13 +316,13 @@ class Gradients {
 
 // Runs the kernel and adds up what its work items left: [columns].
 template <typename T>
-Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
-  const Tensor rows = empty({p.items(), p.sums.columns}, like.options());
-  const Tensor sums = empty({p.sums.columns}, like.options());
+Tensor run_and_sum(InnerLoop<T>& p, const at::TensorOptions& options) {
+  const Tensor rows = empty({p.items(), p.sums.columns}, options);
+  const Tensor sums = empty({p.sums.columns}, options);
   if (p.sums.columns > 0) p.sums.rows = rows.mutable_data_ptr<T>();
-  if (p.items() > 0) run_kernel(p, like);
+  if (p.items() > 0) run_on_cpu(p);
   if (p.sums.columns > 0) {
-    run_kernel(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, p.items(), p.sums.columns}, like);
+    run_on_cpu(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, p.items(), p.sums.columns});
   }
   return sums;
 }
@@ -336,7 +339,7 @@ std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const T
   with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = adapted[i].mutable_data_ptr<T>();
-    run_and_sum(p, x);
+    run_and_sum(p, x.options());
   });
   return adapted;
 }
@@ -350,7 +353,7 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
                     grads.size());
   std::vector<Tensor> dense_grads;
   for (size_t i = 0; i < grads.size(); ++i) {
-    const std::string name = "grads[" + std::to_string(i) + "]";
+    const std::string name = indexed("grads", i);
     const Arg arg{grads[i], name.c_str()};
     check_same_dtype({x, "x"}, {arg});
     check_same_device({x, "x"}, {arg});
@@ -362,7 +365,7 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < dense_grads.size(); ++i) p.grad_adapted[i] = dense_grads[i].const_data_ptr<T>();
     gradients.fill(p);
-    return gradients.finish(p, run_and_sum(p, x));
+    return gradients.finish(p, run_and_sum(p, x.options()));
   });
 }
 
@@ -399,7 +402,7 @@ Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor
   return with_scalar(support_x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     const Tensor losses = prepare_loss(p, problem, mean);
-    return finish_loss(p, losses, run_and_sum(p, support_x));
+    return finish_loss(p, losses, run_and_sum(p, support_x.options()));
   });
 }
 
@@ -427,7 +430,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
     p.task_weight_stride = mean ? 0 : 1;
     gradients.fill(p);
     const Tensor losses = prepare_loss(p, problem, mean);
-    const Tensor sums = run_and_sum(p, support_x);
+    const Tensor sums = run_and_sum(p, support_x.options());
     return {finish_loss(p, losses, sums), gradients.finish(p, sums)};
   });
 }
@@ -460,10 +463,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
     p.weight_decay = static_cast<T>(weight_decay);
     p.nesterov = nesterov;
     for (size_t i = 0; i < count; ++i) {
-      const std::string index = "[" + std::to_string(i) + "]";
-      const std::string param_name = "params" + index, grad_name = "grads" + index,
-                        buffer_name = "momentum_buffers" + index;
-      const std::string lr_name = lr.size() == 1 ? "lr" : "lr" + index;
+      const std::string param_name = indexed("params", i), grad_name = indexed("grads", i),
+                        buffer_name = indexed("momentum_buffers", i),
+                        lr_name = lr.size() == 1 ? "lr" : indexed("lr", i);
       const Tensor& rate = lr[lr.size() == 1 ? 0 : i];
       const Arg param{params[i], param_name.c_str()}, grad{grads[i], grad_name.c_str()},
           arg_lr{rate, lr_name.c_str()};
@@ -495,7 +497,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
       }
       p.add(item);
       if (p.count < SgdUpdate<T>::kMaxTensors && i + 1 < count) continue;
-      run_kernel(p, params[0]);
+      run_on_cpu(p);
       p.count = 0;
     }
   });
@@ -507,7 +509,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
 // Batched GEMM from the library, which is at its best on these shapes, and has derivatives of every order.
 Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Arg ax{x, "x"}, aw{weight, "weight"}, ab{bias, "bias"};
-  check_same_dtype(ax, {aw, ab});
+  const bool casts =
+      at::autocast::is_autocast_enabled(x.device().type());  // the product's arguments to one dtype
+  if (!casts) check_same_dtype(ax, {aw, ab});
   check_same_device(ax, {aw, ab});
   TORCH_CHECK_VALUE(x.dim() == 3, "x: expected shape [T, B, I], got ", x.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 3 && weight.size(0) == x.size(0) && weight.size(2) == x.size(2),
@@ -517,22 +521,17 @@ Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias)
   return at::baddbmm(bias.unsqueeze(1), x, weight.mT());
 }
 
-void implement(torch::Library& m) {
+}  // namespace
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
+  m.impl("task_linear", task_linear_op);
+}
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) {
   m.impl("sgd_update", sgd_update_op);
   m.impl("inner_sgd", inner_sgd_op);
   m.impl("inner_sgd_backward", inner_sgd_backward_op);
   m.impl("maml_loss", maml_loss_op);
   m.impl("maml_loss_backward", maml_loss_backward_op);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
-  m.impl("task_linear", task_linear_op);
-}
-TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
-#ifdef METAFAST_WITH_CUDA
-TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CUDA, m) { implement(m); }
-#endif
 
 }  // namespace metafast

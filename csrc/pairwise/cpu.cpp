@@ -343,18 +343,6 @@ void run(const ReduceLoss<T>& p, int64_t, int64_t) {
   *p.loss = static_cast<T>(p.mean ? sum / static_cast<double>(valid) : sum);
 }
 
-template <typename T>
-void run(const SumPartials<T>& p, int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; ++o) {
-    T* out = p.out + o * p.inner;
-    clear(out, p.inner);
-    for (int64_t c = 0; c < p.chunks; ++c) {
-      const T* partial = p.partial + (o * p.chunks + c) * p.inner;
-      for (int64_t i = 0; i < p.inner; ++i) out[i] += partial[i];
-    }
-  }
-}
-
 #define METAFAST_INSTANTIATE(Params)                         \
   template void run(const Params<float>&, int64_t, int64_t); \
   template void run(const Params<double>&, int64_t, int64_t);
@@ -367,7 +355,6 @@ METAFAST_INSTANTIATE(Classify)
 METAFAST_INSTANTIATE(ClassifyBackward)
 METAFAST_INSTANTIATE(ClassifyDoubleBackward)
 METAFAST_INSTANTIATE(ReduceLoss)
-METAFAST_INSTANTIATE(SumPartials)
 #undef METAFAST_INSTANTIATE
 
 }  // namespace metafast::METAFAST_ISA

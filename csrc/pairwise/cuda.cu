@@ -117,27 +117,11 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_loss(ReduceLoss<T> p) {
   *p.loss = static_cast<T>(p.mean ? sum / valid : sum);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_partials(SumPartials<T> p) {
-  const int64_t index = block_index() * kThreads + threadIdx.x;
-  if (index >= p.outer * p.inner) return;
-  const T* partial = p.partial + index / p.inner * p.chunks * p.inner + index % p.inner;
-  T sum = 0;
-  for (int64_t c = 0; c < p.chunks; ++c) sum += partial[c * p.inner];
-  p.out[index] = sum;
-}
-
 }  // namespace
 
 template <typename T>
 void launch(const ReduceLoss<T>& p, Stream stream) {
   launch_kernel({"reduce_loss", 1, kReduceThreads, sizeof(ReduceShared), stream}, reduce_loss<T>, p);
-}
-
-template <typename T>
-void launch(const SumPartials<T>& p, Stream stream) {
-  launch_kernel({"sum_partials", grid_of(div_up(p.outer * p.inner, kThreads)), kThreads, 0, stream},
-                sum_partials<T>, p);
 }
 
 #define METAFAST_INSTANTIATE(Params)                  \
@@ -152,7 +136,6 @@ METAFAST_INSTANTIATE(Classify)
 METAFAST_INSTANTIATE(ClassifyBackward)
 METAFAST_INSTANTIATE(ClassifyDoubleBackward)
 METAFAST_INSTANTIATE(ReduceLoss)
-METAFAST_INSTANTIATE(SumPartials)
 #undef METAFAST_INSTANTIATE
 
 }  // namespace metafast::cuda

@@ -6,6 +6,7 @@
 
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "common/sums.h"
 #include "pairwise/ops.h"
 #include "pairwise/params.h"
 

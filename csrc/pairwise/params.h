@@ -141,17 +141,6 @@ struct ReduceLoss {
   int64_t item_cost() const { return count; }
 };
 
-// out[o, i] = sum_c partial[o, c, i], in the order of c.
-template <typename T>
-struct SumPartials {
-  const T* partial;  // [outer, chunks, inner]
-  T* out;            // [outer, inner]
-  int64_t outer, chunks, inner;
-
-  int64_t items() const { return outer; }
-  int64_t item_cost() const { return chunks * inner; }
-};
-
 METAFAST_DECLARE_KERNEL(Prototypes)
 METAFAST_DECLARE_KERNEL(PrototypesBackward)
 METAFAST_DECLARE_KERNEL(Pairwise)
@@ -161,7 +150,6 @@ METAFAST_DECLARE_KERNEL(Classify)
 METAFAST_DECLARE_KERNEL(ClassifyBackward)
 METAFAST_DECLARE_KERNEL(ClassifyDoubleBackward)
 METAFAST_DECLARE_KERNEL(ReduceLoss)
-METAFAST_DECLARE_KERNEL(SumPartials)
 
 namespace cuda {
 // How many chunks a task's queries are split into on the GPU, from the shapes alone.

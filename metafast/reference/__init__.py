@@ -7,6 +7,7 @@ example gives NaN where the compiled operation raises.
 
 from __future__ import annotations
 
+from .inner_loop import inner_sgd, maml_loss, sgd_update, task_linear
 from .pairwise import (
     matching_log_probs,
     matching_loss,
@@ -18,6 +19,8 @@ from .pairwise import (
 )
 
 __all__ = [
+    "inner_sgd",
+    "maml_loss",
     "matching_log_probs",
     "matching_loss",
     "pairwise_distance",
@@ -25,4 +28,6 @@ __all__ = [
     "prototypical_log_probs",
     "prototypical_loss",
     "relation_scores",
+    "sgd_update",
+    "task_linear",
 ]

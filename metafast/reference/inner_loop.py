@@ -8,18 +8,18 @@ An MLP is its parameters ``[W1, b1, ..., WL, bL]`` in the layout of ``nn.Linear`
 (``W`` [O, I], ``b`` [O]) or of each task ([T, O, I], [T, O]). Inputs are [T, S, D]. Targets are [T, S, O] for
 ``"mse"``, whose loss is the mean over a task's examples and outputs, and int64 [T, S] for
 ``"cross_entropy"``, the mean over a task's examples that are not labelled -100. A task without any has the
-loss NaN, and no gradient.
+loss NaN, and no gradient. Autocast changes nothing but `task_linear`, as in the compiled operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pairwise import IGNORED
+from .pairwise import IGNORED, outside_autocast
 
 LearningRate = float | Tensor | Sequence[Tensor]
 
@@ -32,18 +32,21 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mlp(params: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected relu, tanh or none, got {activation}")
     for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
         x = _ACTIVATIONS[activation](task_linear(x, weight, bias))
     return task_linear(x, params[-2], params[-1])
 
 
+@outside_autocast
 def _task_losses(params: Sequence[Tensor], x: Tensor, y: Tensor, loss: str, activation: str) -> Tensor:
     """The loss of each task: params [T, ...], x [T, S, D], y [T, S, O] or [T, S] -> [T]."""
     out = _mlp(params, x, activation)
     if loss == "mse":
         return (out - y).square().mean((1, 2))
     if loss != "cross_entropy":
-        raise ValueError(f"loss: expected 'mse' or 'cross_entropy', got {loss!r}")
+        raise ValueError(f"loss: expected mse or cross_entropy, got {loss}")
     losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")  # [T, S], 0 where ignored
     valid = (y != IGNORED).sum(1)
     return torch.where(valid > 0, losses.sum(1) / valid.clamp_min(1), torch.nan)
@@ -58,9 +61,10 @@ def _rate(lr: LearningRate, step: int, parameter: int) -> float | Tensor:
     """The learning rate of parameter number `parameter` (W and b of a layer are two) in step `step`."""
     if isinstance(lr, Tensor):
         return lr if lr.dim() == 0 else lr[step, parameter // 2]
-    return lr[parameter] if isinstance(lr, Sequence) else lr
+    return lr[parameter] if isinstance(lr, Iterable) else lr
 
 
+@outside_autocast
 def _trajectory(
     params: Sequence[Tensor],
     x: Tensor,
@@ -140,7 +144,7 @@ def maml_loss(
     step_weights: Sequence[float] | Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The query loss after `inner_sgd` on the support: MAML's objective (Finn et al. 2017, equation 1).
+    """The query loss after `inner_sgd` on the support: MAML's objective (Finn et al. 2017, section 2.2).
 
     Args:
         params: and all arguments not named here: as in `inner_sgd`.
@@ -167,7 +171,7 @@ def maml_loss(
 def sgd_update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    lr: float | Tensor | Sequence[Tensor],
+    lr: LearningRate,
     *,
     momentum_buffers: Sequence[Tensor] | None = None,
     momentum: float = 0.0,
@@ -185,12 +189,13 @@ def sgd_update(
     Returns:
         The new parameters, and the new momentum buffers (none without momentum).
     """
+    rates = lr if isinstance(lr, Iterable) and not isinstance(lr, Tensor) else [lr] * len(params)
     new_params, new_buffers = [], []
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+    for i, (param, grad, rate) in enumerate(zip(params, grads, rates, strict=True)):
         step = grad + weight_decay * param if weight_decay else grad
         if momentum:
-            buffer = step if momentum_buffers is None else momentum * momentum_buffers[i] + step
+            buffer = momentum * momentum_buffers[i] + step if momentum_buffers else step
             new_buffers.append(buffer)
             step = step + momentum * buffer if nesterov else buffer
-        new_params.append(param - (lr[i] if isinstance(lr, Sequence) else lr) * step)
+        new_params.append(param - rate * step)
     return new_params, new_buffers

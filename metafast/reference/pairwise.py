@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ IGNORED = -100  # torch's ignore_index: a label that takes no part
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _COSINE_EPS = 1e-8  # the smallest norm that cosine divides by, as in F.cosine_similarity
 
+Result = TypeVar("Result")
+
 
 def autocast_enabled(tensor: Tensor) -> bool:
     """Is autocast on where the tensor lives? (There is none for the meta device.)"""
@@ -25,22 +28,23 @@ def autocast_enabled(tensor: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _outside_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function in the dtypes of its arguments, whatever autocast would make of the ops inside it."""
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs) -> Tensor:
-        if not autocast_enabled(args[0]):
-            return function(*args, **kwargs)
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args, **kwargs)
+    def wrapper(*args) -> Result:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if not autocast_enabled(first):
+            return function(*args)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args)
 
     return wrapper
 
 
 def float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function of float32 tensors under autocast, as the compiled operations are (and torch.cdist)."""
-    inner = _outside_autocast(function)
+    inner = outside_autocast(function)
 
     @functools.wraps(function)
     def wrapper(*args) -> Tensor:
@@ -69,6 +73,7 @@ def _absent(ways: Tensor | None, num_classes: int) -> Tensor | None:
     return None if ways is None else torch.arange(num_classes, device=ways.device) >= ways.unsqueeze(-1)
 
 
+@outside_autocast
 def _class_means(embeddings: Tensor, labels: Tensor, num_classes: int, absent: Tensor | None) -> Tensor:
     member = _members(labels, num_classes).to(embeddings.dtype)  # [..., N, S]
     count = member.sum(-1, keepdim=True)  # [..., N, 1]
@@ -77,7 +82,6 @@ def _class_means(embeddings: Tensor, labels: Tensor, num_classes: int, absent: T
     return member @ embeddings / count
 
 
-@_outside_autocast
 def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """The mean embedding of each class: [..., S, D], [..., S] -> [..., N, D]."""
     return _class_means(_wide(embeddings), labels, num_classes, None).to(embeddings.dtype)

@@ -1,0 +1,22 @@
+// Work items that run at the same time leave partial sums, which this kernel then adds in a fixed order: the
+// same bits with any number of threads. Scalars T are float or double.
+#pragma once
+
+#include "common/kernel.h"
+
+namespace metafast {
+
+// out[o, i] = sum_c partial[o, c, i], in the order of c.
+template <typename T>
+struct SumPartials {
+  const T* partial;  // [outer, chunks, inner]
+  T* out;            // [outer, inner]
+  int64_t outer, chunks, inner;
+
+  int64_t items() const { return outer; }
+  int64_t item_cost() const { return chunks * inner; }
+};
+
+METAFAST_DECLARE_KERNEL(SumPartials)
+
+}  // namespace metafast

@@ -1,0 +1,274 @@
+"""SGD on many small networks at once, each adapting to its own task, and the gradient back through it.
+
+Shapes: T tasks, S support and Q query examples per task, K steps, L layers, D features, I inputs and O
+outputs of a layer. An MLP of 1 to 8 layers is its parameters ``[W1, b1, ..., WL, bL]`` in the layout of
+`torch.nn.Linear`, all shared by the tasks (W [O, I], b [O]) or all per task (W [T, O, I], b [T, O]), with
+an activation between layers. A label of -100 leaves its example out (torch's `ignore_index`): that is how
+tasks of unequal size are padded into one batch.
+
+All steps of all tasks run in one kernel, without an autograd graph. `inner_sgd` and `maml_loss` are
+differentiable once, exactly, through all steps: one call and one backward are MAML's second-order
+meta-gradient. A second differentiation raises NotImplementedError; `metafast.reference` has it.
+`sgd_update` and `task_linear` are differentiable to any order. All work in `torch.compile(fullgraph=True)`.
+Inside `torch.func` transforms and forward-mode AD the call runs the pure-PyTorch twin in
+`metafast.reference`: right, but slower (`metafast.trace_doors` tells).
+
+CPU, float32 and float64, whether or not autocast is on; the same bits with any number of threads. CUDA
+kernels do not exist yet: with CUDA tensors torch raises NotImplementedError, for all but `task_linear`.
+
+Memory: each task keeps its parameters; with second order, or a gradient of lr, those of all K steps too.
+Activations are never kept beyond their step.
+
+Errors: TypeError for a dtype, ValueError for a shape, a device, a label or an option that does not fit,
+naming the argument. NaN in a task stays in that task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from metafast import _doors
+from metafast.reference import inner_loop as reference
+from metafast.reference.inner_loop import LearningRate
+
+
+def inner_sgd(
+    params: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: str,
+    lr: LearningRate,
+    steps: int,
+    activation: str = "relu",
+    momentum: float = 0.0,
+    first_order: bool = False,
+) -> list[Tensor]:
+    """Trains each task's copy of an MLP with `steps` steps of full-batch SGD: MAML's inner loop.
+
+    theta_{k+1} = theta_k - lr * m_{k+1} with m_{k+1} = momentum * m_k + grad loss(theta_k) and m_0 = 0
+    (Finn et al. 2017, algorithm 1, line 6, for momentum 0).
+
+    Args:
+        params: ``[W1, b1, ..., WL, bL]``, shared ([O, I], [O]) or per task ([T, O, I], [T, O]), float32 or
+            float64.
+        x: [T, S, D], the dtype of `params`.
+        y: [T, S, O], the dtype of `params`; with cross_entropy [T, S], int64 in [0, O), or -100.
+        loss: ``"mse"``, the mean over a task's examples and outputs, or ``"cross_entropy"``, the mean over
+            its examples that are not left out. A task without any is not adapted.
+        lr: The learning rate; tensors, which have a gradient, in the dtype of `params`:
+
+            - a number or a tensor []
+            - a tensor [K, L]: one for each step and layer (Antoniou et al. 2019, section 4)
+            - a sequence of tensors, one for each parameter, of its shape ([O, I], [O], without T): one for
+              each element (Meta-SGD, Li et al. 2017, section 3)
+        steps: K, from 0 on.
+        activation: ``"relu"``, ``"tanh"`` or ``"none"``.
+        momentum: As in `torch.optim.SGD`.
+        first_order: Whether the backward takes the inner gradients as constants: first-order MAML (Nichol
+            et al. 2018, section 2), which keeps no earlier parameters.
+
+    Returns:
+        The adapted parameters, in the order of `params`, each [T, ...]. Their gradients reach `params`,
+        `lr`, `x` and a float `y`.
+
+    Raises:
+        ValueError: a shape, device, option or label does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: the result is differentiated twice, or the tensors are on CUDA.
+
+    Equivalent to, for one layer, mse and no momentum::
+
+        w, b = (p.expand(T, *p.shape) for p in params)
+        for _ in range(steps):
+            loss = (x @ w.mT + b.unsqueeze(1) - y).square().mean((1, 2)).sum()
+            grads = torch.autograd.grad(loss, (w, b), create_graph=not first_order)
+            w, b = (p - lr * g for p, g in zip((w, b), grads))
+    """
+    return _doors.call_or_reference(
+        "inner_sgd",
+        (list(params), x, y, _rates(lr, params, x), loss, steps, activation, momentum, first_order),
+        lambda: reference.inner_sgd(
+            params,
+            x,
+            y,
+            loss=loss,
+            lr=lr,
+            steps=steps,
+            activation=activation,
+            momentum=momentum,
+            first_order=first_order,
+        ),
+    )
+
+
+def maml_loss(
+    params: Sequence[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    *,
+    loss: str,
+    lr: LearningRate,
+    steps: int,
+    activation: str = "relu",
+    momentum: float = 0.0,
+    first_order: bool = False,
+    step_weights: Sequence[float] | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The query loss of networks adapted to their support: MAML's objective (Finn et al. 2017, section 2.2).
+
+    Fused with the adaptation. Its backward is the meta-gradient, exact through all steps. With reduction
+    ``"mean"`` the forward finds it on its way, where one is wanted, so that the backward costs a
+    multiplication.
+
+    Args:
+        params: ``[W1, b1, ..., WL, bL]``, shared ([O, I], [O]) or per task ([T, O, I], [T, O]), float32 or
+            float64.
+        support_x: [T, S, D], the dtype of `params`.
+        support_y: [T, S, O], the dtype of `params`; with cross_entropy [T, S], int64 in [0, O), or -100.
+        query_x: [T, Q, D], as `support_x`.
+        query_y: [T, Q, O] or [T, Q], as `support_y`.
+        loss, lr, steps, activation, momentum, first_order: as in `inner_sgd`.
+        step_weights: [K], numbers or a tensor without gradient: the result is the sum of the query losses
+            after each step, so weighed (MAML++'s multi-step loss, Antoniou et al. 2019, section 4). By
+            default the loss after the last step alone.
+        reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``.
+
+    Returns:
+        [], or [T] with reduction ``"none"``, in the dtype of `params`. NaN for a task with no query example
+        that is not left out. Its gradients reach `params`, `lr`, and all of the data that is float.
+
+    Raises:
+        ValueError: a shape, device, option or label does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: the result is differentiated twice, or the tensors are on CUDA.
+
+    Equivalent to, for one layer and mse::
+
+        w, b = inner_sgd(params, support_x, support_y, loss=loss, lr=lr, steps=steps)
+        (query_x @ w.mT + b.unsqueeze(1) - query_y).square().mean((1, 2)).mean()
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+    if step_weights is not None and not isinstance(step_weights, Tensor):
+        step_weights = torch.tensor(step_weights, dtype=support_x.dtype, device=support_x.device)
+    data = (support_x, support_y, query_x, query_y)
+    options = (loss, steps, activation, momentum, first_order, reduction == "mean")
+    return _doors.call_or_reference(
+        "maml_loss",
+        (list(params), *data, _rates(lr, params, support_x), step_weights, *options),
+        lambda: reference.maml_loss(
+            params,
+            *data,
+            loss=loss,
+            lr=lr,
+            steps=steps,
+            activation=activation,
+            momentum=momentum,
+            first_order=first_order,
+            step_weights=step_weights,
+            reduction=reduction,
+        ),
+    )
+
+
+def sgd_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: LearningRate,
+    *,
+    momentum_buffers: Sequence[Tensor] | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One differentiable step of `torch.optim.SGD` on many tensors in one launch.
+
+    None of them is changed in place. For inner loops around networks that `inner_sgd` does not know.
+    Differentiable to any order, with respect to params, grads, a tensor lr and momentum_buffers.
+
+    Args:
+        params: Tensors of any shapes, all float32 or all float64.
+        grads: Their gradients, of their shapes.
+        lr: A number or a tensor [], or a sequence of tensors, one for each of `params`, that broadcasts to
+            it.
+        momentum_buffers: What the step before returned; by default zeros.
+        momentum, weight_decay, nesterov: As in `torch.optim.SGD` (no dampening); nesterov needs a momentum.
+
+    Returns:
+        The new parameters, and the new momentum buffers (an empty list without momentum).
+
+    Raises:
+        ValueError: a shape, device, number of tensors or option does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: the tensors are on CUDA.
+
+    Equivalent to::
+
+        steps = [g + weight_decay * p for p, g in zip(params, grads)]
+        buffers = [momentum * m + s for m, s in zip(momentum_buffers, steps)]
+        steps = [s + momentum * m for s, m in zip(steps, buffers)] if nesterov else buffers
+        [p - lr * s for p, s in zip(params, steps)], buffers
+    """
+    if not params and not grads:
+        return [], []  # no tensor says for which device
+    like = params[0] if params else grads[0]
+    buffers = [] if momentum_buffers is None else list(momentum_buffers)
+    return _doors.call_or_reference(
+        "sgd_update",
+        (list(params), list(grads), _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
+        lambda: reference.sgd_update(
+            params,
+            grads,
+            lr,
+            momentum_buffers=momentum_buffers,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        ),
+    )
+
+
+def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of each task's own, for the forward of networks adapted by `inner_sgd`.
+
+    One batched matrix product of torch's library, on CPU and CUDA; under autocast in its dtype, as
+    `torch.nn.functional.linear`. Differentiable to any order.
+
+    Args:
+        x: [T, B, I], any float.
+        weight: [T, O, I], the dtype of `x`.
+        bias: [T, O], the dtype of `x`.
+
+    Returns:
+        [T, B, O], in the dtype of `x`.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype does not fit.
+
+    Equivalent to::
+
+        torch.stack([F.linear(x[t], weight[t], bias[t]) for t in range(T)])
+    """
+    return _doors.call_or_reference(
+        "task_linear", (x, weight, bias), lambda: reference.task_linear(x, weight, bias)
+    )
+
+
+def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """lr as the ops take it: one tensor, or one for each parameter."""
+    if isinstance(lr, Tensor):
+        return [lr]
+    if not isinstance(lr, Iterable):
+        return [torch.full((), lr, dtype=like.dtype, device=like.device)]
+    rates = list(lr)
+    if len(rates) != len(params):
+        raise ValueError(f"lr: expected one tensor for each of params, {len(params)}, got {len(rates)}")
+    return rates
