@@ -306,7 +306,7 @@ def test_second_differentiation_raises(reduction: str) -> None:
         (
             {"activation": "gelu"},
             ValueError,
-            "activation: expected relu, tanh or none, got gelu; metafast.adapt",
+            "activation: expected relu, tanh or none, got gelu; other networks",
         ),
         ({"steps": -1}, ValueError, "steps: expected a number >= 0, got -1"),
         ({"lr": torch.zeros(2)}, ValueError, r"lr: expected shape \[K, L\] = \[3, 3\], got \[2\]"),
@@ -339,7 +339,7 @@ def test_bad_tensors() -> None:
     data = problem.data
     with pytest.raises(ValueError, match=r"params\[2\]: expected shape \[O, I\] = \[5, 7\], got \[5, 6\]"):
         metafast.maml_loss([*params[:2], params[2][:, :6], *params[3:]], *data, **options)
-    with pytest.raises(ValueError, match=r"params: expected W1, b1, .* got 5 tensors; metafast.adapt"):
+    with pytest.raises(ValueError, match=r"params: expected W1, b1, .* got 5 tensors; other networks"):
         metafast.maml_loss(params[:5], *data, **options)
     with pytest.raises(ValueError, match=r"query_x: expected shape \[T, Q, D\] with T = 3, D = 3"):
         metafast.maml_loss(params, support_x, support_y, query_x[..., :2], query_y, **options)

@@ -18,7 +18,8 @@ namespace {
 
 std::string indexed(const char* name, size_t i) { return c10::str(name, '[', i, ']'); }
 
-constexpr const char* kOtherNetworks = "; metafast.adapt takes other networks";
+constexpr const char* kOtherNetworks =
+    "; other networks adapt with torch.func.functional_call and torch.func.grad";
 
 void check_real(const Arg& arg) {
   const auto type = arg.tensor.scalar_type();
