@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "common/checks.h"
 #include "common/isa.h"
 #include "pairwise/ops.h"
 
@@ -47,6 +48,19 @@ py::dict build_info() {
   return info;
 }
 
+// Whether the tensors of an episode have the same leading dimensions. In Python, where shapes are sliced and
+// compared, this was a seventh of what a small call costs.
+bool leading_dims_agree(const Tensor& support, const Tensor& support_labels, const Tensor& query,
+                        const OptionalTensor& query_labels, const OptionalTensor& ways) {
+  if (support.dim() < 2) return false;
+  const auto wanted = leading(support, 2);
+  const auto agrees = [&](const Tensor& tensor, int64_t event_dims) {
+    return tensor.dim() >= event_dims && leading(tensor, event_dims) == wanted;
+  };
+  return agrees(query, 2) && agrees(support_labels, 1) && (!query_labels || agrees(*query_labels, 1)) &&
+         (!ways || agrees(*ways, 0));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -54,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("detected_isa", [] { return isa_name(detected_isa()); });
+  m.def("leading_dims_agree", &leading_dims_agree);
 
   // The ops again, typed: torch.ops.metafast.<op> costs microseconds more per call, in Python's argument
   // parsing (bench/overhead.py). The same dispatcher sees the call.

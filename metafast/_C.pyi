@@ -21,6 +21,11 @@ def active_isa() -> str:
 def detected_isa() -> str:
     """The best instruction set that is built and that this machine has."""
 
+def leading_dims_agree(
+    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor | None, ways: Tensor | None
+) -> bool:
+    """Whether the tensors of an episode have the same leading dimensions."""
+
 def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """`torch.ops.metafast.prototypes`, typed; csrc/library.cpp states what it computes, as of the others."""
 

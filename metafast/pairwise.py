@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafast import _doors
+from metafast import _C, _doors
 from metafast._doors import Chain, Op
 from metafast.reference import pairwise as reference
 
@@ -331,12 +331,8 @@ def _episode(
     support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor | None, ways: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The tensors of an episode with the same leading dimensions."""
-    leading = support.shape[:-2]  # slicing shapes is most of what a small call costs here
-    if (
-        query.shape[:-2] == leading
-        and support_labels.shape[:-1] == leading
-        and (query_labels is None or query_labels.shape[:-1] == leading)
-        and (ways is None or ways.shape == leading)
+    if not torch.compiler.is_compiling() and _C.leading_dims_agree(
+        support, support_labels, query, query_labels, ways
     ):
         return support, support_labels, query, query_labels, ways
     given = {"support": (support, 2), "support_labels": (support_labels, 1), "query": (query, 2)}

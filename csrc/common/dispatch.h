@@ -86,6 +86,11 @@ inline at::ScalarType compute_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// The tensor itself where it has the dtype: `Tensor::to` costs a call through the dispatcher to find that out.
+inline at::Tensor to_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
 // An uninitialised tensor for a result. Large ones on the CPU ask for huge pages: a first write to fresh
 // memory costs a page fault every 4 KiB otherwise, which takes longer than the kernels themselves.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {

@@ -315,26 +315,28 @@ std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const 
                            method, metric, scale, reduction);
 }
 
+// Only the first result of classify is a result of the node: `rows` and `valid`, which only its derivative
+// needs, go past it, since every result of a node costs most of a microsecond.
 struct ClassifyFunction : Function<ClassifyFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
-                               const Tensor& query, const OptionalTensor& query_labels,
-                               const OptionalTensor& ways, const ClassifyOptionsPtr& options) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
+                        const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
+                        const ClassifyOptionsPtr& options, Tensor* rows, Tensor* valid) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const ClassifyOptions& o = *options;
-    auto [out, rows, valid] = classify(support, support_labels, query, query_labels, ways, o.num_classes,
-                                       o.method, o.metric, o.scale, o.reduction);
-    ctx->save_for_backward({support, support_labels, query, rows, valid, tensor_or_undefined(query_labels),
+    Tensor out;
+    std::tie(out, *rows, *valid) = classify(support, support_labels, query, query_labels, ways, o.num_classes,
+                                            o.method, o.metric, o.scale, o.reduction);
+    ctx->save_for_backward({support, support_labels, query, *rows, *valid, tensor_or_undefined(query_labels),
                             tensor_or_undefined(ways)});
     save(ctx, options);
-    ctx->mark_non_differentiable({rows, valid});
-    return {out, rows, valid};
+    return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
     const ClassifyOptions& o = restore(ctx);
     auto [gs, gq] = classify_backward(grads[0], s[0], s[1], s[2], optional_of(s[5]), optional_of(s[6]), s[3],
                                       s[4], o.num_classes, o.method, o.metric, o.scale, o.reduction);
-    return {gs, Tensor(), gq, Tensor(), Tensor(), Tensor()};
+    return {gs, Tensor(), gq, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -344,10 +346,11 @@ std::tuple<Tensor, Tensor, Tensor> classify_autograd(const Tensor& support, cons
                                                      std::string_view method, std::string_view metric,
                                                      double scale, int64_t reduction) {
   if (needs_graph("classify", support, query)) {
-    const auto r = ClassifyFunction::apply(
+    Tensor rows, valid;
+    const Tensor out = ClassifyFunction::apply(
         support, support_labels, query, query_labels, ways,
-        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction));
-    return {r[0], r[1], r[2]};
+        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction), &rows, &valid);
+    return {out, rows, valid};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return classify(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,

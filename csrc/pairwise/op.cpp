@@ -102,15 +102,16 @@ struct Operand {
   int64_t task_stride;
 };
 
+Tensor dense(const Tensor& tensor) { return to_dtype(tensor, compute_type(tensor)).contiguous(); }
+
 Operand rows_of(const Tensor& tensor) {
   const int64_t block = tensor.size(-2) * tensor.size(-1);
   bool shared = tensor.dim() > 2 && tensor.stride(-1) == 1 && tensor.stride(-2) == tensor.size(-1);
   for (int64_t d = 0; d < tensor.dim() - 2; ++d) shared = shared && tensor.stride(d) == 0;
   if (shared && tensor.scalar_type() == compute_type(tensor)) return {tensor, 0};
-  return {tensor.to(compute_type(tensor)).contiguous(), block};
+  return {dense(tensor), block};
 }
 
-Tensor dense(const Tensor& tensor) { return tensor.to(compute_type(tensor)).contiguous(); }
 Tensor dense_labels(const Tensor& tensor) { return tensor.contiguous(); }
 OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
@@ -189,7 +190,8 @@ Tensor prototypes_op(const Tensor& embeddings, const Tensor& labels, int64_t num
   TORCH_CHECK_VALUE(num_classes >= 0, "num_classes: expected a number >= 0, got ", num_classes);
   const Tensor dense_l = dense_labels(labels);
   check_support_labels(dense_l, std::nullopt, num_classes, "labels");
-  return run_prototypes(dense(embeddings), dense_l, std::nullopt, num_classes).to(embeddings.scalar_type());
+  return to_dtype(run_prototypes(dense(embeddings), dense_l, std::nullopt, num_classes),
+                  embeddings.scalar_type());
 }
 
 Tensor prototypes_backward_op(const Tensor& grad, const Tensor& labels) {
@@ -202,7 +204,7 @@ Tensor prototypes_backward_op(const Tensor& grad, const Tensor& labels) {
   check_same_leading(g, 2, l, 1);
   const Tensor dense_l = dense_labels(labels);
   if (!runs_cuda(grad)) check_label_values(dense_l, std::nullopt, grad.size(-2), "labels");
-  return run_prototypes_backward(dense(grad), dense_l, std::nullopt).to(grad.scalar_type());
+  return to_dtype(run_prototypes_backward(dense(grad), dense_l, std::nullopt), grad.scalar_type());
 }
 
 // ---- pairwise ----
@@ -282,12 +284,12 @@ struct PairArguments {
   Tensor partial_bias() const { return empty({bias ? tasks * chunks : 0}, options()); }
 
   // The gradient of an argument, in its dtype.
-  Tensor finish_y(const Tensor& partial) const { return sum_chunks(partial, tasks, y_sizes()).to(dtype); }
+  Tensor finish_y(const Tensor& partial) const { return to_dtype(sum_chunks(partial, tasks, y_sizes()), dtype); }
   Tensor finish_weight(const Tensor& partial) const {
-    return weight ? sum_chunks(partial, 1, {features}).to(dtype) : at::empty({0}, options().dtype(dtype));
+    return weight ? to_dtype(sum_chunks(partial, 1, {features}), dtype) : at::empty({0}, options().dtype(dtype));
   }
   Tensor finish_bias(const Tensor& partial) const {
-    return bias ? sum_chunks(partial, 1, {1}).to(dtype) : at::empty({0}, options().dtype(dtype));
+    return bias ? to_dtype(sum_chunks(partial, 1, {1}), dtype) : at::empty({0}, options().dtype(dtype));
   }
 };
 
@@ -302,7 +304,7 @@ Tensor pairwise_op(const Tensor& x, const Tensor& y, const OptionalTensor& weigh
   Tensor out = empty(args.out_sizes(), args.options());
   with_scalar(
       out, [&]<typename T>() { run_kernel(Pairwise<T>{args.pairs<T>(), out.mutable_data_ptr<T>()}, out); });
-  return out.to(args.dtype);
+  return to_dtype(out, args.dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& grad, const Tensor& x,
@@ -327,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& gr
                             data_or_null<T>(partial_bias, args.bias.has_value())},
         grad_x);
   });
-  return {grad_x.to(args.dtype), args.finish_y(partial_y), args.finish_weight(partial_weight),
+  return {to_dtype(grad_x, args.dtype), args.finish_y(partial_y), args.finish_weight(partial_weight),
           args.finish_bias(partial_bias)};
 }
 
@@ -365,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
                                          data_or_null<T>(partial_bias, args.bias.has_value())},
                grad_x);
   });
-  return {grad_grad.to(args.dtype), grad_x.to(args.dtype), args.finish_y(partial_y),
+  return {to_dtype(grad_grad, args.dtype), to_dtype(grad_x, args.dtype), args.finish_y(partial_y),
           args.finish_weight(partial_weight), args.finish_bias(partial_bias)};
 }
 
@@ -475,12 +477,12 @@ struct Episode {
   // From the gradient of the rows to that of the support.
   Tensor finish_support(const Tensor& partial, const Tensor& rows) const {
     const Tensor grad_rows = sum_chunks(partial, tasks, rows.sizes());
-    return (prototypical ? run_prototypes_backward(grad_rows, support_labels, ways) : grad_rows).to(dtype);
+    return to_dtype(prototypical ? run_prototypes_backward(grad_rows, support_labels, ways) : grad_rows, dtype);
   }
 
   // Sum, or mean over the valid queries, of one number per query; how many are valid.
   std::tuple<Tensor, Tensor> reduce(const Tensor& per_query) const {
-    Tensor result = at::empty({}, options()), valid = at::empty({1}, options());
+    Tensor result = empty({}, options()), valid = empty({1}, options());
     with_scalar(per_query, [&]<typename T>() {
       run_kernel(ReduceLoss<T>{per_query.const_data_ptr<T>(), query_labels->const_data_ptr<int64_t>(),
                                result.mutable_data_ptr<T>(), valid.mutable_data_ptr<T>(),
@@ -511,9 +513,14 @@ std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tens
     T* result = out.mutable_data_ptr<T>();
     run_kernel(Classify<T>{episode.classes<T>(rows), loss ? nullptr : result, loss ? result : nullptr}, out);
   });
-  Tensor valid = at::empty({0}, episode.options());
-  if (episode.reduction != Reduction::none) std::tie(out, valid) = episode.reduce(out);
-  return {out.to(episode.dtype), episode.prototypical ? rows : at::empty({0}, episode.options()), valid};
+  const auto nothing = [&] { return empty({0}, episode.options()); };
+  Tensor valid;
+  if (episode.reduction == Reduction::none) {
+    valid = nothing();
+  } else {
+    std::tie(out, valid) = episode.reduce(out);
+  }
+  return {to_dtype(out, episode.dtype), episode.prototypical ? rows : nothing(), valid};
 }
 
 void check_saved(const Episode& episode, const Tensor& grad, const Tensor& like) {
@@ -542,7 +549,7 @@ std::tuple<Tensor, Tensor> classify_backward_op(const Tensor& grad, const Tensor
                                    grad_query.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>()},
                grad_query);
   });
-  return {episode.finish_support(partial, rows), grad_query.to(episode.dtype)};
+  return {episode.finish_support(partial, rows), to_dtype(grad_query, episode.dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
@@ -580,7 +587,7 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
         grad_query);
   });
   if (episode.reduction != Reduction::none) grad_grad = std::get<0>(episode.reduce(grad_grad));
-  return {grad_grad.to(episode.dtype), episode.finish_support(partial, rows), grad_query.to(episode.dtype)};
+  return {to_dtype(grad_grad, episode.dtype), episode.finish_support(partial, rows), to_dtype(grad_query, episode.dtype)};
 }
 
 void implement(torch::Library& m) {
