@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "pairwise/params.h"
+#include "pairwise/products.h"
 #include "pairwise/tile.h"
 
 namespace metafast::METAFAST_ISA {
@@ -22,9 +23,7 @@ struct Chunk {
 
 template <typename T>
 Chunk<T> chunk_of(const Pairs<T>& p, int64_t item) {
-  constexpr int64_t kQuantum = 16;  // a multiple of all lane counts
-  const int64_t task = item / p.chunks, chunk = item % p.chunks;
-  const int64_t size = ((p.queries + p.chunks - 1) / p.chunks + kQuantum - 1) / kQuantum * kQuantum;
+  const int64_t task = item / p.chunks, chunk = item % p.chunks, size = p.chunk_size();
   return {item,
           task,
           std::min(p.queries, chunk * size),
@@ -197,33 +196,18 @@ class Comparison {
   }
 
  private:
-  // Distances do not change when everything moves: with the mean of the rows at the origin, norms are as
-  // small as the spread of the rows allows, and little cancels in |x|^2 - 2 x.y + |y|^2.
   void centre() {
     const int64_t features = p_.features;
-    std::fill_n(centre_.get(), features, T(0));
-    for_vectors<T>(features, [&](auto at) {
-      V sum{};
-      for (int64_t j = 0; j < p_.rows; ++j) sum += at.load(row(j));
-      const V mean = sum * (T(1) / p_.rows);
-      at.store(centre_.get(), mean);
-      for (int64_t j = 0; j < p_.rows; ++j) {
-        at.store(centred_rows_.get() + j * features, at.load(row(j)) - mean);
-      }
-    });
-    for (int64_t j = 0; j < p_.rows; j += kLanes<T>) {
-      const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, p_.rows - j));
-      const Queries<T> rows{centred_rows_.get() + j * features, features, count};
-      const V squares = inner_products(rows, rows, features);
-      for (int i = 0; i < count; ++i) squares_[j + i] = squares[i];
+    mean_row(y_, p_.rows, features, centre_.get());
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      T* centred = centred_rows_.get() + j * features;
+      centre_row(row(j), centre_.get(), features, centred);
+      squares_[j] = inner_product(centred, centred, features);
     }
   }
 
-  // Squared distances between the centred queries and rows. Where much cancels all the same, in pairs much
-  // closer to each other than to the centre, the differences are squared and summed as they are. That keeps
-  // the relative error below kCancelled^-1 roundings of the sum of the norms.
+  // Squared distances between the centred queries and rows.
   void centred_distances(const Queries<T>& x, V* out) {
-    constexpr T kCancelled = T(1) / 32;
     const int64_t features = p_.features;
     V sums[kLanes<T>] = {};
     for_vectors<T>(features, [&](auto at) {
@@ -241,8 +225,7 @@ class Comparison {
     for (int64_t j = 0; j < p_.rows; ++j) {
       const V scale = squares + squares_[j], distance = scale + 2 * out[j];
       out[j] = distance;
-      const Mask<T> kept =
-          distance >= kCancelled * scale;  // false for NaN, from infinite features for example
+      const Mask<T> kept = keeps_digits<T>(distance, scale);
       if (any<T>(~kept)) {
         V exact;
         sum_terms<Term, false, T>(centred, centred_rows_.get() + j * features, 1, features, nullptr,

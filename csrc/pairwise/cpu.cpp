@@ -4,6 +4,7 @@
 // reaches memory.
 #include "pairwise/classes.h"
 #include "pairwise/comparison.h"
+#include "pairwise/products.h"
 
 namespace metafast::METAFAST_ISA {
 
@@ -304,6 +305,32 @@ void run(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
   run_metric(p, begin, end);
 }
 
+template <class Params>
+void run_products(const Params& p, int64_t begin, int64_t end) {
+  switch (p.metric) {
+    case Metric::sqeuclidean:
+      return walk<SqEuclidean>(p, begin, end);
+    case Metric::euclidean:
+      return walk<Euclidean>(p, begin, end);
+    case Metric::cosine:
+      return walk<Cosine>(p, begin, end);
+    case Metric::dot:
+      return walk<Dot>(p, begin, end);
+    default:
+      __builtin_unreachable();  // large.h lets only these through
+  }
+}
+
+template <typename T>
+void run(const FinishProducts<T>& p, int64_t begin, int64_t end) {
+  run_products(p, begin, end);
+}
+
+template <typename T>
+void run(const ProductFactors<T>& p, int64_t begin, int64_t end) {
+  run_products(p, begin, end);
+}
+
 template <typename T>
 void run(const Classify<T>& p, int64_t begin, int64_t end) {
   run_distance(p, begin, end);
@@ -351,6 +378,11 @@ METAFAST_INSTANTIATE(PrototypesBackward)
 METAFAST_INSTANTIATE(Pairwise)
 METAFAST_INSTANTIATE(PairwiseBackward)
 METAFAST_INSTANTIATE(PairwiseDoubleBackward)
+METAFAST_INSTANTIATE(MeanRow)
+METAFAST_INSTANTIATE(CentreRows)
+METAFAST_INSTANTIATE(FinishProducts)
+METAFAST_INSTANTIATE(ProductFactors)
+METAFAST_INSTANTIATE(AddScaledRows)
 METAFAST_INSTANTIATE(Classify)
 METAFAST_INSTANTIATE(ClassifyBackward)
 METAFAST_INSTANTIATE(ClassifyDoubleBackward)

@@ -7,6 +7,7 @@
 #include "common/checks.h"
 #include "common/dispatch.h"
 #include "common/sums.h"
+#include "pairwise/large.h"
 #include "pairwise/ops.h"
 #include "pairwise/params.h"
 
@@ -284,9 +285,12 @@ struct PairArguments {
   Tensor partial_bias() const { return empty({bias ? tasks * chunks : 0}, options()); }
 
   // The gradient of an argument, in its dtype.
-  Tensor finish_y(const Tensor& partial) const { return to_dtype(sum_chunks(partial, tasks, y_sizes()), dtype); }
+  Tensor finish_y(const Tensor& partial) const {
+    return to_dtype(sum_chunks(partial, tasks, y_sizes()), dtype);
+  }
   Tensor finish_weight(const Tensor& partial) const {
-    return weight ? to_dtype(sum_chunks(partial, 1, {features}), dtype) : at::empty({0}, options().dtype(dtype));
+    return weight ? to_dtype(sum_chunks(partial, 1, {features}), dtype)
+                  : at::empty({0}, options().dtype(dtype));
   }
   Tensor finish_bias(const Tensor& partial) const {
     return bias ? to_dtype(sum_chunks(partial, 1, {1}), dtype) : at::empty({0}, options().dtype(dtype));
@@ -298,12 +302,19 @@ T* data_or_null(const Tensor& tensor, bool wanted) {
   return wanted ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
+template <class Params>
+void run_comparison(const Params& params, const Tensor& like) {
+  if (!runs_cuda(like) && is_large(params)) return run_large(params);
+  run_kernel(params, like);
+}
+
 Tensor pairwise_op(const Tensor& x, const Tensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
                    std::string_view metric) {
   const PairArguments args(x, y, weight, bias, metric);
   Tensor out = empty(args.out_sizes(), args.options());
-  with_scalar(
-      out, [&]<typename T>() { run_kernel(Pairwise<T>{args.pairs<T>(), out.mutable_data_ptr<T>()}, out); });
+  with_scalar(out, [&]<typename T>() {
+    run_comparison(Pairwise<T>{args.pairs<T>(), out.mutable_data_ptr<T>()}, out);
+  });
   return to_dtype(out, args.dtype);
 }
 
@@ -322,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& gr
   const Tensor partial_y = args.partial_y(), partial_weight = args.partial_weight(),
                partial_bias = args.partial_bias();
   with_scalar(grad_x, [&]<typename T>() {
-    run_kernel(
+    run_comparison(
         PairwiseBackward<T>{args.pairs<T>(), dense_out.const_data_ptr<T>(), dense_grad.const_data_ptr<T>(),
                             grad_x.mutable_data_ptr<T>(), partial_y.mutable_data_ptr<T>(),
                             data_or_null<T>(partial_weight, args.weight.has_value()),
@@ -477,7 +488,8 @@ struct Episode {
   // From the gradient of the rows to that of the support.
   Tensor finish_support(const Tensor& partial, const Tensor& rows) const {
     const Tensor grad_rows = sum_chunks(partial, tasks, rows.sizes());
-    return to_dtype(prototypical ? run_prototypes_backward(grad_rows, support_labels, ways) : grad_rows, dtype);
+    return to_dtype(prototypical ? run_prototypes_backward(grad_rows, support_labels, ways) : grad_rows,
+                    dtype);
   }
 
   // Sum, or mean over the valid queries, of one number per query; how many are valid.
@@ -587,7 +599,8 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
         grad_query);
   });
   if (episode.reduction != Reduction::none) grad_grad = std::get<0>(episode.reduce(grad_grad));
-  return {to_dtype(grad_grad, episode.dtype), episode.finish_support(partial, rows), to_dtype(grad_query, episode.dtype)};
+  return {to_dtype(grad_grad, episode.dtype), episode.finish_support(partial, rows),
+          to_dtype(grad_query, episode.dtype)};
 }
 
 void implement(torch::Library& m) {

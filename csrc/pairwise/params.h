@@ -50,6 +50,10 @@ struct Pairs {
   // from the number of threads, so that partial sums are always added in the same order.
   int64_t chunks;
 
+  int64_t chunk_size() const {        // queries; the last chunk may have fewer
+    constexpr int64_t kQuantum = 16;  // a multiple of all lane counts
+    return ((queries + chunks - 1) / chunks + kQuantum - 1) / kQuantum * kQuantum;
+  }
   int64_t items() const { return tasks * chunks; }
   int64_t item_cost() const { return (queries / chunks + 1) * rows * features; }
 };
@@ -84,6 +88,79 @@ struct PairwiseDoubleBackward : Pairs<T> {
   T* grad_weight;      // [T, chunks, D], partial sums; null without weight
   T* grad_bias;        // [T, chunks], partial sums; null without bias
 };
+
+// ---- around a matrix product of the library (large.h): distances from products, and gradients to factors
+// ----
+
+// The mean of rows.
+template <typename T>
+struct MeanRow {
+  const T* rows;  // [count, D]
+  T* mean;        // [D]
+  int64_t count, features;
+
+  int64_t items() const { return 1; }
+  int64_t item_cost() const { return count * features; }
+};
+
+// Rows minus a centre, and the squares of their norms.
+template <typename T>
+struct CentreRows {
+  const T* rows;    // [count, D]
+  const T* centre;  // [D], or null: the rows are taken as they are, and only their squares wanted
+  T* centred;       // [count, D], or null with centre
+  T* squares;       // [count]
+  int64_t count, features;
+
+  int64_t items() const { return count; }
+  int64_t item_cost() const { return features; }
+};
+
+// The rows of both sides as the product takes them: centred for squared differences, else as they are.
+template <typename T>
+struct ProductRows {
+  const T* x;          // [Q, D]
+  const T* y;          // [J, D]
+  const T* x_squares;  // [Q]
+  const T* y_squares;  // [J]
+  Metric metric;
+  int64_t queries, rows, features;
+
+  int64_t items() const { return queries; }
+  int64_t item_cost() const { return rows; }
+};
+
+template <typename T>
+struct FinishProducts : ProductRows<T> {
+  T* out;  // [Q, J]: inner products, overwritten by distances
+};
+
+// grad_x = x_factor x - F y and grad_y = y_factor y - F^T x: finds F and both factors, writes x_factor x into
+// grad_x, and leaves the products to the library. Pairs in which much cancels have no part in F: their
+// differences are added to grad_x and grad_y here.
+template <typename T>
+struct ProductFactors : ProductRows<T> {
+  const T* out;   // [Q, J]
+  const T* grad;  // [Q, J]
+  T* factors;     // [Q, J]: F
+  T* y_factors;   // [J], added to
+  T* grad_x;      // [Q, D]
+  T* grad_y;      // [J, D], added to
+};
+
+// out += factor * row
+template <typename T>
+struct AddScaledRows {
+  const T* factors;  // [count]
+  const T* rows;     // [count, D]
+  T* out;            // [count, D]
+  int64_t count, features;
+
+  int64_t items() const { return count; }
+  int64_t item_cost() const { return features; }
+};
+
+// ---- classes ----
 
 // Class log-probabilities of queries, from logits -scale * distance(query, row). `weight`, `bias` are null.
 template <typename T>
@@ -146,6 +223,11 @@ METAFAST_DECLARE_KERNEL(PrototypesBackward)
 METAFAST_DECLARE_KERNEL(Pairwise)
 METAFAST_DECLARE_KERNEL(PairwiseBackward)
 METAFAST_DECLARE_KERNEL(PairwiseDoubleBackward)
+METAFAST_DECLARE_KERNEL(MeanRow)
+METAFAST_DECLARE_KERNEL(CentreRows)
+METAFAST_DECLARE_KERNEL(FinishProducts)
+METAFAST_DECLARE_KERNEL(ProductFactors)
+METAFAST_DECLARE_KERNEL(AddScaledRows)
 METAFAST_DECLARE_KERNEL(Classify)
 METAFAST_DECLARE_KERNEL(ClassifyBackward)
 METAFAST_DECLARE_KERNEL(ClassifyDoubleBackward)

@@ -1,0 +1,104 @@
+"""Comparisons so large that they go through a matrix product of torch's library (csrc/pairwise/large.h)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+
+import metafast
+from metafast import reference
+
+METRICS = ("sqeuclidean", "euclidean", "cosine", "dot")
+# (T, Q, N, D): every size odd, a task of its own chunks, more chunks than one
+SIZES = ((1, 1201, 131, 129), (2, 601, 133, 130))
+DTYPES = (torch.float32, torch.float64)
+
+
+def pair(sizes: tuple[int, ...], dtype: torch.dtype, offset: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Points around `offset`, among them pairs that coincide and pairs that nearly do; a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    tasks, queries, rows, features = sizes
+    x = torch.randn(tasks, queries, features, dtype=dtype, generator=generator) + offset
+    y = torch.randn(tasks, rows, features, dtype=dtype, generator=generator) + offset
+    y[:, 0] = x[:, 5]
+    y[:, 1] = x[:, 6] + 1e-2 / features**0.5
+    return x, y, torch.randn(tasks, queries, rows, dtype=dtype, generator=generator)
+
+
+def results(package: object, tensors: tuple[Tensor, ...], metric: str) -> list[Tensor]:
+    x, y, grad = tensors
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    out = package.pairwise_distance(x, y, metric)
+    return [out.detach(), *torch.autograd.grad(out, (x, y), grad)]
+
+
+# Not on the emulator, whose kernels take no such way and would need minutes.
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_parity(metric: str, sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    x, y, grad = pair(sizes, dtype)
+    grad[:, 5, 0] = grad[:, 6, 1] = 0  # the direction between points that nearly coincide is ill-conditioned
+    found = results(metafast, (x.to(device), y.to(device), grad.to(device)), metric)
+    expected = results(reference, (x.double(), y.double(), grad.double()), metric)
+    for one, other in zip(found, expected, strict=True):
+        scale = max(1.0, float(other.abs().max()))
+        assert_close(one / scale, other / scale, dtype)
+
+
+@devices
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_close_pairs_keep_their_digits(metric: str, device: str) -> None:
+    x, y, grad = pair(SIZES[0], torch.float32, offset=1e3)
+    grad.zero_()[0, 6, 1] = 1
+    distance, grad_x, grad_y = results(metafast, (x.to(device), y.to(device), grad.to(device)), metric)
+    assert (distance >= 0).all()
+    assert distance[0, 5, 0] == 0
+    difference = x[0, 6].double() - y[0, 1].double()
+    exact = difference.square().sum() if metric == "sqeuclidean" else difference.norm()
+    slope = 2 * difference if metric == "sqeuclidean" else difference / exact
+    for one, other in ((distance[0, 6, 1], exact), (grad_x[0, 6], slope), (grad_y[0, 1], -slope)):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-2, atol=1e-4 * float(exact))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_same_bits_for_any_number_of_threads(metric: str) -> None:
+    tensors = pair(SIZES[0], torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(results(metafast, tensors, metric))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_rows_that_all_tasks_share_and_nan() -> None:
+    x, y, _ = pair(SIZES[1], torch.float32)
+    shared = metafast.pairwise_distance(x, y[0])
+    assert torch.equal(shared[1], metafast.pairwise_distance(x[1], y[0]))
+    x[0, 3, 7] = torch.nan
+    distance = metafast.pairwise_distance(x, y)
+    assert distance[0, 3].isnan().all()
+    assert distance[0, 4:].isfinite().all()
+    assert distance[1].isfinite().all()
+
+
+def test_second_derivatives() -> None:
+    x, y, grad = pair((1, 530, 130, 128), torch.float64)
+    grads = []
+    for package in (metafast, reference):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        first = torch.autograd.grad(package.pairwise_distance(a, b), (a, b), grad, create_graph=True)
+        grads.append(torch.autograd.grad(sum(g.square().sum() for g in first), (a, b)))
+    scale = float(grads[1][0].abs().max())
+    assert_close([g / scale for g in grads[0]], [g / scale for g in grads[1]], torch.float64)
