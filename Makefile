@@ -60,10 +60,11 @@ $(VENV)/metafast.stamp: $(VENV)/torch.stamp $(SOURCES)
 	touch $@
 
 # The peers of the benchmarks: without their dependencies, which would replace torch (torchvision has no build for
-# every torch).
+# every torch). learn2learn carries C that an old Cython wrote for Python before 3.11; build_ext writes it anew.
 $(VENV)/bench.stamp: $(VENV)/metafast.stamp
 	$(PIP) --no-build-isolation --editable ".[bench]"
-	$(PIP) --no-deps easyfsl pytorch-metric-learning
+	$(PIP) --no-deps easyfsl pytorch-metric-learning higher torchopt
+	$(PIP) --no-deps --no-build-isolation --config-settings=--build-option=build_ext learn2learn
 	touch $@
 
 $(VENV)/lint.stamp: pyproject.toml

@@ -8,6 +8,7 @@ microseconds, and operations of torch for scale.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -148,11 +149,49 @@ def classify_calls(
     }
 
 
+def inner_loop_calls(x: Tensor, y: Tensor) -> dict[str, Calls]:
+    """One step of one task, two layers: x [S, D], y [Q, D] as targets and queries alike."""
+    widths = (x.shape[1], x.shape[1], 1)
+    params = [
+        torch.randn(*shape, device=x.device) / o**0.5
+        for i, o in itertools.pairwise(widths)
+        for shape in ((o, i), (o,))
+    ]
+    leaves = [p.clone().requires_grad_() for p in params]
+    support, query = ((t.unsqueeze(0), t.mean(1, keepdim=True).unsqueeze(0)) for t in (x, y))
+    keywords = {"loss": "mse", "lr": 0.01, "steps": 1}
+    lr, options = torch.full((), 0.01, device=x.device), ("mse", 1, "relu", 0.0, False)
+
+    adapt: dict[str, Callable[[list[Tensor]], object]] = {
+        "torch.ops, .default": lambda params: ops.inner_sgd.default(params, *support, [lr], *options),
+        "metafast.inner_sgd": lambda params: metafast.inner_sgd(params, *support, **keywords),
+    }
+    losses: dict[str, Callable[[list[Tensor]], Tensor]] = {
+        "torch.ops, .default": lambda params: ops.maml_loss.default(
+            params, *support, *query, [lr], None, *options, True
+        ),
+        "metafast.maml_loss": lambda params: metafast.maml_loss(params, *support, *query, **keywords),
+    }
+    return {
+        "inner_sgd, no gradient": {n: lambda f=f: f(params) for n, f in adapt.items()},
+        "inner_sgd, requires_grad": {n: lambda f=f: f(leaves) for n, f in adapt.items()},
+        "maml_loss, no gradient": {n: lambda f=f: f(params) for n, f in losses.items()},
+        "maml_loss, requires_grad": {n: lambda f=f: f(leaves) for n, f in losses.items()},
+        "maml_loss, forward + backward": {
+            n: lambda f=f: torch.autograd.grad(f(leaves), leaves) for n, f in losses.items()
+        },
+    }
+
+
 def groups(device: torch.device, way: int, queries: int, features: int) -> dict[str, Calls]:
     support, query = torch.randn(way, features, device=device), torch.randn(queries, features, device=device)
     labels = torch.arange(way, device=device)
     query_labels = torch.arange(queries, device=device) % way
-    return pairwise_calls(query, support) | classify_calls(support, labels, query, query_labels, way)
+    return (
+        pairwise_calls(query, support)
+        | classify_calls(support, labels, query, query_labels, way)
+        | inner_loop_calls(support, query)
+    )
 
 
 def measure(groups: dict[str, Calls], clock: Clock, plan: Plan, only: str) -> dict[str, dict[str, Cost]]:
