@@ -202,6 +202,11 @@ def run_case(case: Case, clock: Clock, plan: Plan, peak: Peak, memory_limit: flo
         except Skip as reason:
             rows[variant.name].skipped = str(reason)
             continue
+        except torch.OutOfMemoryError:
+            if variant.kind == "metafast":
+                raise
+            rows[variant.name].skipped = "out of memory"
+            continue
         if error > case.tolerance and variant.kind == "metafast":
             raise RuntimeError(f"{case.name}: {variant.name} is wrong by {error:.1e}")
         if error > case.tolerance:

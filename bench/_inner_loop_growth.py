@@ -176,8 +176,10 @@ def _draw(rows: list[dict[str, object]], names: list[str], path: Path) -> None:
     time.set(yscale="log", ylabel="µs per task", title="1-40-40-1, K=5, second order: one meta-step")
     time.legend(frameon=False)
     space.plot(tasks, [row["metafast_bytes"] / MIB for row in rows], "o-", color=colours["metafast"])
-    space.set(xscale="log", xlabel="tasks in one call", ylabel="metafast's\npeak memory, MiB", ylim=0)
-    space.set_xscale("log", base=2)
+    space.set(xscale="log", xlabel="tasks in one call", ylabel="metafast's\npeak memory, MiB")
+    space.set_ylim(0, 1.2 * max(row["metafast_bytes"] for row in rows) / MIB)
+    space.set_xticks(tasks, [f"{t:,}" for t in tasks])
+    space.minorticks_off()
     for axes in (time, space):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

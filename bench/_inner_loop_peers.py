@@ -287,13 +287,12 @@ def _by_hand(problem: Problem, params: Sequence[Tensor], *data: Tensor) -> Resul
     for _ in range(problem.steps):
         layers = _Layers(theta, support_x, support_y, problem.loss)
         theta = sgd(theta, layers.gradient())
-        steps.append(layers)
+        if not problem.first_order:
+            steps.append(layers)
     query = _Layers(theta, query_x, query_y, problem.loss)
     v = query.gradient()
-    if not problem.first_order:
-        for layers in reversed(steps):
-            product = layers.hessian_product(v)
-            v = [a - LEARNING_RATE * h for a, h in zip(v, product, strict=True)]
+    for layers in reversed(steps):
+        v = sgd(v, layers.hessian_product(v))
     return (query.losses(), *_shared_gradient(v, problem.tasks))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -123,6 +124,7 @@ def relation_loss(
 
 
 def import_jax(device: torch.device) -> Any:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of the GPU's memory
     try:
         jax = importlib.import_module("jax")
     except ImportError as error:

@@ -136,7 +136,7 @@ def cases(device: torch.device, quick: bool, only: str) -> Iterator[Callable[[],
 
 def main(options: argparse.Namespace) -> None:
     clock = Clock(options.device)
-    plan = Plan(variant_s=0.1, max_rounds=5) if options.quick else Plan(variant_s=0.7, once_s=2.0)
+    plan = Plan(variant_s=0.1, max_rounds=5) if options.quick else Plan(variant_s=0.7, once_s=0.5)
     report = Report("inner_loop", options)
     peak = measure_peak(clock, options.quick)
     print(f"sgemm peak {peak.flops / 1e9:.0f} GFLOP/s, bandwidth {peak.bandwidth / 1e9:.1f} GB/s")
