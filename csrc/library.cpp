@@ -53,6 +53,12 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   m.def(
       "classify(Tensor support, Tensor support_labels, Tensor query, Tensor? query_labels, Tensor? ways, "
       "SymInt num_classes, str method, str metric, float scale, int reduction) -> (Tensor, Tensor, Tensor)");
+  // classify with a reduction, and on its way the gradients of the result: -> out, rows, valid, grad_support,
+  // grad_query. It cannot be differentiated.
+  m.def(
+      "classify_with_gradients(Tensor support, Tensor support_labels, Tensor query, Tensor query_labels, "
+      "Tensor? ways, SymInt num_classes, str method, str metric, float scale, int reduction) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
   // -> grad_support, grad_query
   m.def(
       "classify_backward(Tensor grad, Tensor support, Tensor support_labels, Tensor query, Tensor? "

@@ -68,6 +68,14 @@ def _classify(
     )
 
 
+def _classify_with_gradients(
+    support: Tensor, support_labels: Tensor, query: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    kept = {"dtype": _compute_dtype(support)}
+    grads = (tensor.new_empty(tensor.shape, **kept) for tensor in (support, query))
+    return *_classify(support, support_labels, query, *args), *grads
+
+
 def _classify_backward(
     grad: Tensor, support: Tensor, support_labels: Tensor, query: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor]:
@@ -144,6 +152,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "pairwise_backward": _pairwise_backward,
     "pairwise_double_backward": _pairwise_double_backward,
     "classify": _classify,
+    "classify_with_gradients": _classify_with_gradients,
     "classify_backward": _classify_backward,
     "classify_double_backward": _classify_double_backward,
     "inner_sgd": _inner_sgd,

@@ -196,10 +196,10 @@ def test_opcheck(row: Row) -> None:
     with RecordOps() as record:
         grads = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
         torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
-    assert len(record.calls) == (2 if row.op == "prototypes" else 3)
+    assert len(record.calls) >= (2 if row.op == "prototypes" else 3)
     for op, args in record.calls.items():
         floating = (isinstance(arg, Tensor) and arg.is_floating_point() for arg in args)
-        differentiable = "double_backward" not in op.name()
+        differentiable = "double_backward" not in op.name() and "with_gradients" not in op.name()
         fresh = [
             arg.detach().clone().requires_grad_(differentiable) if is_float else arg
             for arg, is_float in zip(args, floating, strict=True)

@@ -194,6 +194,33 @@ def test_classes_of_different_shot() -> None:
     assert_close(metafast.prototypes(embeddings, labels, 3), expected, torch.float64)
 
 
+def test_a_loss_can_be_scaled_and_differentiated_twice_over() -> None:
+    """The forward finds the gradients of the loss itself; the backward may want others, and more than once."""
+    support, labels, query, query_labels = episode()
+    query.requires_grad_()
+    loss = metafast.prototypical_loss(support, labels, query, query_labels, 4)
+    (plain,) = torch.autograd.grad(loss, query, retain_graph=True)
+    kept = plain.clone()
+    plain.zero_()
+    (again,) = torch.autograd.grad(loss, query, retain_graph=True)
+    assert_close(again, kept, torch.float64)
+    loss = metafast.prototypical_loss(support, labels, query, query_labels, 4)
+    (scaled,) = torch.autograd.grad(3 * loss, query)
+    assert_close(scaled, 3 * kept, torch.float64)
+
+
+def test_a_scaled_loss_keeps_small_gradients_of_half_precision() -> None:
+    support, labels, query, query_labels = (t.half() if t.is_floating_point() else t for t in episode())
+    (query := 1e-3 * query).requires_grad_()
+    support = 1e-3 * support
+    loss = metafast.prototypical_loss(support, labels, query, query_labels, 4, reduction="mean")
+    (grad,) = torch.autograd.grad(loss.float() * 2.0**14, query)
+    exact_query = query.detach().double().requires_grad_()
+    exact = metafast.prototypical_loss(support.double(), labels, exact_query, query_labels, 4)
+    (expected,) = torch.autograd.grad(exact * 2.0**14, exact_query)
+    assert_close(grad, expected, torch.float16)
+
+
 def test_mean_over_no_query_is_nan() -> None:
     support, labels, query, query_labels = episode()
     query_labels.fill_(-100)

@@ -1,11 +1,13 @@
 // First and second derivatives of the pairwise ops. Each op's backward is an op, so it is differentiated like
 // one: op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its
 // backward are linear and transposes of each other, so they are differentiable without end.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "common/call.h"
+#include "common/dispatch.h"
 #include "pairwise/ops.h"
 
 namespace metafast {
@@ -51,6 +53,14 @@ std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor&
                                             int64_t reduction) {
   METAFAST_CALL(classify, support, support_labels, query, query_labels, ways, num_classes, method, metric,
                 scale, reduction);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients(
+    const Tensor& support, const Tensor& support_labels, const Tensor& query, const Tensor& query_labels,
+    const OptionalTensor& ways, c10::SymInt num_classes, std::string_view method, std::string_view metric,
+    double scale, int64_t reduction) {
+  METAFAST_CALL(classify_with_gradients, support, support_labels, query, query_labels, ways, num_classes,
+                method, metric, scale, reduction);
 }
 
 std::tuple<Tensor, Tensor> classify_backward(const Tensor& grad, const Tensor& support,
@@ -219,6 +229,7 @@ struct ClassifyOptions : torch::CustomClassHolder {
   std::string method, metric;
   double scale;
   int64_t reduction;
+  Tensor grad_support, grad_query;  // of a reduced loss whose gradient is 1, until its backward takes them
 
   ClassifyOptions(c10::SymInt num_classes, std::string_view method, std::string_view metric, double scale,
                   int64_t reduction)
@@ -235,8 +246,8 @@ void save(AutogradContext* ctx, const ClassifyOptionsPtr& options) {
   ctx->saved_data["options"] = c10::IValue::make_capsule(options);
 }
 
-const ClassifyOptions& restore(AutogradContext* ctx) {
-  return static_cast<const ClassifyOptions&>(*ctx->saved_data["options"].toCapsule());
+ClassifyOptions& restore(AutogradContext* ctx) {
+  return static_cast<ClassifyOptions&>(*ctx->saved_data["options"].toCapsule());
 }
 
 struct ClassifyDoubleBackwardFunction : Function<ClassifyDoubleBackwardFunction> {
@@ -317,26 +328,56 @@ std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const 
 
 // Only the first result of classify is a result of the node: `rows` and `valid`, which only its derivative
 // needs, go past it, since every result of a node costs most of a microsecond.
+//
+// The gradients of a reduced loss are known but for a factor, so the forward finds them on its way, where it
+// has all that they need in the cache. A backward that is to be differentiated, or a second one, computes
+// them anew.
 struct ClassifyFunction : Function<ClassifyFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
                         const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
                         const ClassifyOptionsPtr& options, Tensor* rows, Tensor* valid) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const ClassifyOptions& o = *options;
+    ClassifyOptions& o = *options;
     Tensor out;
-    std::tie(out, *rows, *valid) = classify(support, support_labels, query, query_labels, ways, o.num_classes,
-                                            o.method, o.metric, o.scale, o.reduction);
+    if (o.reduction == 0) {
+      std::tie(out, *rows, *valid) = classify(support, support_labels, query, query_labels, ways,
+                                              o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    } else {
+      std::tie(out, *rows, *valid, o.grad_support, o.grad_query) =
+          classify_with_gradients(support, support_labels, query, *query_labels, ways, o.num_classes,
+                                  o.method, o.metric, o.scale, o.reduction);
+    }
     ctx->save_for_backward({support, support_labels, query, *rows, *valid, tensor_or_undefined(query_labels),
                             tensor_or_undefined(ways)});
     save(ctx, options);
     return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto s = ctx->get_saved_variables();
-    const ClassifyOptions& o = restore(ctx);
-    auto [gs, gq] = classify_backward(grads[0], s[0], s[1], s[2], optional_of(s[5]), optional_of(s[6]), s[3],
-                                      s[4], o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    ClassifyOptions& o = restore(ctx);
+    Tensor gs, gq;
+    if (o.grad_query.defined() && !at::GradMode::is_enabled()) {
+      gs = std::exchange(o.grad_support, Tensor());
+      gq = std::exchange(o.grad_query, Tensor());
+      if (!is_one(grads[0])) {
+        const Tensor grad = to_dtype(grads[0], gq.scalar_type());
+        gs = gs * grad;
+        gq = gq * grad;
+      }
+      gs = to_dtype(gs, grads[0].scalar_type());
+      gq = to_dtype(gq, grads[0].scalar_type());
+    } else {
+      const auto s = ctx->get_saved_variables();
+      std::tie(gs, gq) =
+          classify_backward(grads[0], s[0], s[1], s[2], optional_of(s[5]), optional_of(s[6]), s[3], s[4],
+                            o.num_classes, o.method, o.metric, o.scale, o.reduction);
+    }
     return {gs, Tensor(), gq, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+
+  // Most backwards begin with a gradient of 1, which changes nothing. Reading it is free on the CPU, and
+  // would wait for a GPU.
+  static bool is_one(const Tensor& grad) {
+    return grad.is_cpu() && !at::isTensorSubclassLike(grad) && grad.item<double>() == 1;
   }
 };
 
@@ -355,6 +396,17 @@ std::tuple<Tensor, Tensor, Tensor> classify_autograd(const Tensor& support, cons
   at::AutoDispatchBelowADInplaceOrView guard;
   return classify(support, support_labels, query, query_labels, ways, num_classes, method, metric, scale,
                   reduction);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients_autograd(
+    const Tensor& support, const Tensor& support_labels, const Tensor& query, const Tensor& query_labels,
+    const OptionalTensor& ways, c10::SymInt num_classes, std::string_view method, std::string_view metric,
+    double scale, int64_t reduction) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!needs_graph("classify_with_gradients", support, query),
+                              "classify_with_gradients: it cannot be differentiated; classify can");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return classify_with_gradients(support, support_labels, query, query_labels, ways, num_classes, method,
+                                 metric, scale, reduction);
 }
 
 // Under autocast distances and losses run in float32, as torch.cdist does: every floating tensor argument of
@@ -381,6 +433,7 @@ TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
   m.impl("pairwise_backward", pairwise_backward_autograd);
   m.impl("pairwise_double_backward", pairwise_double_backward_autograd);
   m.impl("classify", classify_autograd);
+  m.impl("classify_with_gradients", classify_with_gradients_autograd);
   m.impl("classify_backward", classify_backward_autograd);
   m.impl("classify_double_backward", classify_double_backward_autograd);
 }

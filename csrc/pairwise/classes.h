@@ -125,7 +125,7 @@ class ClassGradients {
     for (int64_t n = 0; n < p_.way; ++n) per_class_[n] = V{};
     for (int i = 0; i < count; ++i) {
       const int64_t query = task * p_.queries + q + i;
-      const T* grad = grad_.grad + query * grad_.query_stride;
+      const T* grad = grad_.grad != nullptr ? grad_.grad + query * grad_.query_stride : &kOne;
       if (p_.query_labels != nullptr) {
         const int64_t label = p_.query_labels[query];
         if (label < 0 || label >= ways) continue;
@@ -143,6 +143,8 @@ class ClassGradients {
   V sum() const { return sum_; }
 
  private:
+  static constexpr T kOne = 1;
+
   const Classes<T>& p_;
   const LossGradient<T>& grad_;
   T scale_;

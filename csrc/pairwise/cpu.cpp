@@ -131,6 +131,12 @@ void walk(const PairwiseDoubleBackward<T>& p, int64_t begin, int64_t end) {
 
 // ---- classify ----
 
+template <class Params, typename T>
+void store_nll(const Params& p, const ClassProbabilities<T>& probabilities, int64_t query, int count) {
+  const Vec<T> nll = -probabilities.label_log_probs(p.query_labels + query, count);
+  for (int i = 0; i < count; ++i) p.nll[query + i] = nll[i];
+}
+
 template <class M, typename T>
 void walk(const Classify<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> logits(p.rows);
@@ -150,10 +156,7 @@ void walk(const Classify<T>& p, int64_t begin, int64_t end) {
             n < probabilities.ways() ? probabilities.log_prob(n) : Math<Vec<T>>::constant(-kInfinity);
         for (int i = 0; i < x.count; ++i) p.log_probs[(query + i) * p.way + n] = log_prob[i];
       }
-      if (p.nll != nullptr) {
-        const Vec<T> nll = -probabilities.label_log_probs(p.query_labels + query, x.count);
-        for (int i = 0; i < x.count; ++i) p.nll[query + i] = nll[i];
-      }
+      if (p.nll != nullptr) store_nll(p, probabilities, query, x.count);
     });
   }
 }
@@ -174,6 +177,7 @@ void walk(const ClassifyBackward<T>& p, int64_t begin, int64_t end) {
       compare.distances(x, out.get());
       scale_tile(grad.get(), p.rows, -p.scale, out.get());
       probabilities.set(grad.get());
+      if (p.nll != nullptr) store_nll(p, probabilities, chunk.task * p.queries + q, x.count);
       gradients.set(chunk.task, q, x.count, probabilities.ways());
       for (int64_t j = 0; j < p.rows; ++j) {
         const int64_t n = probabilities.class_of(j);
@@ -354,7 +358,7 @@ void run(const ReduceLoss<T>& p, int64_t, int64_t) {
   double sums[kSums] = {}, sum = 0;
   int64_t valids[kSums] = {}, valid = 0;
   const auto add = [&](int k, int64_t i) {
-    sums[k] += p.nll[i];  // 0 where the label is ignored
+    if (p.nll != nullptr) sums[k] += p.nll[i];  // 0 where the label is ignored
     valids[k] += p.query_labels[i] != kIgnoreLabel;
   };
   int64_t i = 0;
@@ -367,7 +371,7 @@ void run(const ReduceLoss<T>& p, int64_t, int64_t) {
     valid += valids[k];
   }
   *p.valid = static_cast<T>(valid);
-  *p.loss = static_cast<T>(p.mean ? sum / static_cast<double>(valid) : sum);
+  if (p.loss != nullptr) *p.loss = static_cast<T>(p.mean ? sum / static_cast<double>(valid) : sum);
 }
 
 #define METAFAST_INSTANTIATE(Params)                         \

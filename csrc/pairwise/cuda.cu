@@ -107,14 +107,14 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_loss(ReduceLoss<T> p) {
   ReduceShared& shared = shared_memory<ReduceShared>();
   double sum = 0, valid = 0;
   for (int64_t i = threadIdx.x; i < p.count; i += kReduceThreads) {
-    sum += p.nll[i];
+    if (p.nll != nullptr) sum += p.nll[i];
     valid += p.query_labels[i] != kIgnoreLabel;
   }
   sum = block_sum(sum, shared.warps);
   valid = block_sum(valid, shared.warps);
   if (threadIdx.x != 0) return;
   *p.valid = static_cast<T>(valid);
-  *p.loss = static_cast<T>(p.mean ? sum / valid : sum);
+  if (p.loss != nullptr) *p.loss = static_cast<T>(p.mean ? sum / valid : sum);
 }
 
 }  // namespace

@@ -145,7 +145,8 @@ class ClassifyBlock {
     grad_ = grad.grad + query_ * grad.query_stride;
     grad_sum_ = 0;
     if (p_.query_labels != nullptr) {
-      if (label_ >= 0) grad_sum_ = grad.divisor != nullptr ? -*grad_ / *grad.divisor : -*grad_;
+      const T of_loss = grad.grad != nullptr && label_ >= 0 ? *grad_ : T(1);
+      if (label_ >= 0) grad_sum_ = grad.divisor != nullptr ? -of_loss / *grad.divisor : -of_loss;
     } else {
       for (int64_t n = first_row_; n < ways_ && active(); n += row_step_) grad_sum_ += grad_[n];
       grad_sum_ = over_rows(grad_sum_, Sum<T>{});
@@ -360,6 +361,13 @@ __device__ __forceinline__ void check_rows(const Classes<T>& p, int64_t task) {
   }
 }
 
+// By one of the threads of a query.
+template <class Params, class Block>
+__device__ __forceinline__ void store_nll(const Params& p, const Block& block) {
+  check_label(p.query_labels[block.query()], block.ways());
+  p.nll[block.query()] = block.label() >= 0 ? -block.log_prob(block.label()) : 0;
+}
+
 // Blocks: tasks x tiles of queries.
 template <class M, typename T>
 __global__ void __launch_bounds__(kClassifyThreads, 1) classify(ClassifyLaunch<Classify<T>> k) {
@@ -371,9 +379,7 @@ __global__ void __launch_bounds__(kClassifyThreads, 1) classify(ClassifyLaunch<C
   block.start(tile * k.plan.tile, p.queries, nullptr);
   if (!block.active()) return;
   if (p.query_labels != nullptr) {
-    if (block.first_row() != 0) return;
-    check_label(p.query_labels[block.query()], block.ways());
-    p.nll[block.query()] = block.label() >= 0 ? -block.log_prob(block.label()) : T(0);
+    if (block.first_row() == 0) store_nll(p, block);
     return;
   }
   for (int64_t n = block.first_row(); n < p.way; n += block.row_step()) {
@@ -390,9 +396,11 @@ __global__ void __launch_bounds__(kClassifyThreads, 1)
   if (block_index() >= p.tasks * p.chunks) return;
   const Range range(p.queries, p.chunks, block_index() % p.chunks, kQueryQuantum);
   T* const grad_y = p.grad_y + block_index() * p.rows * p.features;
+  if (p.nll != nullptr && block_index() % p.chunks == 0) check_rows(p, block_index() / p.chunks);
   ClassifyBlock<M, false, T> block(p, k.plan, block_index() / p.chunks, nullptr);
   for (int64_t q = range.begin; q < range.end; q += k.plan.tile) {
     block.start(q, range.end, nullptr);
+    if (p.nll != nullptr && block.active() && block.first_row() == 0) store_nll(p, block);
     block.set_gradient(p.grad);
     block.set_first_factors();
     block.spread(p.grad_x, grad_y, q == range.begin);

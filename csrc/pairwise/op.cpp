@@ -460,7 +460,6 @@ struct Episode {
       check_label_values(*query_labels, ways, way, "query_labels");
   }
 
-  // `rows`: what queries are compared with, [..., J, D]: the prototypes or the support examples.
   template <typename T>
   Classes<T> classes(const Tensor& rows) const {
     return {{query.tensor.const_data_ptr<T>(), rows.const_data_ptr<T>(), nullptr, nullptr, metric, tasks,
@@ -473,8 +472,8 @@ struct Episode {
   }
 
   template <typename T>
-  LossGradient<T> loss_gradient(const Tensor& grad, const Tensor& valid) const {
-    return {grad.const_data_ptr<T>(), reduction == Reduction::mean ? valid.const_data_ptr<T>() : nullptr,
+  LossGradient<T> loss_gradient(const OptionalTensor& grad, const Tensor& valid) const {
+    return {data<T>(grad), reduction == Reduction::mean ? valid.const_data_ptr<T>() : nullptr,
             !query_labels ? way : (reduction == Reduction::none ? 1 : 0)};
   }
 
@@ -486,10 +485,9 @@ struct Episode {
   at::TensorOptions options() const { return support.options(); }
 
   // From the gradient of the rows to that of the support.
-  Tensor finish_support(const Tensor& partial, const Tensor& rows) const {
+  Tensor grad_support(const Tensor& partial, const Tensor& rows) const {
     const Tensor grad_rows = sum_chunks(partial, tasks, rows.sizes());
-    return to_dtype(prototypical ? run_prototypes_backward(grad_rows, support_labels, ways) : grad_rows,
-                    dtype);
+    return prototypical ? run_prototypes_backward(grad_rows, support_labels, ways) : grad_rows;
   }
 
   // Sum, or mean over the valid queries, of one number per query; how many are valid.
@@ -503,6 +501,21 @@ struct Episode {
     });
     return {result, valid};
   }
+
+  Tensor count_valid() const {
+    Tensor valid = empty({1}, options());
+    with_scalar(valid, [&]<typename T>() {
+      run_kernel(ReduceLoss<T>{nullptr, query_labels->const_data_ptr<int64_t>(), nullptr,
+                               valid.mutable_data_ptr<T>(), false, query_labels->numel()},
+                 valid);
+    });
+    return valid;
+  }
+
+  // What queries are compared with, [..., J, D].
+  Tensor rows() const { return prototypical ? run_prototypes(support, support_labels, ways, way) : support; }
+  // Of them what derivatives cannot take from the arguments.
+  Tensor rows_to_keep(const Tensor& rows) const { return prototypical ? rows : empty({0}, options()); }
 };
 
 std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tensor& support_labels,
@@ -513,9 +526,7 @@ std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tens
   const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric,
                         scale, reduction);
   episode.check_values();
-  const Tensor rows = episode.prototypical
-                          ? run_prototypes(episode.support, episode.support_labels, episode.ways, num_classes)
-                          : episode.support;
+  const Tensor rows = episode.rows();
   const bool loss = query_labels.has_value();
   Tensor out =
       empty(sizes_of(episode.lead, loss ? std::initializer_list<int64_t>{episode.queries}
@@ -525,14 +536,40 @@ std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tens
     T* result = out.mutable_data_ptr<T>();
     run_kernel(Classify<T>{episode.classes<T>(rows), loss ? nullptr : result, loss ? result : nullptr}, out);
   });
-  const auto nothing = [&] { return empty({0}, episode.options()); };
   Tensor valid;
   if (episode.reduction == Reduction::none) {
-    valid = nothing();
+    valid = empty({0}, episode.options());
   } else {
     std::tie(out, valid) = episode.reduce(out);
   }
-  return {to_dtype(out, episode.dtype), episode.prototypical ? rows : nothing(), valid};
+  return {to_dtype(out, episode.dtype), episode.rows_to_keep(rows), valid};
+}
+
+// The gradients are not rounded to a half type: they are not yet scaled.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients_op(
+    const Tensor& support, const Tensor& support_labels, const Tensor& query, const Tensor& query_labels,
+    const OptionalTensor& ways, int64_t num_classes, std::string_view method, std::string_view metric,
+    double scale, int64_t reduction) {
+  const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric,
+                        scale, reduction);
+  TORCH_CHECK_VALUE(episode.reduction != Reduction::none, "reduction: expected 1 (mean) or 2 (sum), got ",
+                    reduction);
+  episode.check_values();
+  const Tensor rows = episode.rows(), divisor = episode.count_valid();
+  const Tensor nll = empty(sizes_of(episode.lead, {episode.queries}), episode.options());
+  Tensor grad_query = empty(query.sizes(), episode.options());
+  const Tensor partial =
+      empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
+  with_scalar(nll, [&]<typename T>() {
+    run_kernel(
+        ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(OptionalTensor(), divisor),
+                            nll.mutable_data_ptr<T>(), grad_query.mutable_data_ptr<T>(),
+                            partial.mutable_data_ptr<T>()},
+        nll);
+  });
+  const auto [out, valid] = episode.reduce(nll);
+  return {to_dtype(out, episode.dtype), episode.rows_to_keep(rows), valid,
+          episode.grad_support(partial, rows), grad_query};
 }
 
 void check_saved(const Episode& episode, const Tensor& grad, const Tensor& like) {
@@ -558,10 +595,10 @@ std::tuple<Tensor, Tensor> classify_backward_op(const Tensor& grad, const Tensor
       empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
   with_scalar(grad_query, [&]<typename T>() {
     run_kernel(ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(dense_grad, valid),
-                                   grad_query.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>()},
+                                   nullptr, grad_query.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>()},
                grad_query);
   });
-  return {episode.finish_support(partial, rows), to_dtype(grad_query, episode.dtype)};
+  return {to_dtype(episode.grad_support(partial, rows), episode.dtype), to_dtype(grad_query, episode.dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
@@ -599,7 +636,7 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
         grad_query);
   });
   if (episode.reduction != Reduction::none) grad_grad = std::get<0>(episode.reduce(grad_grad));
-  return {to_dtype(grad_grad, episode.dtype), episode.finish_support(partial, rows),
+  return {to_dtype(grad_grad, episode.dtype), to_dtype(episode.grad_support(partial, rows), episode.dtype),
           to_dtype(grad_query, episode.dtype)};
 }
 
@@ -610,6 +647,7 @@ void implement(torch::Library& m) {
   m.impl("pairwise_backward", pairwise_backward_op);
   m.impl("pairwise_double_backward", pairwise_double_backward_op);
   m.impl("classify", classify_op);
+  m.impl("classify_with_gradients", classify_with_gradients_op);
   m.impl("classify_backward", classify_backward_op);
   m.impl("classify_double_backward", classify_double_backward_op);
 }

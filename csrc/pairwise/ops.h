@@ -32,6 +32,10 @@ std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor&
                                             const OptionalTensor& ways, c10::SymInt num_classes,
                                             std::string_view method, std::string_view metric, double scale,
                                             int64_t reduction);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients(
+    const Tensor& support, const Tensor& support_labels, const Tensor& query, const Tensor& query_labels,
+    const OptionalTensor& ways, c10::SymInt num_classes, std::string_view method, std::string_view metric,
+    double scale, int64_t reduction);
 std::tuple<Tensor, Tensor> classify_backward(const Tensor& grad, const Tensor& support,
                                              const Tensor& support_labels, const Tensor& query,
                                              const OptionalTensor& query_labels, const OptionalTensor& ways,

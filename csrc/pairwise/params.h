@@ -182,7 +182,7 @@ struct Classify : Classes<T> {
 // *divisor. Strides of 0 read the one gradient of a reduced loss without expanding it.
 template <typename T>
 struct LossGradient {
-  const T* grad;         // of nll [T, Q], of the reduced loss [1], or of log_probs [T, Q, N]
+  const T* grad;         // of nll [T, Q], of the reduced loss [1] (null: 1), or of log_probs [T, Q, N]
   const T* divisor;      // [1] or null
   int64_t query_stride;  // 1 or 0 with query_labels, else N
 };
@@ -190,6 +190,7 @@ struct LossGradient {
 template <typename T>
 struct ClassifyBackward : Classes<T> {
   LossGradient<T> grad;
+  T* nll;     // [T, Q], as Classify finds it; or null
   T* grad_x;  // [T, Q, D]
   T* grad_y;  // [T, chunks, J, D], partial sums
 };
@@ -207,9 +208,9 @@ struct ClassifyDoubleBackward : Classes<T> {
 // Sum and number of the valid entries of nll; mean = sum / count is NaN when nothing is valid, as in torch.
 template <typename T>
 struct ReduceLoss {
-  const T* nll;                 // [count]
+  const T* nll;                 // [count], or null: only `valid` is wanted
   const int64_t* query_labels;  // [count]
-  T* loss;                      // [1]
+  T* loss;                      // [1], or null with nll
   T* valid;                     // [1]
   bool mean;
   int64_t count;
