@@ -195,7 +195,7 @@ def test_classes_of_different_shot() -> None:
 
 
 def test_a_loss_can_be_scaled_and_differentiated_twice_over() -> None:
-    """The forward finds the gradients of the loss itself; the backward may want others, and more than once."""
+    """The forward finds the gradients of the loss itself; a backward may want others, or a second time."""
     support, labels, query, query_labels = episode()
     query.requires_grad_()
     loss = metafast.prototypical_loss(support, labels, query, query_labels, 4)
