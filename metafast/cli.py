@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from metafast import sources
-from metafast.methods import METHODS
+from metafast.methods import METHODS, Method
 
 # The commands are imported when they run: `metafast info` needs none of the packages of metafast[cli].
 _EXTRA = {"matplotlib", "rich", "safetensors"}
@@ -53,11 +53,13 @@ def _parser() -> ArgumentParser:
         train = methods.add_parser(name, help=summary, description=summary)
         method.add_options(train.add_argument_group("method"))
         _add_train_options(train, name)
+        _say_defaults(train, method)
     _add_eval_options(
         commands.add_parser(
             "eval",
-            help="accuracy of a checkpoint with its 95 %% confidence interval",
-            description="Accuracy of a checkpoint over episodes of classes it was not trained on.",
+            help="accuracy or error of a checkpoint with its 95 %% confidence interval",
+            description="Accuracy of a checkpoint over episodes of classes it was not trained on; on sine, its "
+            "squared error on new waves.",
         )
     )
     commands.add_parser(
@@ -73,15 +75,19 @@ def _add_train_options(parser: ArgumentParser, method: str) -> None:
     sources.add_options(parser.add_argument_group("data"))
 
     episodes = parser.add_argument_group("episodes")
-    _add_episode_options(episodes, ways=60)
-    episodes.add_argument("--tasks", type=int, default=1, metavar="T", help="per step (default: %(default)s)")
+    episodes.add_argument("--ways", type=int, metavar="N", help="classes")
+    episodes.add_argument("--shots", type=int, metavar="K", help="support examples per class")
+    episodes.add_argument("--queries", type=int, metavar="K", help="query examples per class")
+    episodes.add_argument("--tasks", type=int, metavar="T", help="per step")
 
-    training = parser.add_argument_group(
-        "training (Adam; the learning rate warms up, then falls along a cosine)"
-    )
-    training.add_argument("--steps", type=int, default=600, metavar="N", help="default: %(default)s")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, metavar="N")
+    training.add_argument("--optimizer", choices=("adam", "sgd"), help="of the outer loop")
+    training.add_argument("--lr", type=float, metavar="X", help="of the optimizer, its peak")
     training.add_argument(
-        "--lr", type=float, default=2e-3, metavar="X", help="its peak (default: %(default)s)"
+        "--schedule",
+        choices=("constant", "linear", "cosine"),
+        help="of the learning rate: linear falls to 0; cosine warms up, then falls along a cosine",
     )
     training.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     _add_machine_options(training)
@@ -97,14 +103,37 @@ def _add_train_options(parser: ArgumentParser, method: str) -> None:
     run.add_argument(
         "--resume", action="store_true", help="continue the run in --out, bit for bit, with the same options"
     )
-    run.add_argument(
-        "--checkpoint-every", type=int, default=200, metavar="N", help="steps (default: %(default)s)"
-    )
+    run.add_argument("--checkpoint-every", type=int, metavar="N", help="steps")
     run.add_argument(
         "--keep", type=int, default=2, metavar="N", help="latest checkpoints (default: %(default)s)"
     )
-    run.add_argument("--log-every", type=int, default=20, metavar="N", help="steps (default: %(default)s)")
+    run.add_argument("--log-every", type=int, metavar="N", help="steps")
     parser.set_defaults(run=_train)
+
+
+def _say_defaults(parser: ArgumentParser, method: type[Method]) -> None:
+    """Adds to the help of an option what it is by default, where that depends on the data."""
+    for action in parser._actions:
+        values = {}
+        for kind, recipe in method.recipes.items():
+            if action.dest in recipe:
+                value = recipe[action.dest]
+                values[kind] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if values:
+            several = len(set(values.values())) > 1
+            said = ", ".join(f"{kind} {value}" for kind, value in values.items())
+            default = said if several else next(iter(values.values()))
+            action.help = f"{action.help or ''} (default: {default})".lstrip()
+
+
+def _fill_in(options: Namespace) -> None:
+    """Gives the options that depend on the data, and were not given, what the method's recipe says."""
+    recipes, kind = METHODS[options.method].recipes, sources.kind(options)
+    if kind not in recipes:
+        raise ValueError(f"data: {options.method} learns from {' or '.join(recipes)}, got {options.data!r}")
+    for name, value in recipes[kind].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def _add_eval_options(parser: ArgumentParser) -> None:
@@ -117,20 +146,27 @@ def _add_eval_options(parser: ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help=sources.DATA_ROOT_HELP)
     parser.add_argument("--split", default="test", metavar="NAME", help="of the data (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=600, metavar="N", help="default: %(default)s")
-    _add_episode_options(parser, ways=5)
+    parser.add_argument("--ways", type=int, metavar="N", help="classes (default: 5)")
+    parser.add_argument(
+        "--shots",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="support examples per class (default: 1; of a wave 5 10)",
+    )
+    parser.add_argument(
+        "--queries", type=int, metavar="K", help="query examples per class (default: 5; of a wave 100)"
+    )
+    parser.add_argument(
+        "--inner-steps",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="steps of adaptation (default: as trained; on sine 1 5 10 32)",
+    )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
     _add_machine_options(parser)
     parser.set_defaults(run=_eval)
-
-
-def _add_episode_options(parser: ArgumentParser | _ArgumentGroup, *, ways: int) -> None:
-    parser.add_argument("--ways", type=int, default=ways, metavar="N", help="classes (default: %(default)s)")
-    parser.add_argument(
-        "--shots", type=int, default=1, metavar="K", help="support examples per class (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--queries", type=int, default=5, metavar="K", help="query examples per class (default: %(default)s)"
-    )
 
 
 def _add_machine_options(parser: ArgumentParser | _ArgumentGroup) -> None:
@@ -143,15 +179,15 @@ def _add_machine_options(parser: ArgumentParser | _ArgumentGroup) -> None:
     )
     parser.add_argument(
         "--precision",
-        default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of the backbone; auto is bfloat16 where the hardware multiplies it (default: %(default)s)",
+        help="of the backbone; auto is bfloat16 where the hardware multiplies it",
     )
 
 
 def _train(options: Namespace) -> None:
     from metafast.jobs import run_train
 
+    _fill_in(options)
     run_train(options)
 
 

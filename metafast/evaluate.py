@@ -1,8 +1,8 @@
-"""Accuracy over many episodes, with its confidence interval."""
+"""How well a method does over many episodes, with its confidence interval."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +16,18 @@ _Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over episodes and the half-width of its 95 % confidence interval, both in 0..1."""
+    """A mean over episodes and the half-width of its 95 % confidence interval.
+
+    As a string with a format of its numbers: ``f"{result:.2%}"`` is ``75.00 ± 49.00 %``.
+    """
 
     mean: float
     half_width: float
 
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.half_width:.2f} %"
+    def __format__(self, spec: str) -> str:
+        if spec.endswith("%"):
+            return f"{100 * self.mean:{spec[:-1]}f} ± {100 * self.half_width:{spec[:-1]}f} %"
+        return f"{self.mean:{spec}} ± {self.half_width:{spec}}"
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -33,17 +38,33 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), _Z95 * float(values.std()) / len(values) ** 0.5)
 
 
+def score_name(episodes: Episodes) -> str:
+    """What :func:`score` measures: ``"accuracy"``, or in regression ``"mse"``."""
+    return "mse" if episodes.regression else "accuracy"
+
+
 @torch.no_grad()
-def accuracy(method: Method, episodes: Episodes) -> Tensor:
-    """Share of queries classified right in each episode, [T]; in evaluation mode, each query by itself."""
+def score(method: Method, episodes: Episodes, predict: Callable[[Episodes], Tensor] | None = None) -> Tensor:
+    """Each episode's share of queries classified right, or in regression its mean squared error: [T].
+
+    In evaluation mode, each query by itself.
+
+    Args:
+        predict: of ``method``, with arguments of its own; default: ``method.predict``.
+    """
     training = method.training
     method.eval()
-    predicted = method.log_probs(episodes).argmax(-1)
+    predicted = (predict or method.predict)(episodes)
     method.train(training)
-    labels = episodes.query_labels  # -100: ignored
-    return (predicted == labels).sum(-1) / (labels >= 0).sum(-1)
+    labels = episodes.query_labels
+    if episodes.regression:
+        return (predicted - labels).square().flatten(1).mean(1)
+    valid = labels >= 0  # -100: ignored
+    return (predicted.argmax(-1) == labels).sum(-1) / valid.sum(-1)
 
 
-def evaluate(method: Method, batches: Iterable[Episodes]) -> Estimate:
-    """Accuracy over all episodes of all batches."""
-    return estimate(torch.cat([accuracy(method, episodes) for episodes in batches]))
+def evaluate(
+    method: Method, batches: Iterable[Episodes], predict: Callable[[Episodes], Tensor] | None = None
+) -> Estimate:
+    """The mean score over all episodes of all batches."""
+    return estimate(torch.cat([score(method, episodes, predict) for episodes in batches]))

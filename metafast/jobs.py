@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from metafast.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
-from metafast.data import EpisodeSampler, omniglot_runs
+from metafast.data import Problem, omniglot_runs
+from metafast.data.center import center
 from metafast.data.floors import pixel_floor
-from metafast.evaluate import accuracy, evaluate
-from metafast.methods import METHODS, Method
-from metafast.sources import describe, load_classes
+from metafast.evaluate import evaluate, score
+from metafast.methods import METHODS, Adaptation, Method
+from metafast.sources import describe, load_sampler
 from metafast.train import train
 
 LOG = "log.jsonl"
+_WAYS, _SHOTS, _QUERIES = 5, 1, 5  # of an evaluation
+_WAVE_SHOTS, _WAVE_QUERIES, _WAVE_STEPS = (5, 10), 100, (1, 5, 10, 32)
 _FLOOR = "nearest in raw pixels, by cosine"
 
 # Options that say where and how often, not what: a resumed run may change them.
@@ -35,9 +39,21 @@ def autocast_dtype(precision: str, device: str) -> torch.dtype | None:
     return {"float32": None, "bfloat16": torch.bfloat16}[precision]
 
 
-def warm_up_and_cosine(step: int, *, steps: int) -> float:
-    """Share of the peak learning rate: linear up over a tenth of the steps, and down along half a cosine."""
+def _constant(step: int, *, steps: int) -> float:
+    return 1.0
+
+
+def _linear(step: int, *, steps: int) -> float:
+    return 1 - step / steps
+
+
+def _warm_up_and_cosine(step: int, *, steps: int) -> float:
     return min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+SCHEDULES = {"constant": _constant, "linear": _linear, "cosine": _warm_up_and_cosine}
+"""Shares of the peak learning rate: constant; linear down to zero; linear up over a tenth of the steps and down
+along half a cosine."""
 
 
 def load_method(path: Path, device: str = "cpu", data_root: str | None = None) -> tuple[Method, Namespace]:
@@ -47,7 +63,8 @@ def load_method(path: Path, device: str = "cpu", data_root: str | None = None) -
     """
     checkpoint = Checkpoint.read(find_checkpoint(path))
     options = Namespace(**checkpoint.config["options"], data_root=data_root)
-    method = METHODS[options.method].from_options(options, tuple(checkpoint.config["image_shape"]))
+    problem = Problem(**checkpoint.config["problem"])
+    method = METHODS[options.method].from_options(options, problem)
     checkpoint.restore_model(method)
     return method.to(device).eval(), options
 
@@ -57,13 +74,9 @@ def run_train(options: Namespace) -> None:
     if list_checkpoints(options.out) and not options.resume:
         raise ValueError(f"out: {options.out} holds a run already: --resume continues it")
     torch.manual_seed(options.seed)
-    classes = load_classes(options, "train")
-    image_shape = tuple(classes.images.shape[2:])
-    method = METHODS[options.method].from_options(options, image_shape).to(options.device)
-    optimizer = torch.optim.Adam(method.parameters(), lr=options.lr)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_up_and_cosine, steps=options.steps))
-    sampler = EpisodeSampler(
-        classes,
+    sampler = load_sampler(
+        options,
+        "train",
         ways=options.ways,
         shots=options.shots,
         queries=options.queries,
@@ -71,26 +84,31 @@ def run_train(options: Namespace) -> None:
         seed=options.seed,
         device=options.device,
     )
+    problem = sampler.batch(0).problem
+    method = METHODS[options.method].from_options(options, problem).to(options.device)
+    optimizer = _optimizer(options, method)
+    schedule = partial(SCHEDULES[options.schedule], steps=options.steps)
     kept = {name: value for name, value in vars(options).items() if name not in _FREE}
     checkpoints = Checkpoints(
         options.out,
         every=options.checkpoint_every,
         keep=options.keep,
-        config={"options": kept, "image_shape": image_shape},
+        config={"options": kept, "problem": asdict(problem)},
     )
     if options.resume:
         _check_same_run(checkpoints, kept)
     dtype = autocast_dtype(options.precision, options.device)
+    task = f"{options.shots}-shot" if options.ways is None else f"{options.ways}-way {options.shots}-shot"
     print(
-        f"{options.method} on {describe(options)} train, {len(classes)} classes: {options.ways}-way "
-        f"{options.shots}-shot, {options.steps} steps, {options.device} in {dtype or torch.float32}"
+        f"{options.method} on {describe(options)} train: {task}, {options.tasks} tasks a step, "
+        f"{options.steps} steps, {options.device} in {dtype or torch.float32}"
     )
     train(
         method,
         sampler.batch,
         steps=options.steps,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
         autocast=dtype,
         checkpoints=checkpoints,
         resume=options.resume,
@@ -98,6 +116,11 @@ def run_train(options: Namespace) -> None:
         log_every=options.log_every,
     )
     print(find_checkpoint(options.out))
+
+
+def _optimizer(options: Namespace, method: Method) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[options.optimizer]
+    return kind(method.parameters(), lr=options.lr, fused=True)
 
 
 def _check_same_run(checkpoints: Checkpoints, kept: dict[str, object]) -> None:
@@ -117,42 +140,78 @@ def _check_same_run(checkpoints: Checkpoints, kept: dict[str, object]) -> None:
 def run_eval(options: Namespace) -> None:
     """``metafast eval``."""
     method, trained = load_method(options.checkpoint, options.device, options.data_root)
-    dtype = autocast_dtype(options.precision, options.device)
+    dtype = autocast_dtype(options.precision or trained.precision, options.device)
     precision = torch.autocast(options.device, dtype, enabled=dtype is not None)
-    if options.runs:
-        _eval_runs(method, trained, options, precision)
-    else:
-        _eval_split(method, trained, options, precision)
-
-
-def _eval_split(method: Method, trained: Namespace, options: Namespace, precision: torch.autocast) -> None:
     if options.episodes < 2:
         raise ValueError(f"episodes: expected at least 2 for an interval, got {options.episodes}")
-    sampler = EpisodeSampler(
-        load_classes(trained, options.split),
-        ways=options.ways,
-        shots=options.shots,
-        queries=options.queries,
-        tasks=1,
-        seed=options.seed,
-        device=options.device,
-    )
+    if options.inner_steps is not None and not isinstance(method, Adaptation):
+        raise ValueError(f"inner_steps: {trained.method} has no inner loop")
     with precision:
-        result = evaluate(method, (sampler.batch(step) for step in range(options.episodes)))
-    floor = sum(pixel_floor(sampler.batch(step)) for step in range(options.episodes)) / options.episodes
-    print(
-        f"{options.ways}-way {options.shots}-shot, {options.episodes} episodes of {describe(trained)} "
-        f"{options.split}: {result}   ({_FLOOR}: {100 * floor:.2f} %)"
-    )
+        if trained.data == "sine":
+            _eval_waves(method, trained, options)
+        elif options.runs:
+            _eval_runs(method, trained, options)
+        else:
+            _eval_split(method, trained, options)
 
 
-def _eval_runs(method: Method, trained: Namespace, options: Namespace, precision: torch.autocast) -> None:
+def _eval_waves(method: Adaptation, trained: Namespace, options: Namespace) -> None:
+    """A line for each number of points, a column for each number of steps: all on the same waves."""
+    if options.runs:
+        raise ValueError("runs: the benchmark is Omniglot's, got a run on sine waves")
+    columns = options.inner_steps or _WAVE_STEPS
+    print(f"Mean squared error of {trained.method} on {options.episodes} waves, after steps of fine-tuning:")
+    print("points" + "".join(f"{steps:>17}" for steps in columns))
+    for shots in options.shots or _WAVE_SHOTS:
+        sampler = load_sampler(
+            trained,
+            options.split,
+            ways=options.ways,
+            shots=shots,
+            queries=options.queries or _WAVE_QUERIES,
+            tasks=options.episodes,
+            seed=options.seed,
+            device=options.device,
+        )
+        errors = [
+            evaluate(method, [sampler.batch(0)], partial(method.predict, steps=steps)) for steps in columns
+        ]
+        print(f"{shots:>6}" + "".join(f"{error:>9.3f}" for error in errors))
+
+
+def _eval_split(method: Method, trained: Namespace, options: Namespace) -> None:
+    ways = options.ways or _WAYS
+    for shots in options.shots or [_SHOTS]:
+        sampler = load_sampler(
+            trained,
+            options.split,
+            ways=ways,
+            shots=shots,
+            queries=options.queries or _QUERIES,
+            tasks=1,
+            seed=options.seed,
+            device=options.device,
+        )
+        floor = sum(pixel_floor(sampler.batch(step)) for step in range(options.episodes)) / options.episodes
+        for steps in options.inner_steps or [None]:
+            predict = method.predict if steps is None else partial(method.predict, steps=steps)
+            batches = (sampler.batch(step) for step in range(options.episodes))
+            after = "" if steps is None else f", {steps} inner steps"
+            print(
+                f"{ways}-way {shots}-shot, {options.episodes} episodes of {describe(trained)} "
+                f"{options.split}{after}: {evaluate(method, batches, predict):.2%}   "
+                f"({_FLOOR}: {100 * floor:.2f} %)"
+            )
+
+
+def _eval_runs(method: Method, trained: Namespace, options: Namespace) -> None:
     if trained.data == "omniglot" and trained.protocol == "vinyals":
         raise ValueError(
             "runs: the vinyals split trains on characters of the benchmark; train with --protocol background"
         )
     runs = omniglot_runs(trained.data_root, image_size=trained.image_size).to(options.device)
-    with precision:
-        error = 1 - float(accuracy(method, runs).mean())
+    if trained.center:
+        runs = replace(runs, support=center(runs.support), query=center(runs.query))
+    error = 1 - float(score(method, runs).mean())
     floor = 1 - pixel_floor(runs)
     print(f"20-run one-shot benchmark: {100 * error:.2f} % error   ({_FLOOR}: {100 * floor:.2f} %)")

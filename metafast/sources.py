@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 
-from metafast.data import ImageClasses, digits, image_folder, omniglot
+import torch
+
+from metafast.data import EpisodeSampler, ImageClasses, SineSampler, digits, image_folder, omniglot
 from metafast.data.resize import resize_area
 
 DATA_ROOT_HELP = "where the data lie, and are downloaded to (default: METAFAST_DATA, else the user's cache)"
+_SINE_SPLITS = ("train", "val", "test")
 _DIGITS_TRAIN = 90  # of the 174 to 183 drawings of each digit
 
 
@@ -17,8 +20,9 @@ def add_options(parser: ArgumentParser) -> None:
         "--data",
         default="omniglot",
         metavar="NAME",
-        help="omniglot; digits (tested on new drawings of the same ten classes); or a folder with train/ and "
-        "test/, in which every class is a folder of images (default: %(default)s)",
+        help="omniglot; digits (tested on new drawings of the same ten classes); a folder with train/ and "
+        "test/, in which every class is a folder of images; or sine (regression of sine waves) "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--protocol",
@@ -34,12 +38,49 @@ def add_options(parser: ArgumentParser) -> None:
         metavar="PIXELS",
         help="side of the images (default: %(default)s)",
     )
+    parser.add_argument(
+        "--center",
+        action=BooleanOptionalAction,
+        help="move every drawing's centre of mass to the middle of its image",
+    )
     parser.add_argument("--data-root", metavar="DIR", help=DATA_ROOT_HELP)
 
 
 def describe(options: Namespace) -> str:
     """The data set and its protocol, for people."""
     return f"omniglot ({options.protocol})" if options.data == "omniglot" else options.data
+
+
+def kind(options: Namespace) -> str:
+    """``"sine"`` or ``"images"``: what the recipes of the methods are for."""
+    return "sine" if options.data == "sine" else "images"
+
+
+def load_sampler(
+    options: Namespace,
+    split: str,
+    *,
+    ways: int | None,
+    shots: int,
+    queries: int,
+    tasks: int,
+    seed: int,
+    device: torch.device | str,
+) -> EpisodeSampler | SineSampler:
+    """Draws episodes of a split, by the options above.
+
+    Raises:
+        ValueError: there is no such split or data set, or a size does not fit it.
+    """
+    sizes = {"shots": shots, "queries": queries, "tasks": tasks, "device": device}
+    if kind(options) == "images":
+        return EpisodeSampler(load_classes(options, split), ways=ways, seed=seed, **sizes)
+    if ways is not None:
+        raise ValueError(f"ways: sine waves have no classes, got {ways}")
+    if split not in _SINE_SPLITS:
+        raise ValueError(f"split: expected one of {_SINE_SPLITS} for sine, got {split!r}")
+    # The splits have streams of their own: a test's waves were not trained on, whatever the seeds.
+    return SineSampler(seed=len(_SINE_SPLITS) * seed + _SINE_SPLITS.index(split), **sizes)
 
 
 def load_classes(options: Namespace, split: str) -> ImageClasses:
@@ -50,12 +91,14 @@ def load_classes(options: Namespace, split: str) -> ImageClasses:
     """
     size = options.image_size
     if options.data == "omniglot":
-        return omniglot(options.data_root, protocol=options.protocol, split=split, image_size=size)
-    if options.data == "digits":
-        return _digits_split(digits(options.data_root), split, size)
-    if Path(options.data).is_dir():
-        return image_folder(Path(options.data, split), image_size=size)
-    raise ValueError(f"data: expected 'omniglot', 'digits' or a folder, got {options.data!r}")
+        classes = omniglot(options.data_root, protocol=options.protocol, split=split, image_size=size)
+    elif options.data == "digits":
+        classes = _digits_split(digits(options.data_root), split, size)
+    elif Path(options.data).is_dir():
+        classes = image_folder(Path(options.data, split), image_size=size)
+    else:
+        raise ValueError(f"data: expected 'omniglot', 'digits', 'sine' or a folder, got {options.data!r}")
+    return classes.centered() if options.center else classes
 
 
 def _digits_split(classes: ImageClasses, split: str, size: int) -> ImageClasses:

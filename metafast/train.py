@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metafast.checkpoint import Checkpoints
 from metafast.data import Episodes
-from metafast.evaluate import accuracy
+from metafast.evaluate import score, score_name
 from metafast.methods import Method
 from metafast.progress import Progress
 
@@ -43,13 +44,17 @@ def train(
         checkpoints: where and how often the state is saved; also after the last step.
         resume: continue from the latest of ``checkpoints``, with the bits that an unbroken run would have;
             from the start if there is none yet.
-        log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the accuracy on
-            its episodes in evaluation mode, learning rate and speed. A resumed run drops the records after
-            its checkpoint and goes on from there.
+        log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the accuracy (in
+            regression the mean squared error) on its episodes in evaluation mode, learning rate and speed; and
+            one for every step in which tasks diverged. A resumed run drops the records after its checkpoint
+            and goes on from there.
+
+    A task whose loss or gradient is not finite, because its inner loop diverged, is left out: the step goes
+    by the other tasks of its batch, and the log gets a record of the step and how many were left out.
 
     Raises:
-        FloatingPointError: the loss is not finite. The step is logged and not taken, so that the weights stay
-            as they were.
+        FloatingPointError: no task of a batch has a finite loss and gradient. The step is logged and not
+            taken, so that the weights stay as they were.
     """
     for name, value in (("steps", steps), ("log_every", log_every)):
         if value < 1:
@@ -70,32 +75,67 @@ def train(
     with Progress(first, steps) as progress:
         for step in range(first, steps):
             episodes = batches(step)
-            with precision:
-                loss = method.loss(episodes)
-            value = loss.item()
             done = step + 1
-            if not math.isfinite(value):
-                journal.write(step=done, error="the loss is not finite", loss=str(value))
+            value, diverged = _gradient(method, episodes, optimizer, precision)
+            if diverged == len(episodes):
+                journal.write(step=done, diverged=diverged, error="no task has a finite loss and gradient")
                 raise FloatingPointError(f"the loss of step {done} is {value}: training stopped before it")
-            optimizer.zero_grad()
-            loss.backward()
+            if diverged:
+                journal.write(step=done, diverged=diverged)
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            progress.advance(loss=value, episodes=len(episodes.query))
+            progress.advance(loss=value, episodes=len(episodes), diverged=diverged)
 
             if done % log_every == 0 or done == steps:
+                name = score_name(episodes)
                 with precision:
-                    right = float(accuracy(method, episodes).mean())
+                    figure = float(score(method, episodes).mean())
                 seconds = time.perf_counter() - started
-                rate = (done - first) * len(episodes.query) / seconds
+                rate = (done - first) * len(episodes) / seconds
                 journal.write(
-                    step=done, loss=value, accuracy=right, lr=lr, episodes_per_second=rate, seconds=seconds
+                    step=done,
+                    loss=value,
+                    **{name: figure},
+                    lr=lr,
+                    episodes_per_second=rate,
+                    seconds=seconds,
                 )
-                progress.report(accuracy=right)
+                progress.report(name, figure)
             if checkpoints is not None and (done % checkpoints.every == 0 or done == steps):
                 checkpoints.save(done, method, optimizer, scheduler)
+
+
+def _gradient(
+    method: Method, episodes: Episodes, optimizer: Optimizer, precision: torch.autocast
+) -> tuple[float, int]:
+    """Leaves the gradient of the mean loss over the tasks that did not diverge.
+
+    Returns:
+        That loss, and the number of those that did.
+    """
+    value = _backward(method, episodes, optimizer, precision)
+    if math.isfinite(value):
+        return value, 0
+    singles = (episodes.take(slice(task, task + 1)) for task in range(len(episodes)))
+    finite = [math.isfinite(_backward(method, single, optimizer, precision)) for single in singles]
+    if any(finite):
+        value = _backward(method, episodes.take(torch.tensor(finite)), optimizer, precision)
+    return value, len(episodes) - sum(finite) if math.isfinite(value) else len(episodes)
+
+
+def _backward(
+    method: Method, episodes: Episodes, optimizer: Optimizer, precision: torch.autocast
+) -> float:
+    """The loss, whose gradient it leaves in the parameters; not finite where either is not."""
+    optimizer.zero_grad()
+    with precision:
+        loss = method.loss(episodes)
+    loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return (loss.detach() + 0 * norm).item()  # one wait for the device; 0 * inf is NaN
 
 
 class _Journal:

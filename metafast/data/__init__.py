@@ -1,16 +1,19 @@
-"""Episodes for few-shot learning: labelled images as one tensor, and batches of tasks drawn from them."""
+"""Episodes for few-shot learning: batches of tasks, drawn from labelled images or from sine waves."""
 
 from .classes import ImageClasses
 from .digits import digits
-from .episodes import Episodes
+from .episodes import Episodes, Problem
 from .image_folder import image_folder
 from .omniglot import omniglot, omniglot_runs
 from .sampler import EpisodeSampler
+from .sine import SineSampler
 
 __all__ = [
     "EpisodeSampler",
     "Episodes",
     "ImageClasses",
+    "Problem",
+    "SineSampler",
     "digits",
     "image_folder",
     "omniglot",

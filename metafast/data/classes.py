@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .center import center
+
 
 @dataclass(frozen=True)
 class ImageClasses:
@@ -56,6 +58,10 @@ class ImageClasses:
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         names = tuple(self.names[i] for i in index.tolist())
         return ImageClasses(self.images[index], names, None if self.counts is None else self.counts[index])
+
+    def centered(self) -> ImageClasses:
+        """The same classes with every image moved to its middle, by :func:`metafast.data.center.center`."""
+        return ImageClasses(center(self.images), self.names, self.counts)
 
     def rotated(self) -> ImageClasses:
         """4C classes: every class turned counter-clockwise by 0, 90, 180 and 270 degrees is a new class.

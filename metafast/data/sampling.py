@@ -29,16 +29,27 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def random_bits(seed: int, step: int, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+def random_bits(
+    seed: int, step: int | Tensor, shape: tuple[int, ...], device: torch.device | str
+) -> Tensor:
     """Uniform int64 in 0..2^63-1, a pure function of (seed, step, position): the same on every device.
 
     SplitMix64 (Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators"), whose state at
     position i is start + i * golden, so that all positions are computed at once.
+
+    Args:
+        step: an int, or several, int64 [B] on ``device``.
+        shape: of the bits of a step.
+
+    Returns:
+        int64 ``shape``, or [B, *``shape``].
     """
-    start = _mix(_mix(torch.tensor(_signed(seed)) + _signed(_GOLDEN)) + _signed((step + 1) * _GOLDEN)).item()
-    count = torch.Size(shape).numel()
-    counter = torch.arange(1, count + 1, device=device) * _signed(_GOLDEN) + start
-    return _shift_right(_mix(counter), 1).view(shape)
+    golden = _signed(_GOLDEN)
+    steps = step if isinstance(step, Tensor) else torch.tensor(step, device=device)
+    start = _mix(_mix(torch.tensor(_signed(seed), device=device) + golden) + (steps + 1) * golden)
+    counter = torch.arange(1, torch.Size(shape).numel() + 1, device=device) * golden
+    bits = _shift_right(_mix(start.unsqueeze(-1) + counter), 1)
+    return bits.view(*start.shape, *shape)
 
 
 def sample_without_replacement(bits: Tensor, population: Tensor | int) -> Tensor:

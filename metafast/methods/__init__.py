@@ -6,10 +6,36 @@ command line then trains, resumes and evaluates it, with the options that the cl
 
 from __future__ import annotations
 
+from .adaptation import Adaptation
 from .conv4 import conv4
+from .fomaml import FOMAML
+from .maml import MAML
+from .metasgd import MetaSGD
 from .method import Method
+from .mlp import mlp
+from .pretrain import Pretrain
 from .protonet import ProtoNet
+from .reptile import Reptile
 
-METHODS: dict[str, type[Method]] = {"protonet": ProtoNet}
+METHODS: dict[str, type[Method]] = {
+    "protonet": ProtoNet,
+    "maml": MAML,
+    "fomaml": FOMAML,
+    "reptile": Reptile,
+    "metasgd": MetaSGD,
+    "pretrain": Pretrain,
+}
 
-__all__ = ["METHODS", "Method", "ProtoNet", "conv4"]
+__all__ = [
+    "FOMAML",
+    "MAML",
+    "METHODS",
+    "Adaptation",
+    "MetaSGD",
+    "Method",
+    "Pretrain",
+    "ProtoNet",
+    "Reptile",
+    "conv4",
+    "mlp",
+]

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from metafast.data import Episodes
+from metafast.data import Episodes, Problem
 
 
 class Method(nn.Module, ABC):
-    """A few-shot classifier: a module with a loss and log-probabilities over episodes.
+    """A few-shot learner: a module with a loss and predictions over episodes.
 
-    The two class methods serve the command line; what they declare and read is the method's own.
+    The recipes and the two class methods serve the command line; what they declare and read is the method's
+    own.
     """
+
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """The defaults of the options that depend on the data: ``"images"``, ``"sine"`` -> option -> value. What
+    the method cannot learn from is absent."""
 
     @abstractmethod
     def loss(self, episodes: Episodes) -> Tensor:
-        """What training minimises over a batch of episodes: a scalar that can be differentiated."""
+        """What training minimises over a batch of episodes: a mean over tasks that can be differentiated."""
 
     @abstractmethod
-    def log_probs(self, episodes: Episodes) -> Tensor:
-        """log p(class | query, support): [T, Q, N], N = ``episodes.ways``."""
+    def predict(self, episodes: Episodes) -> Tensor:
+        """log p(class | query, support), [T, Q, N], N = ``episodes.ways``; in regression y, [T, Q, O]."""
 
     @classmethod
     @abstractmethod
@@ -31,5 +38,5 @@ class Method(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_options(cls, options: Namespace, image_shape: tuple[int, ...]) -> Method:
-        """The method that the options describe, with fresh weights, for images of shape (ch, H, W)."""
+    def from_options(cls, options: Namespace, problem: Problem) -> Method:
+        """The method that the options describe, with fresh weights."""

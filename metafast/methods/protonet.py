@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 import torch
 from torch import Tensor, nn
 
-from metafast.data import Episodes
+from metafast.data import Episodes, Problem
 from metafast.pairwise import prototypical_log_probs, prototypical_loss
 
 from .conv4 import conv4
@@ -21,6 +21,23 @@ class ProtoNet(Method):
         backbone: embeds a batch of examples, [B, ...] -> [B, D].
         metric: distance of a query to a prototype, as in :func:`metafast.pairwise_distance`.
     """
+
+    recipes = {
+        "images": {
+            "center": False,
+            "ways": 60,
+            "shots": 1,
+            "queries": 5,
+            "tasks": 1,
+            "steps": 600,
+            "optimizer": "adam",
+            "lr": 2e-3,
+            "schedule": "cosine",
+            "precision": "auto",
+            "log_every": 20,
+            "checkpoint_every": 200,
+        }
+    }
 
     def __init__(self, backbone: nn.Module, *, metric: str = "sqeuclidean") -> None:
         super().__init__()
@@ -46,7 +63,7 @@ class ProtoNet(Method):
             metric=self.metric,
         )
 
-    def log_probs(self, episodes: Episodes) -> Tensor:
+    def predict(self, episodes: Episodes) -> Tensor:
         """log p(class | query): [T, Q, N]."""
         support, query = self.embed(episodes)
         return prototypical_log_probs(
@@ -66,8 +83,8 @@ class ProtoNet(Method):
         )
 
     @classmethod
-    def from_options(cls, options: Namespace, image_shape: tuple[int, ...]) -> ProtoNet:
-        channels, height, width = image_shape
+    def from_options(cls, options: Namespace, problem: Problem) -> ProtoNet:
+        channels, height, width = problem.input_shape
         if min(height, width) < 16:
             raise ValueError(f"image size: expected at least 16, which Conv4 halves four times, got {height}")
         return cls(conv4(channels, options.hidden), metric=options.metric)

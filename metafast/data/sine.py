@@ -1,0 +1,90 @@
+"""Sine waves: the regression tasks of the MAML paper."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .episodes import Episodes
+from .sampling import random_bits
+
+_AMPLITUDES = (0.1, 5.0)
+_PHASES = (0.0, math.pi)
+_INPUTS = (-5.0, 5.0)
+_BLOCK = 64  # steps that are drawn together: a step alone would cost 20 calls of torch for a few numbers each
+
+
+class SineSampler:
+    """Draws ``tasks`` waves y = A sin(x - phase) at a time (Finn, Abbeel, Levine 2017, section 5.1).
+
+    A is uniform in [0.1, 5], the phase in [0, pi], every x in [-5, 5], all independent. As with
+    :class:`EpisodeSampler`, ``batch(step)`` is a pure function of (seed, step): a run resumes by continuing at
+    its step. On every device a wave has the same A, phase and x; y is as exact as the device's sine.
+
+    Args:
+        shots: support examples per wave.
+        queries: query examples per wave.
+        tasks: T, waves per batch.
+        seed: any int; different seeds give independent streams of waves.
+        device: where the waves are drawn.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (("shots", shots), ("queries", queries), ("tasks", tasks)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.shots = shots
+        self.queries = queries
+        self.tasks = tasks
+        self.seed = seed
+        self.device = torch.device(device)
+        self._block = -1
+        self._episodes: list[Episodes] = []
+
+    def batch(self, step: int) -> Episodes:
+        """The waves of ``step`` >= 0: support and its labels float32 [T, shots, 1], query [T, queries, 1]."""
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        block, index = divmod(step, _BLOCK)
+        if block != self._block:
+            self._episodes = self._draw(block)
+            self._block = block
+        return self._episodes[index]
+
+    def _draw(self, block: int) -> list[Episodes]:
+        steps = torch.arange(block * _BLOCK, (block + 1) * _BLOCK, device=self.device)
+        draws = 2 + self.shots + self.queries
+        unit = _unit(random_bits(self.seed, steps, (self.tasks, draws), self.device))  # [block, T, draws]
+        amplitude, phase = _between(unit[..., :1], _AMPLITUDES), _between(unit[..., 1:2], _PHASES)
+        x = _between(unit[..., 2:], _INPUTS)
+        y = amplitude * torch.sin(x - phase)
+        pieces = [
+            part.unsqueeze(-1).contiguous().unbind()
+            for values in (x, y)
+            for part in values.split([self.shots, self.queries], dim=-1)
+        ]
+        support, query, support_labels, query_labels = pieces
+        return list(map(Episodes, support, support_labels, query, query_labels))
+
+
+def _unit(bits: Tensor) -> Tensor:
+    """int64 in 0..2^63-1 -> float32 in [0, 1): the leading 24 bits, all that float32 holds."""
+    return (bits >> 39).float() * 2**-24
+
+
+def _between(unit: Tensor, interval: tuple[float, float]) -> Tensor:
+    low, high = interval
+    return low + (high - low) * unit

@@ -1,0 +1,163 @@
+"""What MAML and its kin share: an MLP that adapts to each task by gradient descent."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafast.data import Episodes, Problem
+from metafast.inner_loop import inner_sgd, maml_loss, task_linear
+from metafast.reference.inner_loop import LearningRate
+
+from .method import Method
+from .mlp import mlp, read_mlp
+
+# Finn, Abbeel, Levine 2017, section 5.1 and appendix A.2.
+SINE: dict[str, Any] = {
+    "hidden": [40, 40],
+    "activation": "relu",
+    "inner_lr": 0.01,
+    "inner_steps": 1,
+    "shots": 10,
+    "queries": 10,
+    "tasks": 25,
+    "steps": 70_000,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "schedule": "constant",
+    "precision": "float32",
+    "log_every": 1000,
+    "checkpoint_every": 10_000,
+}
+# The network without convolutions of section 5.2, without its batch norm.
+IMAGES: dict[str, Any] = {
+    "center": True,
+    "hidden": [256, 128, 64],
+    "activation": "relu",
+    "inner_lr": 0.1,
+    "inner_steps": 3,
+    "ways": 5,
+    "shots": 1,
+    "queries": 5,
+    "tasks": 16,
+    "steps": 6000,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "precision": "float32",
+    "log_every": 100,
+    "checkpoint_every": 1000,
+}
+
+
+class Adaptation(Method):
+    """A network that is good after a few steps of gradient descent on a task's support.
+
+    The inner loops of all tasks run in one call of the fused operations, which know MLPs: ``network`` is
+    `nn.Sequential` of `nn.Linear` layers with the same `nn.ReLU` or `nn.Tanh` between them, on examples that
+    are flattened. Its weights stay its own: they are what training changes and what a checkpoint keeps.
+
+    Args:
+        network: [..., D] -> [..., O].
+        loss: ``"mse"`` or ``"cross_entropy"``, of the inner loop and of the query.
+        lr: the learning rate of the inner loop.
+        steps: of the inner loop in training.
+        test_steps: of the inner loop in :meth:`predict`; default: ``steps``.
+
+    Raises:
+        ValueError: ``network`` is no such network, or ``steps`` is negative.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, loss: str, lr: float, steps: int, test_steps: int | None = None
+    ) -> None:
+        super().__init__()
+        if steps < 0:
+            raise ValueError(f"steps: expected a number >= 0, got {steps}")
+        self._layers, self.activation = read_mlp(network)
+        self.network = network
+        self.loss_name = loss
+        self.lr: Any = lr
+        self.steps = steps
+        self.test_steps = steps if test_steps is None else test_steps
+
+    @property
+    def params(self) -> list[Tensor]:
+        """[W1, b1, ..., WL, bL] of the network."""
+        return [tensor for layer in self._layers for tensor in (layer.weight, layer.bias)]
+
+    def rates(self, steps: int) -> LearningRate:
+        """The learning rate of so many steps, as :func:`metafast.inner_sgd` takes it."""
+        return self.lr
+
+    def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
+        """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...]."""
+        return inner_sgd(
+            self.params,
+            x.flatten(2),
+            labels,
+            loss=self.loss_name,
+            lr=self.rates(steps),
+            steps=steps,
+            activation=self.activation,
+        )
+
+    def query_loss(self, episodes: Episodes, steps: int, *, first_order: bool = False) -> Tensor:
+        """The mean query loss after ``steps`` steps on the support: a scalar, MAML's objective."""
+        return maml_loss(
+            self.params,
+            episodes.support.flatten(2),
+            episodes.support_labels,
+            episodes.query.flatten(2),
+            episodes.query_labels,
+            loss=self.loss_name,
+            lr=self.rates(steps),
+            steps=steps,
+            activation=self.activation,
+            first_order=first_order,
+        )
+
+    def predict(self, episodes: Episodes, steps: int | None = None) -> Tensor:
+        """After ``steps`` steps on the support: log p(class | query) [T, Q, N], or in regression y [T, Q, O]."""
+        steps = self.test_steps if steps is None else steps
+        params = self.adapt(episodes.support, episodes.support_labels, steps)
+        out = episodes.query.flatten(2)
+        activate = {"relu": torch.relu, "tanh": torch.tanh}.get(self.activation)
+        for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+            out = activate(task_linear(out, weight, bias))
+        out = task_linear(out, *params[-2:])
+        return out.log_softmax(-1) if self.loss_name == "cross_entropy" else out
+
+    @abstractmethod
+    def loss(self, episodes: Episodes) -> Tensor: ...
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        parser.add_argument("--hidden", type=int, nargs="+", metavar="H", help="widths of the hidden layers")
+        parser.add_argument("--activation", choices=("relu", "tanh"), help="between layers")
+        parser.add_argument("--inner-lr", type=float, metavar="X", help="learning rate of the inner loop")
+        parser.add_argument("--inner-steps", type=int, metavar="K", help="of the inner loop in training")
+        parser.add_argument(
+            "--test-steps", type=int, metavar="K", help="of the inner loop in evaluation; else --inner-steps"
+        )
+
+    @classmethod
+    def from_options(cls, options: Namespace, problem: Problem) -> Adaptation:
+        return cls(**cls.settings(options, problem))
+
+    @classmethod
+    def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
+        """The arguments of the class that the options describe."""
+        inputs = math.prod(problem.input_shape)
+        return {
+            "network": mlp(inputs, options.hidden, problem.outputs, options.activation),
+            "loss": "mse" if problem.regression else "cross_entropy",
+            "lr": options.inner_lr,
+            "steps": options.inner_steps,
+            "test_steps": options.test_steps,
+        }

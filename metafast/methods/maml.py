@@ -1,0 +1,53 @@
+"""Model-agnostic meta-learning."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafast.data import Episodes, Problem
+from metafast.reference.inner_loop import LearningRate
+
+from .adaptation import IMAGES, SINE, Adaptation
+
+
+class MAML(Adaptation):
+    """MAML (Finn, Abbeel, Levine 2017): weights from which a few steps learn a task, by the exact meta-gradient.
+
+    Args:
+        learn_lr: learn the rate of every step and layer with the weights, ``lr`` at first (MAML++, Antoniou
+            et al. 2019, section 4). Steps beyond ``steps`` take the rates of the last.
+    """
+
+    recipes = {"sine": {**SINE, "learn_inner_lr": False}, "images": {**IMAGES, "learn_inner_lr": True}}
+
+    def __init__(self, network: nn.Module, *, learn_lr: bool = False, **settings: Any) -> None:
+        super().__init__(network, **settings)
+        if learn_lr:
+            like = self.params[0]
+            self.lr = nn.Parameter(like.new_full((self.steps, len(self.params) // 2), self.lr))  # [K, L]
+
+    def rates(self, steps: int) -> LearningRate:
+        if not isinstance(self.lr, Tensor) or steps == self.steps:
+            return self.lr
+        return self.lr[torch.arange(steps, device=self.lr.device).clamp(max=self.steps - 1)]
+
+    def loss(self, episodes: Episodes) -> Tensor:
+        """The mean query loss after adaptation: a scalar (algorithm 1, line 8)."""
+        return self.query_loss(episodes, self.steps)
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        super().add_options(parser)
+        parser.add_argument(
+            "--learn-inner-lr",
+            action=BooleanOptionalAction,
+            help="learn the rate of every step and layer, as MAML++; --inner-lr is where they begin",
+        )
+
+    @classmethod
+    def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
+        return {**super().settings(options, problem), "learn_lr": options.learn_inner_lr}

@@ -1,0 +1,29 @@
+"""Meta-SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafast.data import Episodes
+
+from .adaptation import IMAGES, SINE, Adaptation
+
+
+class MetaSGD(Adaptation):
+    """Meta-SGD (Li, Zhou, Chen, Li 2017): MAML with a learned learning rate for every weight, ``lr`` at first."""
+
+    recipes = {"sine": SINE, "images": {**IMAGES, "inner_steps": 1}}
+
+    def __init__(self, network: nn.Module, **settings: Any) -> None:
+        super().__init__(network, **settings)
+        self.lr = nn.ParameterList(torch.full_like(param, self.lr) for param in self.params)
+
+    def rates(self, steps: int) -> list[Tensor]:
+        return list(self.lr)
+
+    def loss(self, episodes: Episodes) -> Tensor:
+        """The mean query loss after adaptation: a scalar (algorithm 1, line 8)."""
+        return self.query_loss(episodes, self.steps)

@@ -1,0 +1,48 @@
+"""Reptile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metafast.data import Episodes
+
+from .adaptation import IMAGES, SINE, Adaptation
+
+
+class Reptile(Adaptation):
+    """Reptile (Nichol, Achiam, Schulman 2018): towards the weights that a task's inner loop ends at.
+
+    It has no query: the inner loop of training runs on all examples of a task.
+    """
+
+    recipes = {
+        # The sine of the authors' own demonstration: 50 points a wave, 10 of which are the support of a test.
+        "sine": {
+            **SINE,
+            "hidden": [64, 64],
+            "activation": "tanh",
+            "inner_lr": 0.02,
+            "inner_steps": 5,
+            "test_steps": 32,
+            "queries": 40,
+            "tasks": 1,
+            "steps": 30_000,
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "schedule": "linear",
+        },
+        "images": {**IMAGES, "optimizer": "sgd", "lr": 1.0, "schedule": "linear", "test_steps": 10},
+    }
+
+    def loss(self, episodes: Episodes) -> Tensor:
+        """Half the squared distance to the mean of the adapted weights: a scalar.
+
+        Its gradient is theta - mean(theta'), so that a step of plain SGD with learning rate eps is Reptile's
+        own, theta + eps * mean(theta' - theta) (algorithm 2), and any other optimizer may take it.
+        """
+        x = torch.cat([episodes.support, episodes.query], dim=1)
+        labels = torch.cat([episodes.support_labels, episodes.query_labels], dim=1)
+        with torch.no_grad():
+            ends = [param.mean(0) for param in self.adapt(x, labels, self.steps)]
+        return sum((p - end).square().sum() for p, end in zip(self.params, ends, strict=True)) / 2
