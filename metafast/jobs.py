@@ -39,10 +39,6 @@ def autocast_dtype(precision: str, device: str) -> torch.dtype | None:
     return {"float32": None, "bfloat16": torch.bfloat16}[precision]
 
 
-def _constant(step: int, *, steps: int) -> float:
-    return 1.0
-
-
 def _linear(step: int, *, steps: int) -> float:
     return 1 - step / steps
 
@@ -51,8 +47,8 @@ def _warm_up_and_cosine(step: int, *, steps: int) -> float:
     return min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-SCHEDULES = {"constant": _constant, "linear": _linear, "cosine": _warm_up_and_cosine}
-"""Shares of the peak learning rate: constant; linear down to zero; linear up over a tenth of the steps and down
+SCHEDULES = {"linear": _linear, "cosine": _warm_up_and_cosine}
+"""Shares of the peak learning rate: linear down to zero; linear up over a tenth of the steps and down
 along half a cosine."""
 
 
@@ -87,7 +83,10 @@ def run_train(options: Namespace) -> None:
     problem = sampler.batch(0).problem
     method = METHODS[options.method].from_options(options, problem).to(options.device)
     optimizer = _optimizer(options, method)
-    schedule = partial(SCHEDULES[options.schedule], steps=options.steps)
+    scheduler = None
+    if options.schedule != "constant":
+        shares = partial(SCHEDULES[options.schedule], steps=options.steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
     kept = {name: value for name, value in vars(options).items() if name not in _FREE}
     checkpoints = Checkpoints(
         options.out,
@@ -108,7 +107,7 @@ def run_train(options: Namespace) -> None:
         sampler.batch,
         steps=options.steps,
         optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+        scheduler=scheduler,
         autocast=dtype,
         checkpoints=checkpoints,
         resume=options.resume,

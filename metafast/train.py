@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils import get_total_norm
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -68,15 +68,18 @@ def train(
         first = checkpoint.step
     journal = _Journal(log, keep_until=first)
 
-    device = next(method.parameters()).device.type
-    precision = torch.autocast(device, autocast, enabled=autocast is not None)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loss, result = method.loss, score
+    if autocast is not None:
+        precision = torch.autocast(parameters[0].device.type, autocast)
+        loss, result = precision(loss), precision(result)
     method.train()
     started = time.perf_counter()
     with Progress(first, steps) as progress:
         for step in range(first, steps):
             episodes = batches(step)
             done = step + 1
-            value, diverged = _gradient(method, episodes, optimizer, precision)
+            value, diverged = _gradient(loss, episodes, parameters)
             if diverged == len(episodes):
                 journal.write(step=done, diverged=diverged, error="no task has a finite loss and gradient")
                 raise FloatingPointError(f"the loss of step {done} is {value}: training stopped before it")
@@ -90,8 +93,7 @@ def train(
 
             if done % log_every == 0 or done == steps:
                 name = score_name(episodes)
-                with precision:
-                    figure = float(score(method, episodes).mean())
+                figure = float(result(method, episodes).mean())
                 seconds = time.perf_counter() - started
                 rate = (done - first) * len(episodes) / seconds
                 journal.write(
@@ -108,34 +110,31 @@ def train(
 
 
 def _gradient(
-    method: Method, episodes: Episodes, optimizer: Optimizer, precision: torch.autocast
+    loss: Callable[[Episodes], Tensor], episodes: Episodes, parameters: Sequence[Tensor]
 ) -> tuple[float, int]:
     """Leaves the gradient of the mean loss over the tasks that did not diverge.
 
     Returns:
         That loss, and the number of those that did.
     """
-    value = _backward(method, episodes, optimizer, precision)
+    value = _backward(loss, episodes, parameters)
     if math.isfinite(value):
         return value, 0
     singles = (episodes.take(slice(task, task + 1)) for task in range(len(episodes)))
-    finite = [math.isfinite(_backward(method, single, optimizer, precision)) for single in singles]
+    finite = [math.isfinite(_backward(loss, single, parameters)) for single in singles]
     if any(finite):
-        value = _backward(method, episodes.take(torch.tensor(finite)), optimizer, precision)
+        value = _backward(loss, episodes.take(torch.tensor(finite)), parameters)
     return value, len(episodes) - sum(finite) if math.isfinite(value) else len(episodes)
 
 
-def _backward(
-    method: Method, episodes: Episodes, optimizer: Optimizer, precision: torch.autocast
-) -> float:
+def _backward(loss: Callable[[Episodes], Tensor], episodes: Episodes, parameters: Sequence[Tensor]) -> float:
     """The loss, whose gradient it leaves in the parameters; not finite where either is not."""
-    optimizer.zero_grad()
-    with precision:
-        loss = method.loss(episodes)
-    loss.backward()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return (loss.detach() + 0 * norm).item()  # one wait for the device; 0 * inf is NaN
+    for parameter in parameters:
+        parameter.grad = None
+    value = loss(episodes)
+    value.backward()
+    norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return (value.detach() + 0 * torch.stack(norms).sum()).item()  # one wait for the device; 0 * inf is NaN
 
 
 class _Journal:

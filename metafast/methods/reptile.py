@@ -17,15 +17,15 @@ class Reptile(Adaptation):
     """
 
     recipes = {
-        # The sine of the authors' own demonstration: 50 points a wave, 10 of which are the support of a test.
+        # The sine of the authors' own demonstration, but for the inner loop: 20 steps on all points of a wave, where
+        # theirs takes 5 on a fifth of 50 points each.
         "sine": {
             **SINE,
             "hidden": [64, 64],
             "activation": "tanh",
             "inner_lr": 0.02,
-            "inner_steps": 5,
+            "inner_steps": 20,
             "test_steps": 32,
-            "queries": 40,
             "tasks": 1,
             "steps": 30_000,
             "optimizer": "sgd",
