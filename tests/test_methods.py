@@ -1,14 +1,15 @@
-"""Prototypical Networks over the fused operations."""
+"""The methods over the fused operations, against their definitions in plain PyTorch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metafast import reference
-from metafast.data import Episodes
-from metafast.methods import ProtoNet, conv4
+from metafast.data import Episodes, SineSampler
+from metafast.methods import FOMAML, MAML, Adaptation, MetaSGD, Pretrain, ProtoNet, Reptile, conv4, mlp
+from metafast.methods.mlp import read_mlp
 
 
 def episodes(tasks: int = 3, ways: int = 4, shots: int = 2, queries: int = 3, side: int = 16) -> Episodes:
@@ -49,7 +50,7 @@ def test_protonet_equals_its_definition(metric: str) -> None:
     method = ProtoNet(nn.Sequential(nn.Flatten(), nn.Linear(256, 7)), metric=metric)
     support, query = (method.backbone(x.flatten(0, 1)).view(3, -1, 7) for x in (drawn.support, drawn.query))
     expected = reference.prototypical_log_probs(support, drawn.support_labels, query, 4, metric=metric)
-    log_probs = method.log_probs(drawn)
+    log_probs = method.predict(drawn)
     torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-5)
     nll = -log_probs.gather(-1, drawn.query_labels.unsqueeze(-1)).mean()
     torch.testing.assert_close(method.loss(drawn), nll, rtol=1e-4, atol=1e-5)
@@ -70,3 +71,194 @@ def test_protonet_learns_through_bfloat16_autocast() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def waves() -> Episodes:
+    return SineSampler(shots=5, queries=3, tasks=4).batch(0)
+
+
+def drawings() -> Episodes:
+    return episodes(side=5)
+
+
+# The problem's episodes, and a user's own network for it.
+PROBLEMS = {
+    "mse": (
+        waves,
+        lambda: nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)),
+    ),
+    "cross_entropy": (drawings, lambda: nn.Sequential(nn.Linear(25, 6), nn.ReLU(), nn.Linear(6, 4))),
+}
+
+
+def adapted(network: nn.Module, x: Tensor, labels: Tensor, loss: str, rates: list) -> dict[str, Tensor]:
+    """One task's weights after a step of SGD for each of ``rates`` ([K] of one per parameter): plain autograd."""
+    weights = dict(network.named_parameters())
+    for step in rates:
+        out = torch.func.functional_call(network, weights, (x.flatten(1),))
+        value = getattr(nn.functional, f"{loss}_loss" if loss == "mse" else loss)(out, labels)
+        grads = torch.autograd.grad(value, list(weights.values()), create_graph=True)
+        weights = {
+            name: weight - rate * grad
+            for (name, weight), rate, grad in zip(weights.items(), step, grads, strict=True)
+        }
+    return weights
+
+
+def query_loss(network: nn.Module, drawn: Episodes, loss: str, rates: list) -> Tensor:
+    """MAML's objective, a task at a time."""
+    losses = []
+    for task in range(len(drawn)):
+        weights = adapted(network, drawn.support[task], drawn.support_labels[task], loss, rates)
+        out = torch.func.functional_call(network, weights, (drawn.query[task].flatten(1),))
+        labels = drawn.query_labels[task]
+        losses.append(getattr(nn.functional, f"{loss}_loss" if loss == "mse" else loss)(out, labels))
+    return torch.stack(losses).mean()
+
+
+def assert_same_gradients(value: Tensor, expected: Tensor, parameters: list[Tensor]) -> None:
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad(value, parameters)
+    for a, b in zip(got, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", PROBLEMS)
+@pytest.mark.parametrize("learn_lr", [False, True])
+def test_maml_equals_its_definition(loss: str, learn_lr: bool) -> None:
+    draw, build = PROBLEMS[loss]
+    drawn, network = draw(), build()
+    method = MAML(network, loss=loss, lr=0.05, steps=2, learn_lr=learn_lr)
+    layers = len(method.params) // 2
+    rates = method.lr if learn_lr else torch.full((2, layers), 0.05)
+    expected = query_loss(network, drawn, loss, [row.repeat_interleave(2) for row in rates])
+    parameters = list(network.parameters()) + ([method.lr] if learn_lr else [])
+    assert {id(p) for p in method.parameters()} == {id(p) for p in parameters}
+    assert_same_gradients(method.loss(drawn), expected, parameters)
+
+
+def test_fomaml_takes_the_inner_gradients_as_constants() -> None:
+    draw, build = PROBLEMS["mse"]
+    drawn, network = draw(), build()
+    method = FOMAML(network, loss="mse", lr=0.05, steps=2)
+    expected = [torch.zeros_like(p) for p in network.parameters()]
+    for task in range(len(drawn)):
+        one = drawn.take(slice(task, task + 1))
+        ends = adapted(network, one.support[0], one.support_labels[0], "mse", [[0.05] * 6] * 2)
+        ends = {name: end.detach().requires_grad_() for name, end in ends.items()}
+        out = torch.func.functional_call(network, ends, (one.query[0],))
+        grads = torch.autograd.grad(nn.functional.mse_loss(out, one.query_labels[0]), list(ends.values()))
+        expected = [e + g / len(drawn) for e, g in zip(expected, grads, strict=True)]
+    got = torch.autograd.grad(method.loss(drawn), list(network.parameters()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", PROBLEMS)
+def test_metasgd_learns_a_rate_for_every_weight(loss: str) -> None:
+    draw, build = PROBLEMS[loss]
+    drawn, network = draw(), build()
+    method = MetaSGD(network, loss=loss, lr=0.05, steps=2)
+    with torch.no_grad():
+        for rate in method.lr:
+            rate.mul_(torch.rand_like(rate))
+    expected = query_loss(network, drawn, loss, [list(method.lr)] * 2)
+    assert_same_gradients(method.loss(drawn), expected, [*network.parameters(), *method.lr])
+
+
+@pytest.mark.parametrize("loss", PROBLEMS)
+def test_a_step_of_sgd_is_reptiles_own(loss: str) -> None:
+    draw, build = PROBLEMS[loss]
+    drawn, network = draw(), build()
+    method = Reptile(network, loss=loss, lr=0.05, steps=3)
+    start = [p.detach().clone() for p in network.parameters()]
+    mean = [torch.zeros_like(p) for p in start]
+    for task in range(len(drawn)):
+        x = torch.cat([drawn.support[task], drawn.query[task]])
+        labels = torch.cat([drawn.support_labels[task], drawn.query_labels[task]])
+        ends = adapted(network, x, labels, loss, [[0.05] * len(start)] * 3)
+        mean = [m + end.detach() / len(drawn) for m, end in zip(mean, ends.values(), strict=True)]
+    value = method.loss(drawn)
+    value.backward()
+    torch.optim.SGD(network.parameters(), lr=0.3).step()
+    for parameter, theta, end in zip(network.parameters(), start, mean, strict=True):
+        torch.testing.assert_close(parameter, theta + 0.3 * (end - theta), rtol=1e-5, atol=1e-6)
+    distance = sum((theta - end).square().sum() for theta, end in zip(start, mean, strict=True)) / 2
+    torch.testing.assert_close(value, distance, rtol=1e-3, atol=1e-7)
+
+
+def test_pretraining_fits_one_network_to_all_tasks() -> None:
+    draw, build = PROBLEMS["mse"]
+    drawn, network = draw(), build()
+    x = torch.cat([drawn.support, drawn.query], 1)
+    labels = torch.cat([drawn.support_labels, drawn.query_labels], 1)
+    expected = nn.functional.mse_loss(network(x), labels)
+    assert_same_gradients(
+        Pretrain(network, loss="mse", lr=0.05, steps=2).loss(drawn), expected, list(network.parameters())
+    )
+
+
+@pytest.mark.parametrize("loss", PROBLEMS)
+@pytest.mark.parametrize("kind", [MAML, FOMAML, MetaSGD, Reptile, Pretrain])
+def test_predict_adapts_each_task_to_its_support(loss: str, kind: type[Adaptation]) -> None:
+    draw, build = PROBLEMS[loss]
+    drawn, network = draw(), build()
+    method = kind(network, loss=loss, lr=0.05, steps=1, test_steps=3)
+    for steps in (None, 0, 5):
+        predicted = method.predict(drawn) if steps is None else method.predict(drawn, steps)
+        rates = [[0.05] * len(method.params)] * (3 if steps is None else steps)
+        for task in range(len(drawn)):
+            weights = adapted(network, drawn.support[task], drawn.support_labels[task], loss, rates)
+            out = torch.func.functional_call(network, weights, (drawn.query[task].flatten(1),))
+            out = out if loss == "mse" else out.log_softmax(-1)
+            torch.testing.assert_close(predicted[task], out, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_beyond_the_learned_rates_take_the_last() -> None:
+    draw, build = PROBLEMS["mse"]
+    method = MAML(build(), loss="mse", lr=0.05, steps=2, learn_lr=True)
+    with torch.no_grad():
+        method.lr.copy_(torch.tensor([[1.0, 2, 3], [4, 5, 6]]) / 100)
+    assert torch.equal(method.rates(2), method.lr)
+    assert torch.equal(method.rates(1), method.lr[:1])
+    assert torch.equal(method.rates(4), method.lr[[0, 1, 1, 1]])
+    assert method.rates(0).shape == (0, 3)
+    assert method.predict(draw(), 4).shape == (4, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "activation"),
+    [
+        (nn.Linear(3, 2), "none"),
+        (mlp(3, [4], 2), "relu"),
+        (mlp(3, [4, 5], 2, "tanh"), "tanh"),
+    ],
+)
+def test_an_mlp_is_read_as_it_is(network: nn.Module, activation: str) -> None:
+    layers, read = read_mlp(network)
+    assert read == activation
+    parameters = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+    assert all(a is b for a, b in zip(parameters, network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        nn.Sequential(),
+        nn.Sequential(nn.Linear(3, 2), nn.ReLU()),
+        nn.Sequential(nn.Linear(3, 2, bias=False)),
+        nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)),
+        nn.Sequential(nn.Linear(3, 2), nn.GELU(), nn.Linear(2, 1)),
+        nn.Sequential(nn.Conv2d(1, 2, 3)),
+    ],
+)
+def test_other_networks_are_refused(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"network: expected nn\.Sequential of nn\.Linear"):
+        MAML(network, loss="mse", lr=0.1, steps=1)
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="steps: expected a number >= 0, got -1"):
+        MAML(mlp(1, [2], 1), loss="mse", lr=0.1, steps=-1)
+    with pytest.raises(ValueError, match=r"activation: expected one of \('relu', 'tanh'\), got 'gelu'"):
+        mlp(1, [2], 1, "gelu")

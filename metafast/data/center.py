@@ -22,7 +22,9 @@ def center(images: Tensor) -> Tensor:
     ink = images.sum(-3)  # [..., H, W]
     rows = _sources(ink.sum(-1))  # [..., H]
     columns = _sources(ink.sum(-2))  # [..., W]
-    inside = ((rows >= 0) & (rows < height)).unsqueeze(-1) & ((columns >= 0) & (columns < width)).unsqueeze(-2)
+    inside = ((rows >= 0) & (rows < height)).unsqueeze(-1) & ((columns >= 0) & (columns < width)).unsqueeze(
+        -2
+    )
     rows = rows.clamp(0, height - 1)[..., None, :, None].expand(images.shape)
     columns = columns.clamp(0, width - 1)[..., None, None, :].expand(images.shape)
     return images.gather(-2, rows).gather(-1, columns) * inside.unsqueeze(-3)

@@ -29,9 +29,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def random_bits(
-    seed: int, step: int | Tensor, shape: tuple[int, ...], device: torch.device | str
-) -> Tensor:
+def random_bits(seed: int, step: int | Tensor, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     """Uniform int64 in 0..2^63-1, a pure function of (seed, step, position): the same on every device.
 
     SplitMix64 (Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators"), whose state at
