@@ -92,7 +92,7 @@ PROBLEMS = {
 
 
 def adapted(network: nn.Module, x: Tensor, labels: Tensor, loss: str, rates: list) -> dict[str, Tensor]:
-    """One task's weights after a step of SGD for each of ``rates`` ([K] of one per parameter): plain autograd."""
+    """One task's weights after a step of plain SGD for each of ``rates``, one for each parameter."""
     weights = dict(network.named_parameters())
     for step in rates:
         out = torch.func.functional_call(network, weights, (x.flatten(1),))
@@ -223,7 +223,9 @@ def test_steps_beyond_the_learned_rates_take_the_last() -> None:
     assert torch.equal(method.rates(1), method.lr[:1])
     assert torch.equal(method.rates(4), method.lr[[0, 1, 1, 1]])
     assert method.rates(0).shape == (0, 3)
-    assert method.predict(draw(), 4).shape == (4, 3, 1)
+    drawn = draw()
+    assert method.predict(drawn, 4).shape == (4, 3, 1)
+    torch.testing.assert_close(method.predict(drawn, 0), method.network(drawn.query))
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,9 @@ class Problem {
     p.sgd.momentum = static_cast<T>(momentum_);
     p.sgd.first_order = first_order_;
     if (lr_.size() == 1) {
-      p.sgd.rates = lr_[0].const_data_ptr<T>();
+      // lr [0, L], of no step, has no memory; but null means one for each element.
+      static const T unused = 0;
+      p.sgd.rates = lr_[0].numel() > 0 ? lr_[0].const_data_ptr<T>() : &unused;
       p.sgd.step_stride = lr_[0].dim() == 2 ? layers() : 0;
       p.sgd.layer_stride = lr_[0].dim() == 2 ? 1 : 0;
     } else {
