@@ -58,8 +58,8 @@ def _parser() -> ArgumentParser:
         commands.add_parser(
             "eval",
             help="accuracy or error of a checkpoint with its 95 %% confidence interval",
-            description="Accuracy of a checkpoint over episodes of classes it was not trained on; on sine, its "
-            "squared error on new waves.",
+            description="Accuracy of a checkpoint over episodes of classes it was not trained on; on sine "
+            "its squared error on new waves.",
         )
     )
     commands.add_parser(

@@ -1,11 +1,12 @@
-"""`metafast demo`: the commands a user would type, then the speed of the fused loss, then a picture."""
+"""`metafast demo`: the commands a user would type, what they give beside the papers, and pictures."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import astuple
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,23 +17,49 @@ import metafast
 from metafast import reference
 from metafast.cli import main
 from metafast.data import Episodes, EpisodeSampler, omniglot
-from metafast.evaluate import accuracy
-from metafast.figures import draw_episode
-from metafast.jobs import LOG, load_method
-from metafast.sources import describe, load_classes
+from metafast.evaluate import score
+from metafast.figures import draw_episode, draw_waves
+from metafast.jobs import LOG, WAVE_SHOTS, WAVE_STEPS, load_method, wave_errors
+from metafast.methods import Adaptation
+from metafast.sources import describe, load_classes, load_sampler
 
 _ROUNDS = 31
 _CANDIDATES = 21  # episodes, of which one is drawn
+_WAVES = 600
+_CURVES = (0, 1, 5, 10)  # steps that are drawn
+_WAVE_LEARNERS = {"maml": "MAML", "reptile": "Reptile", "pretrain": "pre-trained"}
+_PAPER = {"MAML": (0.67, 0.38, 0.35), "pre-trained": (2.41, 2.23, 2.19)}  # after 1, 5 and 10 steps
 
 
 def demo(out: Path) -> None:
-    """Trains and evaluates Prototypical Networks, times the loss against the reference, draws an episode.
+    """Two parts: waves that MAML, Reptile and pre-training learn, and Prototypical Networks on drawings.
 
-    Omniglot if it is at hand or can be downloaded, else digits. All is written under ``out``, whose folder
-    ``run`` is made anew.
+    All is written under ``out``, whose folders of runs are made anew.
     """
     started = time.perf_counter()
-    run = out / "run"
+    waves(out)
+    drawings(out)
+    print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def waves(out: Path) -> None:
+    """The sine experiment of the MAML paper at full scale, its table beside the paper's, and a picture."""
+    for name in _WAVE_LEARNERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+        _command("train", name, "--data", "sine", "--out", str(out / name))
+    methods = {label: load_method(out / name)[0] for name, label in _WAVE_LEARNERS.items()}
+    _print_errors(methods)
+    picture = out / "waves.png"
+    _draw_waves(methods, picture)
+    print(f"\n{picture}: a new wave, before and after fine-tuning")
+
+
+def drawings(out: Path) -> None:
+    """Trains and evaluates Prototypical Networks, times the loss against the reference, draws an episode.
+
+    Omniglot if it is at hand or can be downloaded, else digits.
+    """
+    run = out / "protonet"
     shutil.rmtree(run, ignore_errors=True)
     on_omniglot = _omniglot_is_there()
     data = [] if on_omniglot else ["--data", "digits", "--ways", "10", "--tasks", "2", "--steps", "150"]
@@ -45,7 +72,41 @@ def demo(out: Path) -> None:
     picture = out / "episode.png"
     _draw(run, most_ways, picture)
     print(f"\n{picture}: one episode and its predictions\n{run / LOG}: the log of the training")
-    print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def _test_waves(shots: int, queries: int, tasks: int) -> Episodes:
+    options = Namespace(data="sine")
+    sizes = {"shots": shots, "queries": queries, "tasks": tasks}
+    return load_sampler(options, "test", ways=None, seed=1, device="cpu", **sizes).batch(0)
+
+
+def _print_errors(methods: Mapping[str, Adaptation]) -> None:
+    """Our errors, and beside them the figures of Finn et al. 2017, which give no interval and end at 10 steps."""
+    print(f"\nMean squared error on {_WAVES} new waves, after steps of fine-tuning (never adapting: 3.01):")
+    print(f"{'':14}points" + "".join(f"{steps:>16}" for steps in WAVE_STEPS))
+    for label, method in methods.items():
+        for shots in WAVE_SHOTS:
+            errors = wave_errors(method, _test_waves(shots, 100, _WAVES), WAVE_STEPS)
+            print(f"{label:14}{shots:>6}" + "".join(f"{f'{error:.2f}':>16}" for error in errors))
+        if label in _PAPER:
+            print(f"{'  the paper':20}" + "".join(f"{error:>9.2f}{'':7}" for error in _PAPER[label]))
+
+
+@torch.no_grad()
+def _draw_waves(methods: Mapping[str, Adaptation], path: Path) -> None:
+    """The wave on which the first method does as it does in the median of some."""
+    drawn = _test_waves(5, 200, _CANDIDATES)
+    first = next(iter(methods.values()))
+    errors = score(first, drawn, partial(first.predict, steps=_CURVES[-1]))
+    middle = errors.argsort(stable=True)[_CANDIDATES // 2]
+    typical = drawn.take(middle.unsqueeze(0))
+    curves = {
+        label: {steps: method.predict(typical, steps) for steps in _CURVES}
+        for label, method in methods.items()
+    }
+    draw_waves(
+        typical, curves, path, title="A new wave from five points; its squared error after fine-tuning"
+    )
 
 
 def _omniglot_is_there() -> bool:
@@ -96,7 +157,7 @@ def _draw(run: Path, ways: int, path: Path) -> None:
     method, options = load_method(run)
     classes = load_classes(options, "test")
     drawn = EpisodeSampler(classes, ways=ways, shots=1, queries=1, tasks=_CANDIDATES, seed=2).batch(0)
-    middle = accuracy(method, drawn).argsort(stable=True)[_CANDIDATES // 2]
-    typical = Episodes(*(tensor[middle : middle + 1] for tensor in astuple(drawn)))
+    middle = score(method, drawn).argsort(stable=True)[_CANDIDATES // 2]
+    typical = drawn.take(middle.unsqueeze(0))
     title = f"A typical {ways}-way 1-shot episode of {describe(options)} test"
-    draw_episode(typical, method.log_probs(typical), path, title=title)
+    draw_episode(typical, method.predict(typical), path, title=title)

@@ -1,8 +1,9 @@
-"""Pictures of what a few-shot classifier does."""
+"""Pictures of what a few-shot learner does."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from metafast.data import Episodes
 _RIGHT, _WRONG, _OTHER, _TEXT = "#0072b2", "#d55e00", "#7f7f7f", "#222222"  # told apart by the colour-blind
 _GAP = 0.35  # between the drawings and the table, in cells
 _CELL, _LARGEST_CELL, _EDGE, _HEADER, _FOOTER, _NARROWEST = 0.42, 0.6, 0.35, 0.95, 0.55, 7.6  # inches
+_PANEL = 4.0  # inches
 
 
 def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[str], *, title: str) -> None:
@@ -67,6 +69,72 @@ def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[
         frameon=False,
         fontsize=9,
     )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def draw_waves(
+    waves: Episodes,
+    predictions: Mapping[str, Mapping[int, Tensor]],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+) -> None:
+    """Draws the first wave: a panel per method, with its curve after each number of steps.
+
+    Args:
+        waves: a regression from one number to one number, with queries enough to draw the wave by.
+        predictions: method -> steps of fine-tuning on the support -> [T, Q, 1], as
+            :meth:`metafast.methods.Adaptation.predict` gives them.
+        path, title: as in :func:`draw_episode`.
+    """
+    x = waves.query[0, :, 0].cpu()
+    order = x.argsort()
+    truth = waves.query_labels[0, :, 0].cpu()
+    figure = Figure(figsize=(_PANEL * len(predictions) + 0.6, 4.3), facecolor="white", layout="constrained")
+    panels = figure.subplots(1, len(predictions), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, (method, curves) in zip(panels, predictions.items(), strict=True):
+        panel.plot(
+            x[order], truth[order], color=_TEXT, linewidth=1.2, linestyle=(0, (1, 1.5)), label="the wave"
+        )
+        for rank, (steps, curve) in enumerate(curves.items()):
+            curve = curve[0, :, 0].cpu()
+            error = float((curve - truth).square().mean())
+            after = "before" if steps == 0 else f"after {steps} step{'s' if steps > 1 else ''}"
+            panel.plot(
+                x[order],
+                curve[order],
+                color=_OTHER if steps == 0 else _RIGHT,
+                alpha=0.8 if steps == 0 else (rank + 1) / len(curves),
+                linewidth=1.4 if steps == 0 else 1.2 + 0.5 * rank,
+                label=f"{after}: {error:.2f}",
+            )
+        panel.plot(
+            waves.support[0, :, 0].cpu(),
+            waves.support_labels[0, :, 0].cpu(),
+            linestyle="none",
+            marker="o",
+            markersize=7,
+            color=_WRONG,
+            markeredgecolor="white",
+            zorder=5,
+            label="what it learns from",
+        )
+        panel.set_title(method, fontsize=11, color=_TEXT)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=_OTHER, labelsize=8)
+        panel.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.08),
+            ncols=2,
+            frameon=False,
+            fontsize=8,
+            handlelength=1.6,
+        )
+    low, high = float(truth.min()), float(truth.max())
+    margin = 0.6 * max(high - low, 1e-6)
+    panels[0].set_ylim(low - margin, high + margin)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=14, fontweight="bold", color=_TEXT)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
 

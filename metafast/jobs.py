@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,17 +12,17 @@ from pathlib import Path
 import torch
 
 from metafast.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
-from metafast.data import Problem, omniglot_runs
+from metafast.data import Episodes, Problem, omniglot_runs
 from metafast.data.center import center
 from metafast.data.floors import pixel_floor
-from metafast.evaluate import evaluate, score
+from metafast.evaluate import Estimate, evaluate, score
 from metafast.methods import METHODS, Adaptation, Method
 from metafast.sources import describe, load_sampler
 from metafast.train import train
 
 LOG = "log.jsonl"
 _WAYS, _SHOTS, _QUERIES = 5, 1, 5  # of an evaluation
-_WAVE_SHOTS, _WAVE_QUERIES, _WAVE_STEPS = (5, 10), 100, (1, 5, 10, 32)
+WAVE_SHOTS, WAVE_STEPS, _WAVE_QUERIES = (5, 10), (1, 5, 10, 32), 100
 _FLOOR = "nearest in raw pixels, by cosine"
 
 # Options that say where and how often, not what: a resumed run may change them.
@@ -158,10 +159,10 @@ def _eval_waves(method: Adaptation, trained: Namespace, options: Namespace) -> N
     """A line for each number of points, a column for each number of steps: all on the same waves."""
     if options.runs:
         raise ValueError("runs: the benchmark is Omniglot's, got a run on sine waves")
-    columns = options.inner_steps or _WAVE_STEPS
+    columns = options.inner_steps or WAVE_STEPS
     print(f"Mean squared error of {trained.method} on {options.episodes} waves, after steps of fine-tuning:")
     print("points" + "".join(f"{steps:>17}" for steps in columns))
-    for shots in options.shots or _WAVE_SHOTS:
+    for shots in options.shots or WAVE_SHOTS:
         sampler = load_sampler(
             trained,
             options.split,
@@ -172,10 +173,13 @@ def _eval_waves(method: Adaptation, trained: Namespace, options: Namespace) -> N
             seed=options.seed,
             device=options.device,
         )
-        errors = [
-            evaluate(method, [sampler.batch(0)], partial(method.predict, steps=steps)) for steps in columns
-        ]
+        errors = wave_errors(method, sampler.batch(0), columns)
         print(f"{shots:>6}" + "".join(f"{error:>9.3f}" for error in errors))
+
+
+def wave_errors(method: Adaptation, waves: Episodes, steps: Sequence[int]) -> list[Estimate]:
+    """The mean squared error after each of so many steps of fine-tuning on the support."""
+    return [evaluate(method, [waves], partial(method.predict, steps=count)) for count in steps]
 
 
 def _eval_split(method: Method, trained: Namespace, options: Namespace) -> None:

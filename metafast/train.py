@@ -45,9 +45,9 @@ def train(
         resume: continue from the latest of ``checkpoints``, with the bits that an unbroken run would have;
             from the start if there is none yet.
         log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the accuracy (in
-            regression the mean squared error) on its episodes in evaluation mode, learning rate and speed; and
-            one for every step in which tasks diverged. A resumed run drops the records after its checkpoint
-            and goes on from there.
+            regression the mean squared error) on its episodes in evaluation mode, learning rate and speed;
+            and one for every step in which tasks diverged. A resumed run drops the records after its
+            checkpoint and goes on from there.
 
     A task whose loss or gradient is not finite, because its inner loop diverged, is left out: the step goes
     by the other tasks of its batch, and the log gets a record of the step and how many were left out.

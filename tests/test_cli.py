@@ -84,11 +84,73 @@ def test_resume_refuses_another_run(images: Path, trained: Path, capsys: pytest.
     assert "lr: the run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["maml", "fomaml", "reptile", "metasgd", "pretrain"])
+def test_waves_are_trained_on_resumed_and_evaluated(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "--data sine --hidden 8 8 --steps 6 --tasks 3 --checkpoint-every 4 --log-every 2"
+    small = sizes.split()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out in (whole, parts):
+        assert main(["train", method, "--out", str(out), *small]) == 0
+    find_checkpoint(parts).unlink()  # as if it had been killed after step 4
+    assert main(["train", method, "--out", str(parts), "--resume", *small]) == 0
+    first, second = (Checkpoint.read(find_checkpoint(path)).tensors for path in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [2, 4, 6]
+    assert all(record["mse"] > 0 for record in log)
+    capsys.readouterr()
+    assert main(["eval", str(whole), "--episodes", "50", "--shots", "5", "7", "--inner-steps", "0", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"Mean squared error of {method} on 50 waves" in lines[0]
+    assert lines[1].split() == ["points", "0", "3"]
+    assert [line.split()[0] for line in lines[2:]] == ["5", "7"]
+    errors = [[float(figure) for figure in line.split()[1::3]] for line in lines[2:]]
+    assert all(0 < error < 100 for row in errors for error in row)
+
+
+@pytest.mark.parametrize("method", ["maml", "fomaml", "reptile", "metasgd"])
+def test_networks_that_adapt_learn_images(
+    method: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "--image-size 16 --hidden 16 --ways 3 --queries 2 --tasks 4 --steps 60 --no-center"
+    small = sizes.split()
+    assert main(["train", method, "--data", str(images), "--out", str(tmp_path / "x"), *small]) == 0
+    capsys.readouterr()
+    evaluation = ["--ways", "3", "--queries", "2", "--episodes", "20", "--inner-steps", "0", "5"]
+    assert main(["eval", str(tmp_path / "x"), *evaluation]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["0 inner steps" in line or "5 inner steps" in line for line in lines] == [True, True]
+    before, after = (float(line.split(": ")[1].split(" ±")[0]) for line in lines)
+    assert after > 60 > before  # chance is 33
+
+
+def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "maml", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: sine 70000, images" in said
+    assert "per step (default: sine 25, images 16)" in said
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train protonet --data nowhere", "data: expected 'omniglot', 'digits' or a folder, got 'nowhere'"),
-        ("train protonet --data {images} --image-size 8", "image size: expected at least 16"),
+        ("train protonet --data sine", "data: protonet learns from images, got 'sine'"),
+        ("train pretrain", "data: pretrain learns from sine, got 'omniglot'"),
+        ("train maml --data sine --ways 5", "ways: sine waves have no classes, got 5"),
+        ("train maml --data sine --inner-steps -1", "steps: expected a number >= 0, got -1"),
+        ("eval {run} --inner-steps 3", "inner_steps: protonet has no inner loop"),
+        (
+            "train protonet --data nowhere",
+            "data: expected 'omniglot', 'digits', 'sine' or a folder, got 'nowhere'",
+        ),
+        (
+            "train protonet --data {images} --ways 2 --queries 2 --image-size 8",
+            "image size: expected at least 16",
+        ),
         ("train protonet --data {images} --ways 7", "ways: expected at most 6"),
         ("train protonet --data {images} --ways 2 --queries 9", "shots \\+ queries: expected at most 5"),
         ("train protonet --data {images} --ways 2 --queries 2 --lr -1", "[Ii]nvalid learning rate"),

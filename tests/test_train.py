@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,9 @@ pytest.importorskip("rich", reason="the training loop needs metafast[cli]")
 pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
 
 from metafast.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
-from metafast.data import Episodes, EpisodeSampler, ImageClasses
-from metafast.evaluate import accuracy, estimate, evaluate
-from metafast.methods import ProtoNet, conv4
+from metafast.data import Episodes, EpisodeSampler, ImageClasses, SineSampler
+from metafast.evaluate import estimate, evaluate, score
+from metafast.methods import MAML, Method, ProtoNet, conv4, mlp
 from metafast.train import train
 
 STEPS = 12
@@ -33,19 +35,37 @@ def classes() -> ImageClasses:
     return ImageClasses(centres + noise, tuple("abcdefgh"))
 
 
-def run(
-    directory: Path, *, steps: int = STEPS, resume: bool = False, pause: float = 0.0, **changes
-) -> ProtoNet:
-    """A run with all that has state: momentum, schedule, batch norm, dropout, channels-last weights."""
-    torch.manual_seed(0)
+def images() -> tuple[Method, Callable[[int], Episodes]]:
+    """All that has state: batch norm, dropout, channels-last weights."""
     method = ProtoNet(nn.Sequential(conv4(1, 4), nn.Dropout(0.2)))
-    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
+    return method, EpisodeSampler(classes(), ways=3, shots=1, queries=2, tasks=2, seed=0).batch
+
+
+def waves() -> tuple[Method, Callable[[int], Episodes]]:
+    """Weights and learned rates; the steps begin in the middle of a sampler's block."""
+    sampler = SineSampler(shots=5, queries=5, tasks=3)
+    method = MAML(mlp(1, [8, 8], 1), loss="mse", lr=0.01, steps=2, learn_lr=True)
+    return method, lambda step: sampler.batch(step + 60)
+
+
+def run(
+    directory: Path,
+    *,
+    problem: str = "images",
+    steps: int = STEPS,
+    resume: bool = False,
+    pause: float = 0.0,
+    **changes,
+) -> Method:
+    """A run with momentum and a schedule."""
+    torch.manual_seed(0)
+    method, draw = {"images": images, "waves": waves}[problem]()
+    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    sampler = EpisodeSampler(classes(), ways=3, shots=1, queries=2, tasks=2, seed=0)
 
     def batches(step: int) -> Episodes:
         time.sleep(pause)
-        return sampler.batch(step)
+        return draw(step)
 
     arguments = {
         "steps": steps,
@@ -81,13 +101,14 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert untimed(one) == untimed(other)
 
 
-def test_learns_and_logs_every_step(tmp_path: Path) -> None:
-    run(tmp_path)
+@pytest.mark.parametrize(("problem", "figure"), [("images", "accuracy"), ("waves", "mse")])
+def test_learns_and_logs_every_step(tmp_path: Path, problem: str, figure: str) -> None:
+    run(tmp_path, problem=problem)
     log = records(tmp_path)
     assert [record["step"] for record in log] == list(range(1, STEPS + 1))
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[0]["lr"] > log[-1]["lr"] > 0
-    assert all(0 <= record["accuracy"] <= 1 for record in log)
+    assert all(record[figure] >= 0 for record in log)
 
 
 def test_keeps_the_latest_checkpoints_and_nothing_partial(tmp_path: Path) -> None:
@@ -98,20 +119,23 @@ def test_keeps_the_latest_checkpoints_and_nothing_partial(tmp_path: Path) -> Non
     assert Checkpoint.read(tmp_path / names[-1]).config == {"name": "test"}
 
 
+@pytest.mark.parametrize("problem", ["images", "waves"])
 @pytest.mark.parametrize("stop", [1, 5, 6])
-def test_resumes_bit_for_bit(tmp_path: Path, stop: int) -> None:
-    run(tmp_path / "whole")
-    run(tmp_path / "parts", steps=stop)
+def test_resumes_bit_for_bit(tmp_path: Path, stop: int, problem: str) -> None:
+    run(tmp_path / "whole", problem=problem)
+    run(tmp_path / "parts", problem=problem, steps=stop)
     torch.rand(3)  # the generator's state must come out of the checkpoint
-    run(tmp_path / "parts", resume=True)
+    run(tmp_path / "parts", problem=problem, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resumes_bit_for_bit_after_kills_at_any_moment(tmp_path: Path) -> None:
-    run(tmp_path / "whole")
+@pytest.mark.parametrize("problem", ["images", "waves"])
+def test_resumes_bit_for_bit_after_kills_at_any_moment(tmp_path: Path, problem: str) -> None:
+    run(tmp_path / "whole", problem=problem)
     killed = tmp_path / "killed"
     here = Path(__file__).resolve()
-    code = f"import test_train as t; t.run(t.Path({str(killed)!r}), resume=True, pause=0.15)"
+    arguments = f"t.Path({str(killed)!r}), problem={problem!r}, resume=True, pause=0.15"
+    code = f"import test_train as t; t.run({arguments})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path])}
     for checkpoints in (1, 2):  # the second kill hits a run that had been resumed
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
@@ -127,7 +151,7 @@ def test_resumes_bit_for_bit_after_kills_at_any_moment(tmp_path: Path) -> None:
     (killed / "step-00000099.partial").write_bytes(b"half a checkpoint")
     with (killed / "log.jsonl").open("a") as log:
         log.write('{"step": 1')
-    run(killed, resume=True)
+    run(killed, problem=problem, resume=True)
     assert_same_run(tmp_path / "whole", killed)
 
 
@@ -137,19 +161,69 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -
     assert_same_run(tmp_path / "plain", tmp_path / "resumed")
 
 
-def test_a_loss_that_is_not_finite_is_logged_and_not_learned_from(tmp_path: Path) -> None:
-    sampler = EpisodeSampler(classes(), ways=3, shots=1, queries=2, tasks=1)
-    method = ProtoNet(nn.Sequential(nn.Flatten(), nn.Linear(256, 4)))
+def spoiled(drawn: Episodes, tasks: list[int], value: float) -> Episodes:
+    """The same episodes, but that some have a support on which the inner loop diverges."""
+    support = drawn.support.clone()
+    support[tasks] *= value
+    return replace(drawn, support=support)
+
+
+def maml() -> MAML:
+    torch.manual_seed(0)
+    return MAML(mlp(1, [8], 1), loss="mse", lr=0.01, steps=3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+def test_a_step_goes_by_the_tasks_that_did_not_diverge(tmp_path: Path, value: float) -> None:
+    sampler = SineSampler(shots=5, queries=5, tasks=4)
+    whole, some = maml(), maml()
+
+    def diverging(step: int) -> Episodes:
+        return spoiled(sampler.batch(step), [0, 2], value) if step == 1 else sampler.batch(step)
+
+    def without(step: int) -> Episodes:
+        return sampler.batch(step).take(torch.tensor([1, 3])) if step == 1 else sampler.batch(step)
+
+    for method, batches, name in ((whole, diverging, "whole"), (some, without, "some")):
+        optimizer = torch.optim.Adam(method.parameters(), lr=1e-2, fused=True)
+        log = tmp_path / name / "log.jsonl"
+        train(method, batches, steps=3, optimizer=optimizer, log=log, log_every=3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), some.parameters(), strict=True))
+    assert records(tmp_path / "whole")[0] == {"step": 2, "diverged": 2}
+    assert [record["step"] for record in records(tmp_path / "whole")] == [2, 3]
+    assert [record["step"] for record in records(tmp_path / "some")] == [3]
+
+
+def test_a_gradient_that_is_not_finite_is_not_learned_from(tmp_path: Path) -> None:
+    class Overflowing(MAML):
+        """A finite loss whose gradient is not: the square root at zero."""
+
+        def loss(self, episodes: Episodes) -> Tensor:
+            return super().loss(episodes) + (self.params[0].sum() * 0).sqrt()
+
+    torch.manual_seed(0)
+    method = Overflowing(mlp(1, [8], 1), loss="mse", lr=0.01, steps=1)
     before = [parameter.clone() for parameter in method.parameters()]
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        train(method, SineSampler(shots=2, queries=2, tasks=2).batch, steps=1, optimizer=optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+
+
+def test_training_stops_where_every_task_diverges(tmp_path: Path) -> None:
+    sampler = SineSampler(shots=5, queries=5, tasks=2)
+    method = maml()
+    before = [parameter.clone() for parameter in method.parameters()]
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
 
     def batches(step: int) -> Episodes:
-        drawn = sampler.batch(step)
-        return Episodes(drawn.support * torch.nan, drawn.support_labels, drawn.query, drawn.query_labels)
+        return spoiled(sampler.batch(step), [0, 1], torch.nan)
 
-    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     with pytest.raises(FloatingPointError, match="step 1 is nan"):
         train(method, batches, steps=3, optimizer=optimizer, log=tmp_path / "log.jsonl")
-    assert records(tmp_path) == [{"step": 1, "error": "the loss is not finite", "loss": "nan"}]
+    assert records(tmp_path) == [
+        {"step": 1, "diverged": 2, "error": "no task has a finite loss and gradient"}
+    ]
     assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
 
 
@@ -178,7 +252,8 @@ def test_confidence_interval() -> None:
     # standard deviation 0.5 (n - 1 in the denominator), standard error 0.25
     assert result.mean == 0.75
     assert result.half_width == pytest.approx(1.959964 * 0.25, rel=1e-6)
-    assert str(result) == "75.00 ± 49.00 %"
+    assert f"{result:.2%}" == "75.00 ± 49.00 %"
+    assert f"{result:.3f}" == "0.750 ± 0.490"
     with pytest.raises(ValueError, match="values: expected"):
         estimate(torch.tensor([1.0]))
 
@@ -186,10 +261,19 @@ def test_confidence_interval() -> None:
 def test_accuracy_ignores_padding_and_restores_the_mode() -> None:
     drawn = EpisodeSampler(classes(), ways=3, shots=1, queries=2, tasks=4).batch(0)
     method = ProtoNet(conv4(1, 4)).train()
-    right = method.eval().log_probs(drawn).argmax(-1)
+    right = method.eval().predict(drawn).argmax(-1)
     labels = (right + torch.tensor([0, 0, 0, 1, 0, 1])) % 3
     labels[:, 0] = -100
     asked = Episodes(drawn.support, drawn.support_labels, drawn.query, labels)
-    assert accuracy(method.train(), asked).tolist() == pytest.approx([0.6] * 4)
+    assert score(method.train(), asked).tolist() == pytest.approx([0.6] * 4)
     assert method.training
     assert evaluate(method, [asked, asked]).mean == pytest.approx(0.6)
+
+
+def test_the_score_of_a_regression_is_its_squared_error() -> None:
+    drawn = SineSampler(shots=5, queries=7, tasks=3).batch(0)
+    method = maml()
+    expected = (method.predict(drawn, 2) - drawn.query_labels).square().mean((1, 2))
+    got = score(method, drawn, lambda episodes: method.predict(episodes, 2))
+    torch.testing.assert_close(got, expected)
+    assert evaluate(method, [drawn]).mean == pytest.approx(float(score(method, drawn).mean()))

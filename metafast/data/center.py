@@ -9,8 +9,8 @@ from torch import Tensor
 def center(images: Tensor) -> Tensor:
     """Moves every image by whole pixels so that its centre of mass lies in the middle; zeros come in.
 
-    For drawings (ink > 0 on paper = 0), whose place says nothing about their class, and for networks that, unlike
-    convolutions, would have to learn that. An image without ink stays where it is.
+    For drawings (ink > 0 on paper = 0), whose place says nothing about their class, and for networks that,
+    unlike convolutions, would have to learn that. An image without ink stays where it is.
 
     Args:
         images: float [..., ch, H, W], none of it negative; the channels move together.
@@ -31,7 +31,7 @@ def center(images: Tensor) -> Tensor:
 
 
 def _sources(mass: Tensor) -> Tensor:
-    """The mass along a side, [..., L] -> from where each of its pixels comes, int64 [..., L], maybe outside."""
+    """The mass along a side [..., L] -> where each pixel comes from, int64 [..., L], maybe outside."""
     place = torch.arange(mass.shape[-1], device=mass.device)
     middle = (mass.shape[-1] - 1) / 2
     total = mass.sum(-1)

@@ -20,8 +20,8 @@ class SineSampler:
     """Draws ``tasks`` waves y = A sin(x - phase) at a time (Finn, Abbeel, Levine 2017, section 5.1).
 
     A is uniform in [0.1, 5], the phase in [0, pi], every x in [-5, 5], all independent. As with
-    :class:`EpisodeSampler`, ``batch(step)`` is a pure function of (seed, step): a run resumes by continuing at
-    its step. On every device a wave has the same A, phase and x; y is as exact as the device's sine.
+    :class:`EpisodeSampler`, ``batch(step)`` is a pure function of (seed, step): a run resumes by continuing
+    at its step. On every device a wave has the same A, phase and x; y is as exact as the device's sine.
 
     Args:
         shots: support examples per wave.

@@ -31,7 +31,7 @@ SINE: dict[str, Any] = {
     "lr": 1e-3,
     "schedule": "constant",
     "precision": "float32",
-    "log_every": 1000,
+    "log_every": 5000,
     "checkpoint_every": 10_000,
 }
 # The network without convolutions of section 5.2, without its batch norm.
@@ -40,7 +40,7 @@ IMAGES: dict[str, Any] = {
     "hidden": [256, 128, 64],
     "activation": "relu",
     "inner_lr": 0.1,
-    "inner_steps": 3,
+    "inner_steps": 2,
     "ways": 5,
     "shots": 1,
     "queries": 5,
@@ -123,7 +123,7 @@ class Adaptation(Method):
         )
 
     def predict(self, episodes: Episodes, steps: int | None = None) -> Tensor:
-        """After ``steps`` steps on the support: log p(class | query) [T, Q, N], or in regression y [T, Q, O]."""
+        """As :meth:`Method.predict`, after ``steps`` steps on the support."""
         steps = self.test_steps if steps is None else steps
         params = self.adapt(episodes.support, episodes.support_labels, steps)
         out = episodes.query.flatten(2)

@@ -13,5 +13,5 @@ class FOMAML(MAML):
     """First-order MAML (Finn et al. 2017, section 5.2): the inner gradients count as constants."""
 
     def loss(self, episodes: Episodes) -> Tensor:
-        """The mean query loss after adaptation, whose gradient is the one at the adapted weights: a scalar."""
+        """The mean query loss after adaptation, its gradient that at the adapted weights: a scalar."""
         return self.query_loss(episodes, self.steps, first_order=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,23 @@ from metafast.data import Episodes, Problem
 from metafast.reference.inner_loop import LearningRate
 
 from .adaptation import IMAGES, SINE, Adaptation
+from .method import Recipes
 
 
 class MAML(Adaptation):
-    """MAML (Finn, Abbeel, Levine 2017): weights from which a few steps learn a task, by the exact meta-gradient.
+    """MAML (Finn, Abbeel, Levine 2017): weights from which a few steps learn a task.
+
+    By the exact meta-gradient, through all steps.
 
     Args:
         learn_lr: learn the rate of every step and layer with the weights, ``lr`` at first (MAML++, Antoniou
             et al. 2019, section 4). Steps beyond ``steps`` take the rates of the last.
     """
 
-    recipes = {"sine": {**SINE, "learn_inner_lr": False}, "images": {**IMAGES, "learn_inner_lr": True}}
+    recipes: ClassVar[Recipes] = {
+        "sine": {**SINE, "learn_inner_lr": False},
+        "images": {**IMAGES, "learn_inner_lr": True},
+    }
 
     def __init__(self, network: nn.Module, *, learn_lr: bool = False, **settings: Any) -> None:
         super().__init__(network, **settings)

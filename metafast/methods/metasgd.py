@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from metafast.data import Episodes
 
 from .adaptation import IMAGES, SINE, Adaptation
+from .method import Recipes
 
 
 class MetaSGD(Adaptation):
-    """Meta-SGD (Li, Zhou, Chen, Li 2017): MAML with a learned learning rate for every weight, ``lr`` at first."""
+    """Meta-SGD (Li, Zhou, Chen, Li 2017): MAML that learns a learning rate for every weight.
 
-    recipes = {"sine": SINE, "images": {**IMAGES, "inner_steps": 1}}
+    ``lr`` is where they begin.
+    """
+
+    recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_steps": 1}}
 
     def __init__(self, network: nn.Module, **settings: Any) -> None:
         super().__init__(network, **settings)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
 
+Recipes = Mapping[str, Mapping[str, Any]]
+
 
 class Method(nn.Module, ABC):
     """A few-shot learner: a module with a loss and predictions over episodes.
@@ -19,7 +21,7 @@ class Method(nn.Module, ABC):
     own.
     """
 
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]]
+    recipes: ClassVar[Recipes]
     """The defaults of the options that depend on the data: ``"images"``, ``"sine"`` -> option -> value. What
     the method cannot learn from is absent."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -13,14 +14,14 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "rel
     """[..., ``inputs``] -> [..., ``outputs``] through hidden layers of these widths.
 
     Weights are normal with the variance that keeps the activations' (He et al. 2015, Glorot and Bengio 2010),
-    biases zero.
+    those of the last layer of standard deviation 0.01, so that no class is favoured at first; biases zero.
     """
     kinds = {name: kind for kind, name in _ACTIVATIONS.items()}
     if activation not in kinds:
         raise ValueError(f"activation: expected one of {tuple(kinds)}, got {activation!r}")
     layers: list[nn.Module] = []
     widths = [inputs, *hidden, outputs]
-    for i, o in zip(widths[:-1], widths[1:], strict=True):
+    for i, o in pairwise(widths):
         linear = nn.Linear(i, o)
         if activation == "relu":
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
@@ -28,6 +29,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "rel
             nn.init.xavier_normal_(linear.weight)
         nn.init.zeros_(linear.bias)
         layers += [linear, kinds[activation]()]
+    nn.init.normal_(layers[-2].weight, std=0.01)
     return nn.Sequential(*layers[:-1])
 
 

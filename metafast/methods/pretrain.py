@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from metafast.data import Episodes
 
 from .adaptation import SINE, Adaptation
+from .method import Recipes
 
 
 class Pretrain(Adaptation):
@@ -16,7 +19,7 @@ class Pretrain(Adaptation):
     For regression: classes are numbered anew in every episode, which leaves nothing to learn without one.
     """
 
-    recipes = {"sine": SINE}
+    recipes: ClassVar[Recipes] = {"sine": SINE}
 
     def loss(self, episodes: Episodes) -> Tensor:
         """The mean loss of the network as it is over all examples: a scalar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from metafast.data import Episodes, Problem
 from metafast.pairwise import prototypical_log_probs, prototypical_loss
 
 from .conv4 import conv4
-from .method import Method
+from .method import Method, Recipes
 
 
 class ProtoNet(Method):
@@ -22,7 +23,7 @@ class ProtoNet(Method):
         metric: distance of a query to a prototype, as in :func:`metafast.pairwise_distance`.
     """
 
-    recipes = {
+    recipes: ClassVar[Recipes] = {
         "images": {
             "center": False,
             "ways": 60,

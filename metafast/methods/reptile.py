@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from metafast.data import Episodes
 
 from .adaptation import IMAGES, SINE, Adaptation
+from .method import Recipes
 
 
 class Reptile(Adaptation):
@@ -16,9 +19,9 @@ class Reptile(Adaptation):
     It has no query: the inner loop of training runs on all examples of a task.
     """
 
-    recipes = {
-        # The sine of the authors' own demonstration, but for the inner loop: 20 steps on all points of a wave, where
-        # theirs takes 5 on a fifth of 50 points each.
+    recipes: ClassVar[Recipes] = {
+        # The sine of the authors' own demonstration, but for the inner loop: 20 steps on all 20 points of a
+        # wave, where theirs takes 5 steps, each on another 10 of 50 points.
         "sine": {
             **SINE,
             "hidden": [64, 64],
