@@ -81,7 +81,7 @@ def _test_waves(shots: int, queries: int, tasks: int) -> Episodes:
 
 
 def _print_errors(methods: Mapping[str, Adaptation]) -> None:
-    """Our errors, and beside them the figures of Finn et al. 2017, which give no interval and end at 10 steps."""
+    """Our errors, and under them the figures of Finn et al. 2017, without interval, up to 10 steps."""
     print(f"\nMean squared error on {_WAVES} new waves, after steps of fine-tuning (never adapting: 3.01):")
     print(f"{'':14}points" + "".join(f"{steps:>16}" for steps in WAVE_STEPS))
     for label, method in methods.items():
@@ -105,7 +105,7 @@ def _draw_waves(methods: Mapping[str, Adaptation], path: Path) -> None:
         for label, method in methods.items()
     }
     draw_waves(
-        typical, curves, path, title="A new wave from five points; its squared error after fine-tuning"
+        typical, curves, path, title="A new wave, learned from five points; with the mean squared error"
     )
 
 
