@@ -134,7 +134,8 @@ def _backward(loss: Callable[[Episodes], Tensor], episodes: Episodes, parameters
     value = loss(episodes)
     value.backward()
     norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return (value.detach() + 0 * torch.stack(norms).sum()).item()  # one wait for the device; 0 * inf is NaN
+    figures = torch.stack([value.detach(), *norms]).tolist()  # one wait for the device
+    return figures[0] if all(map(math.isfinite, figures)) else math.nan
 
 
 class _Journal:

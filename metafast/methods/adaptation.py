@@ -45,7 +45,7 @@ IMAGES: dict[str, Any] = {
     "shots": 1,
     "queries": 5,
     "tasks": 16,
-    "steps": 6000,
+    "steps": 4000,
     "optimizer": "adam",
     "lr": 1e-3,
     "schedule": "cosine",
@@ -82,7 +82,8 @@ class Adaptation(Method):
         self._layers, self.activation = read_mlp(network)
         self.network = network
         self.loss_name = loss
-        self.lr: Any = lr
+        # A tensor, as the operations take it, which goes where the weights go.
+        self.register_buffer("lr", self.params[0].new_tensor(lr), persistent=False)
         self.steps = steps
         self.test_steps = steps if test_steps is None else test_steps
 

@@ -33,11 +33,10 @@ class MAML(Adaptation):
     def __init__(self, network: nn.Module, *, learn_lr: bool = False, **settings: Any) -> None:
         super().__init__(network, **settings)
         if learn_lr:
-            like = self.params[0]
-            self.lr = nn.Parameter(like.new_full((self.steps, len(self.params) // 2), self.lr))  # [K, L]
+            self.lr = nn.Parameter(self.lr.expand(self.steps, len(self.params) // 2).clone())  # [K, L]
 
     def rates(self, steps: int) -> LearningRate:
-        if not isinstance(self.lr, Tensor) or steps == self.steps:
+        if self.lr.dim() == 0 or steps == self.steps:
             return self.lr
         return self.lr[torch.arange(steps, device=self.lr.device).clamp(max=self.steps - 1)]
 

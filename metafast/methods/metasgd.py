@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from metafast.data import Episodes
@@ -23,7 +22,7 @@ class MetaSGD(Adaptation):
 
     def __init__(self, network: nn.Module, **settings: Any) -> None:
         super().__init__(network, **settings)
-        self.lr = nn.ParameterList(torch.full_like(param, self.lr) for param in self.params)
+        self.lr = nn.ParameterList([self.lr.expand_as(param).clone() for param in self.params])
 
     def rates(self, steps: int) -> list[Tensor]:
         return list(self.lr)
