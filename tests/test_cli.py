@@ -17,7 +17,7 @@ PIL = pytest.importorskip("PIL.Image", reason="image folders need metafast[cli]"
 
 from metafast.checkpoint import Checkpoint, find_checkpoint
 from metafast.cli import main
-from metafast.data import EpisodeSampler, ImageClasses
+from metafast.data import EpisodeSampler, ImageClasses, SineSampler
 
 TINY = ["--image-size", "16", "--hidden", "4", "--ways", "2", "--queries", "2", "--steps", "1"]
 
@@ -224,4 +224,16 @@ def test_figure_of_an_episode(tmp_path: Path) -> None:
     draw_episode(drawn, log_probs, tmp_path / "new" / "episode.png", title="An episode")
     with PIL.open(tmp_path / "new" / "episode.png") as picture:
         assert picture.width > 300
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 50
+
+
+def test_figure_of_a_wave(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need metafast[cli]")
+    from metafast.figures import draw_waves
+
+    drawn = SineSampler(shots=5, queries=60, tasks=2).batch(0)
+    predictions = {"one": {0: drawn.query * 0, 5: drawn.query_labels}, "other": {1: drawn.query}}
+    draw_waves(drawn, predictions, tmp_path / "new" / "waves.png", title="A wave")
+    with PIL.open(tmp_path / "new" / "waves.png") as picture:
+        assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 50

@@ -27,7 +27,7 @@ class MAML(Adaptation):
 
     recipes: ClassVar[Recipes] = {
         "sine": {**SINE, "learn_inner_lr": False},
-        "images": {**IMAGES, "learn_inner_lr": True},
+        "images": {**IMAGES, "learn_inner_lr": True, "test_steps": 5},
     }
 
     def __init__(self, network: nn.Module, *, learn_lr: bool = False, **settings: Any) -> None:

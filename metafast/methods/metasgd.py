@@ -18,7 +18,7 @@ class MetaSGD(Adaptation):
     ``lr`` is where they begin.
     """
 
-    recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_steps": 1}}
+    recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_lr": 0.05, "inner_steps": 1}}
 
     def __init__(self, network: nn.Module, **settings: Any) -> None:
         super().__init__(network, **settings)

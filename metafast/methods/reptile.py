@@ -35,7 +35,14 @@ class Reptile(Adaptation):
             "lr": 0.1,
             "schedule": "linear",
         },
-        "images": {**IMAGES, "optimizer": "sgd", "lr": 1.0, "schedule": "linear", "test_steps": 10},
+        "images": {
+            **IMAGES,
+            "inner_steps": 10,
+            "test_steps": 20,
+            "optimizer": "sgd",
+            "lr": 1.0,
+            "schedule": "linear",
+        },
     }
 
     def loss(self, episodes: Episodes) -> Tensor:
