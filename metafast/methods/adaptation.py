@@ -155,8 +155,11 @@ class Adaptation(Method):
     def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
         """The arguments of the class that the options describe."""
         inputs = math.prod(problem.input_shape)
+        network = mlp(inputs, options.hidden, problem.outputs, options.activation)
+        if not problem.regression:
+            nn.init.normal_(network[-1].weight, std=0.01)  # at first no class is favoured
         return {
-            "network": mlp(inputs, options.hidden, problem.outputs, options.activation),
+            "network": network,
             "loss": "mse" if problem.regression else "cross_entropy",
             "lr": options.inner_lr,
             "steps": options.inner_steps,

@@ -14,7 +14,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "rel
     """[..., ``inputs``] -> [..., ``outputs``] through hidden layers of these widths.
 
     Weights are normal with the variance that keeps the activations' (He et al. 2015, Glorot and Bengio 2010),
-    those of the last layer of standard deviation 0.01, so that no class is favoured at first; biases zero.
+    biases zero.
     """
     kinds = {name: kind for kind, name in _ACTIVATIONS.items()}
     if activation not in kinds:
@@ -29,7 +29,6 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "rel
             nn.init.xavier_normal_(linear.weight)
         nn.init.zeros_(linear.bias)
         layers += [linear, kinds[activation]()]
-    nn.init.normal_(layers[-2].weight, std=0.01)
     return nn.Sequential(*layers[:-1])
 
 
