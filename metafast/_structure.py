@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _MAX_LAYERS = 8
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
@@ -60,16 +60,21 @@ class Mlp:
     params: dict[str, nn.Parameter]  # W1, b1, ..., WL, bL, by their names in the module
     activation: str
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the body makes of the input: [T, S, ...] -> [T, S, ...]."""
+        return torch.vmap(self.body)(x) if len(self.body) else x
+
     def __str__(self) -> str:
         weights = list(self.params.values())[::2]
         widths = "-".join(str(n) for n in (weights[0].shape[1], *(w.shape[0] for w in weights)))
         activation = f", {self.activation}" if len(weights) > 1 else ""
-        body = f", behind a body of {len(self.body)} modules that do not adapt" if len(self.body) else ""
+        body = ", ".join(type(layer).__name__ for layer in self.body)
+        body = f", behind what does not adapt ({body})" if body else ""
         return f"Linear {widths}{activation}{body}"
 
 
 def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
-    """The module as an MLP whose parameters of these names adapt, or what about it the kernels do not know."""
+    """The module as an MLP whose parameters of these names adapt, or what the kernels do not know in it."""
     layers = list(_layers(module, ""))
     owners = [any(f"{name}{p}" in adapted for p, _ in m.named_parameters()) for name, m in layers]
     first = owners.index(True)
@@ -104,15 +109,13 @@ def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
         return f"its activations differ: {', '.join(activations)}"
     if len(params) > 2 * _MAX_LAYERS:
         return f"it has {len(params) // 2} Linear layers, more than {_MAX_LAYERS}"
-    if not {p.dtype for p in params.values()} <= {torch.float32, torch.float64}:
-        return "its parameters are neither float32 nor float64"
     return Mlp(nn.Sequential(*(m for _, m in body)), params, activations[0] if activations else "none")
 
 
 def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """What runs one after the other, with the prefix of its parameters' names."""
     if type(module) is nn.Sequential and not _has_hooks(module):
-        for name, child in module.named_children():
+        for name, child in module._modules.items():  # named_children() gives a repeated one once
             yield from _layers(child, f"{prefix}{name}.")
     else:
         yield prefix, module

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metafast import _transformable
 from metafast._structure import Mlp, recognise
 from metafast.inner_loop import inner_sgd, sgd_update, task_linear
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 Rates = float | Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]
 Tensors = dict[str, Tensor]
+
+_has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+_DEVICES = [key.lower() for key in ("CPU", "CUDA") if _has_kernel("metafast::inner_sgd", key)]
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,34 @@ class Explanation:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapted:
     """One module for each of T tasks, as `adapt` returns it. Call it: [T, Q, ...] -> [T, Q, ...].
 
-    The result is what the module gives for the examples of each task with that task's parameters, in the mode,
-    training or evaluation, that the module is in at the call. Gradients pass through the call and through
-    the adaptation. A call keeps nothing: buffers that it changes (the running statistics of batch norm) are
-    changed in a copy.
+    The result is what the module gives for the examples of each task with that task's parameters, in the
+    mode, training or evaluation, that the module is in at the call. Gradients pass through the call and
+    through the adaptation. A call keeps nothing: buffers that it changes (the running statistics of batch
+    norm) are changed in a copy.
     """
 
     params: Tensors  # name -> [T, ...], of those that adapted
-    buffers: Tensors = field(repr=False)  # name -> [T, ...]; empty on the fused path
+    buffers: Tensors  # name -> [T, ...]; empty on the fused path
     path: str  # "fused" or "torch.func"
-    _forward: Callable[[Tensor], Tensor] = field(repr=False)
+    _forward: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._forward(x)
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in self.params.items())
+        return f"Adapted({self.path}: {shapes})"
+
 
 @dataclass(frozen=True)
 class _Plan:
-    module: nn.Module
     params: dict[str, nn.Parameter]  # those that adapt
     mlp: Mlp | None  # the module as the kernels know it
+    features: Tensor | None  # what the body of that makes of the input
     reason: str
 
     @property
@@ -99,14 +106,14 @@ def adapt(
         x: [T, S, ...]: the module is called with the [S, ...] of a task.
         y: [T, S, ...], targets.
         loss: ``"mse"``, the mean over a task's examples and outputs; ``"cross_entropy"``, the mean over its
-            examples that are not labelled -100 (a task without any is not adapted); or a function of one task's
-            outputs and targets that returns a scalar tensor.
+            examples that are not labelled -100 (a task without any is not adapted); or a function of one
+            task's outputs and targets that returns a scalar tensor.
         lr: The learning rate: a number or a tensor [] (which may have a gradient); one of these, or a tensor
-            that broadcasts to the parameter, for each parameter that adapts, as a sequence in their order or as a
-            dict by their names (Meta-SGD, Li et al. 2017); on the fused path also a tensor [K, L], of each
-            step and layer (Antoniou et al. 2019).
+            that broadcasts to the parameter, for each parameter that adapts, as a sequence in their order or
+            as a dict by their names (Meta-SGD, Li et al. 2017); on the fused path also a tensor [K, L], of
+            each step and layer (Antoniou et al. 2019).
         steps: K, from 0 on.
-        first_order: Whether the backward takes the inner gradients as constants (Nichol et al. 2018, section 2).
+        first_order: Whether the backward takes the inner gradients as constants (Nichol et al. 2018).
         momentum, weight_decay, nesterov: As in `torch.optim.SGD`; the last two not on the fused path.
         params: Names, or prefixes of names ("head" for head.weight and head.bias), of the parameters that
             adapt, the others being shared by all tasks (ANIL, Raghu et al. 2020, adapts the head alone). By
@@ -119,15 +126,16 @@ def adapt(
         to any order on the other.
 
     In training mode, batch norm uses the statistics of the task's batch, and each task has its own running
-    statistics, which start from the module's and follow its steps (`Adapted.buffers`); the module's stay as they
-    are. Dropout draws anew for each task and step. Attention runs without its fused kernels, which torch
-    cannot differentiate twice. Under autocast the fused path adapts in float32; the other does what autocast
-    makes of the module.
+    statistics, which start from the module's and follow its steps (`Adapted.buffers`); the module's stay as
+    they are. Dropout draws anew for each task and step. Batch norm and
+    attention run in elementary operations, since torch's fused ones have wrong second derivatives there or
+    none. Under autocast the fused path adapts in float32; on the other, autocast reaches what torch's vmap
+    lets it reach.
 
     Raises:
         ValueError: a shape or an option does not fit, no parameter adapts, or `fused` is True and the module
             is not one that the kernels know (the message says why).
-        TypeError: a dtype does not fit.
+        TypeError: a dtype does not fit; the parameters that adapt are float32 or float64.
         NotImplementedError: a result of the fused path is differentiated twice.
 
     Equivalent to::
@@ -149,10 +157,9 @@ def adapt(
     plan = _plan(module, loss, params, weight_decay, nesterov, x, fused)
     rates = _rates(lr, plan, steps)
     if plan.mlp is not None:
-        options = {"steps": steps, "momentum": momentum, "first_order": first_order}
-        return _adapt_fused(plan.mlp, x, y, loss=loss, lr=rates, **options)
+        return _adapt_fused(plan, y, loss, rates, steps, first_order, momentum)
     sgd = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-    return _adapt_by_transforms(plan, x, y, _loss_function(loss), rates, steps, first_order, sgd)
+    return _adapt_by_transforms(module, plan.params, x, y, loss, rates, steps, first_order, sgd)
 
 
 def explain(
@@ -168,16 +175,18 @@ def explain(
 
     Args:
         module, loss, weight_decay, nesterov, params: as for `adapt`.
-        x: [T, S, ...], the input that `adapt` is to have; without it, [T, S, features] behind the body.
+        x: [T, S, ...], what `adapt` is to have; without it, what the first Linear has is taken to be
+            [T, S, D].
 
     Example::
 
         >>> print(metafast.explain(nn.Sequential(nn.Flatten(), nn.Linear(784, 5))))
-        fused: metafast.inner_sgd; the kernels know Linear 784-5, behind a body of 1 modules that do not adapt
+        fused: metafast.inner_sgd; the kernels know Linear 784-5, behind what does not adapt (Flatten)
           adapts 1.weight [5, 784]
           adapts 1.bias [5]
     """
-    plan = _plan(module, loss, params, weight_decay, nesterov, x, None)
+    with torch.no_grad():
+        plan = _plan(module, loss, params, weight_decay, nesterov, x, None)
     shares = tuple(name for name, _ in module.named_parameters() if name not in plan.params)
     adapts = {name: tuple(p.shape) for name, p in plan.params.items()}
     return Explanation(plan.path, plan.reason, adapts, shares)
@@ -196,12 +205,18 @@ def _plan(
     fused: bool | None,
 ) -> _Plan:
     adapted = _adapted(module, params)
-    found = _recognise(module, adapted, loss, weight_decay, nesterov, x) if fused is not False else "as asked"
+    found, features = "it is not wanted", None
+    if fused is not False:
+        found = _recognise(module, adapted, loss, weight_decay, nesterov)
+    if isinstance(found, Mlp) and x is not None:
+        features = found.features(x)
+        if features.dim() != 3:
+            found = f"a Linear has {list(features.shape)} before it, and the kernels know [T, S, D]"
     if isinstance(found, Mlp):
-        return _Plan(module, found.params, found, f"the kernels know {found}")
+        return _Plan(found.params, found, features, f"the kernels know {found}")
     if fused:
         raise ValueError(f"fused: expected a module and options that the kernels know, but {found}")
-    return _Plan(module, adapted, None, found)
+    return _Plan(adapted, None, None, found)
 
 
 def _recognise(
@@ -210,7 +225,6 @@ def _recognise(
     loss: Loss,
     weight_decay: float,
     nesterov: bool,
-    x: Tensor | None,
 ) -> Mlp | str:
     for name, value in (("weight_decay", weight_decay), ("nesterov", nesterov)):
         if value:
@@ -221,11 +235,8 @@ def _recognise(
     if isinstance(found, str):
         return found
     weight = next(iter(found.params.values()))
-    key = "CUDA" if weight.is_cuda else "CPU"
-    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key("metafast::inner_sgd", key):
-        return f"inner_sgd has no {key} kernel"
-    if x is not None and not len(found.body) and x.dim() != 3:
-        return f"x has {x.dim()} dimensions, and the kernels know [T, S, D]"
+    if weight.device.type not in _DEVICES:
+        return f"the kernels do not run on {weight.device.type}"
     return found
 
 
@@ -243,6 +254,12 @@ def _adapted(module: nn.Module, params: str | Iterable[str] | None) -> dict[str,
         trained = {name: p for name, p in trained.items() if any(_names(one, name) for one in asked)}
     if not trained:
         raise ValueError("module: expected a parameter that requires grad and adapts, got none")
+    for name, param in trained.items():
+        if param.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"module: expected parameters of dtype float32 or float64, got {param.dtype} in {name}; "
+                "SGD's small steps are lost in fewer bits, torch.autocast runs the rest in 16"
+            )
     return trained
 
 
@@ -275,56 +292,49 @@ def _rates(lr: Rates, plan: _Plan, steps: int) -> float | Tensor | list[Tensor]:
         return lr
     if not isinstance(lr, Iterable) or isinstance(lr, Tensor):
         return lr
-    if hasattr(lr, "items"):
+    if hasattr(lr, "items"):  # a dict, or a ParameterDict
         given = dict(lr.items())
         if set(given) != set(plan.params):
-            wrong = sorted(set(given) ^ set(plan.params))
-            raise ValueError(
-                f"lr: expected one for each of {', '.join(plan.params)}; check {', '.join(wrong)}"
-            )
+            wrong = ", ".join(sorted(set(given) ^ set(plan.params)))
+            raise ValueError(f"lr: expected one for each of {', '.join(plan.params)}; check {wrong}")
         values = [given[name] for name in plan.params]
     else:
         values = list(lr)
         if len(values) != len(plan.params):
             raise ValueError(f"lr: expected one for each of {', '.join(plan.params)}, got {len(values)}")
-    rates = []
-    for value, (name, param) in zip(values, plan.params.items(), strict=True):
-        rate = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else param.dtype)
-        rate = rate if isinstance(value, Tensor) else rate.to(param.device)
-        if torch.broadcast_shapes(rate.shape, param.shape) != param.shape:
-            raise ValueError(
-                f"lr: expected what broadcasts to {name}, {list(param.shape)}, got {list(rate.shape)}"
-            )
-        rates.append(rate.expand(param.shape) if plan.mlp is not None else rate)
-    return rates
+    return [
+        _rate(value, name, param, fused=plan.mlp is not None)
+        for value, (name, param) in zip(values, plan.params.items(), strict=True)
+    ]
+
+
+def _rate(value: float | Tensor, name: str, param: nn.Parameter, *, fused: bool) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=param.dtype, device=param.device)
+    try:
+        expanded = value.expand(param.shape)
+    except RuntimeError:
+        shapes = f"{list(param.shape)}, got {list(value.shape)}"
+        raise ValueError(f"lr: expected for {name} what broadcasts to its shape, {shapes}") from None
+    return expanded if fused else value  # sgd_update broadcasts by itself
 
 
 # --- fused ----------------------------------------------------------------------------------------------
 
 
 def _adapt_fused(
-    mlp: Mlp,
-    x: Tensor,
+    plan: _Plan,
     y: Tensor,
-    *,
     loss: str,
     lr: float | Tensor | list[Tensor],
     steps: int,
-    momentum: float,
     first_order: bool,
+    momentum: float,
 ) -> Adapted:
-    def features(x: Tensor) -> Tensor:
-        out = torch.vmap(mlp.body)(x) if len(mlp.body) else x
-        if out.dim() != 3:
-            raise ValueError(
-                f"x: expected what the body turns into [T, S, D], got {list(out.shape)} from {list(x.shape)}; "
-                "fused=False takes it"
-            )
-        return out
-
+    mlp = plan.mlp
     found = inner_sgd(
         list(mlp.params.values()),
-        features(x),
+        plan.features,
         y,
         loss=loss,
         lr=lr,
@@ -337,7 +347,7 @@ def _adapt_fused(
     activation = {"relu": F.relu, "tanh": torch.tanh, "none": lambda x: x}[mlp.activation]
 
     def forward(x: Tensor) -> Tensor:
-        x = features(x)
+        x = mlp.features(x)
         for i, (weight, bias) in enumerate(layers):
             x = task_linear(activation(x) if i else x, weight, bias)
         return x
@@ -349,33 +359,31 @@ def _adapt_fused(
 
 
 def _adapt_by_transforms(
-    plan: _Plan,
+    module: nn.Module,
+    params: dict[str, nn.Parameter],
     x: Tensor,
     y: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     lr: float | Tensor | list[Tensor],
     steps: int,
     first_order: bool,
     sgd: dict[str, float | bool],
 ) -> Adapted:
-    module = plan.module
+    of_one_task = _LOSSES[loss] if isinstance(loss, str) else loss
 
     def forward(theta: Tensors, buffers: Tensors, x: Tensor) -> tuple[Tensor, Tensors]:
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # batch norm writes into them
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            return torch.func.functional_call(module, {**theta, **buffers}, (x,)), buffers
+        return _transformable.call(module, {**theta, **buffers}, x), buffers
 
     def task_loss(theta: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, Tensors]:
         out, buffers = forward(theta, buffers, x)
-        value = loss(out, y)
+        value = of_one_task(out, y)
         if value.dim():
-            raise ValueError(
-                f"loss: expected a function that returns a scalar, got shape {list(value.shape)}"
-            )
+            raise ValueError(f"loss: expected a function that returns a scalar, got {list(value.shape)}")
         return value, buffers
 
     tasks = x.shape[0]
-    theta: Tensors = {name: p.expand(tasks, *p.shape) for name, p in plan.params.items()}
+    theta: Tensors = {name: p.expand(tasks, *p.shape) for name, p in params.items()}
     buffers: Tensors = {name: b.expand(tasks, *b.shape) for name, b in module.named_buffers()}
     gradient = torch.vmap(torch.func.grad(task_loss, has_aux=True), randomness="different")
     momenta: list[Tensor] | None = None
@@ -388,7 +396,8 @@ def _adapt_by_transforms(
         theta = dict(zip(theta, updated, strict=True))
 
     def call(x: Tensor) -> Tensor:
-        return torch.vmap(forward, randomness="different")(theta, buffers, x)[0]
+        of_tasks = _transformable.vmap_without_gradient(module, lambda *args: forward(*args)[0])
+        return of_tasks(theta, buffers, x)
 
     return Adapted(theta, buffers, "torch.func", call)
 
@@ -404,8 +413,4 @@ def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(out, y, reduction="sum") / (y != -100).sum().clamp_min(1)
 
 
-_LOSSES = {"mse": _mse, "cross_entropy": _cross_entropy}
-
-
-def _loss_function(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    return _LOSSES[loss] if isinstance(loss, str) else loss
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _mse, "cross_entropy": _cross_entropy}

@@ -6,6 +6,7 @@
 
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include "common/checks.h"
 #include "common/dispatch.h"
@@ -37,6 +38,13 @@ Activation activation_of(std::string_view name) {
   if (name == "tanh") return Activation::tanh;
   if (name == "none") return Activation::none;
   TORCH_CHECK_VALUE(false, "activation: expected relu, tanh or none, got ", name, kOtherNetworks);
+}
+
+// The kernels know by null what is absent, and torch gives null for what is empty.
+template <typename T>
+T* present(T* data) {
+  static std::remove_const_t<T> nothing;
+  return data ? data : &nothing;
 }
 
 struct Set {  // of examples of every task
@@ -225,7 +233,7 @@ class Problem {
   template <typename T>
   void fill(Examples<T>& examples, const Set& set) const {
     examples.count = set.x.size(1);
-    examples.x = set.x.const_data_ptr<T>();
+    examples.x = present(set.x.const_data_ptr<T>());
     if (loss_ == Loss::mse) {
       examples.y = set.y.const_data_ptr<T>();
     } else {
@@ -269,7 +277,9 @@ class Gradients {
       p.query.grad_x = data(query_.x);
       p.query.grad_y = data(query_.y);
     }
-    for (size_t i = 0; i < params_.size(); ++i) p.grad_params[i] = data(params_[i]);
+    for (size_t i = 0; i < params_.size(); ++i)
+      p.grad_params[i] =
+          want_params_ && !problem_.shared() ? present(params_[i].mutable_data_ptr<T>()) : nullptr;
     if (want_params_ && problem_.shared()) {
       p.sums.params = p.sums.columns;
       p.sums.columns += problem_.parameter_count();
@@ -338,7 +348,7 @@ std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const T
     adapted.push_back(empty(problem.task_shape(i), problem.options()));
   with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
-    for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = adapted[i].mutable_data_ptr<T>();
+    for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = present(adapted[i].mutable_data_ptr<T>());
     run_and_sum(p, x.options());
   });
   return adapted;
@@ -363,7 +373,8 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
   Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3], false, false);
   return with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
-    for (size_t i = 0; i < dense_grads.size(); ++i) p.grad_adapted[i] = dense_grads[i].const_data_ptr<T>();
+    for (size_t i = 0; i < dense_grads.size(); ++i)
+      p.grad_adapted[i] = present(dense_grads[i].const_data_ptr<T>());
     gradients.fill(p);
     return gradients.finish(p, run_and_sum(p, x.options()));
   });
@@ -504,7 +515,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
   return {new_params, new_buffers};
 }
 
-// ---- task_linear, task_conv2d: the library's, which is at its best here and has derivatives of every order ----
+// ---- task_linear, task_conv2d: the library's, which is at its best here and has derivatives of every order
+// ----
 
 void check_layer(const Arg& x, const Arg& weight, const Arg& bias) {
   const c10::DeviceType device = x.tensor.device().type();
@@ -532,10 +544,9 @@ Tensor task_conv2d_op(const Tensor& x, const Tensor& weight, const Tensor& bias,
   check_layer({x, "x"}, {weight, "weight"}, {bias, "bias"});
   TORCH_CHECK_VALUE(x.dim() == 5, "x: expected shape [T, B, C, H, W], got ", x.sym_sizes());
   const c10::SymInt tasks = x.sym_size(0), channels = x.sym_size(2);
-  TORCH_CHECK_VALUE(
-      weight.dim() == 5 && weight.sym_size(0) == tasks && weight.sym_size(2) == channels,
-      "weight: expected shape [T, O, C, kh, kw] with T = ", tasks, ", C = ", channels, ", got ",
-      weight.sym_sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 5 && weight.sym_size(0) == tasks && weight.sym_size(2) == channels,
+                    "weight: expected shape [T, O, C, kh, kw] with T = ", tasks, ", C = ", channels, ", got ",
+                    weight.sym_sizes());
   const c10::SymInt outputs = weight.sym_size(1);
   TORCH_CHECK_VALUE(bias.dim() == 2 && bias.sym_size(0) == tasks && bias.sym_size(1) == outputs,
                     "bias: expected shape [T, O] = [", tasks, ", ", outputs, "], got ", bias.sym_sizes());
