@@ -1,7 +1,8 @@
 """Runs modules under `torch.func` where torch (2.13) itself gives an error or a wrong second derivative.
 
-- Batch norm in training: the gradient of `vmap(grad)` has the wrong gradient with respect to its input.
-  Here it is written in elementary operations. Instance norm is built on it.
+- Batch norm in training and layer norm: `vmap(grad)` of them has the wrong gradient with respect to their
+  input (pytorch/functorch issue 534), and their third derivatives are wrong everywhere (pytorch/pytorch
+  issues 175754, 186256). Here they run in elementary operations; so does instance norm, built on batch norm.
 - Attention: its fused kernels have no second derivative. Here it takes the plain one.
 - Recurrent networks: `vmap` alone has no rule for them, but for what autograd makes of them.
 """
@@ -36,7 +37,7 @@ def vmap_without_gradient(module: nn.Module, function: Callable[..., Tensor]) ->
 
 
 class _Elementary(TorchFunctionMode):
-    """Replaces norms over a batch by elementary operations."""
+    """Replaces norms by elementary operations."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -108,7 +109,23 @@ def _norm(
     return out if bias is None else out + bias.view(channels)
 
 
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm`."""
+    over = list(range(-len(normalized_shape), 0))
+    centred = x - x.mean(over, keepdim=True)
+    out = centred * (centred.square().mean(over, keepdim=True) + eps).rsqrt()
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
 _REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm,
 }

@@ -127,9 +127,9 @@ def adapt(
 
     In training mode, batch norm uses the statistics of the task's batch, and each task has its own running
     statistics, which start from the module's and follow its steps (`Adapted.buffers`); the module's stay as
-    they are. Dropout draws anew for each task and step. Batch norm and
-    attention run in elementary operations, since torch's fused ones have wrong second derivatives there or
-    none. Under autocast the fused path adapts in float32; on the other, autocast reaches what torch's vmap
+    they are. Dropout draws anew for each task and step. Batch norm, layer
+    norm and attention run in elementary operations, since torch's fused ones have wrong second derivatives
+    under `vmap` or none. Under autocast the fused path adapts in float32; on the other, autocast reaches what torch's vmap
     lets it reach.
 
     Raises:
@@ -383,6 +383,8 @@ def _adapt_by_transforms(
         return value, buffers
 
     tasks = x.shape[0]
+    if tasks == 0:
+        raise ValueError("x: expected a task or more, got none; torch's vmap has nothing to run over then")
     theta: Tensors = {name: p.expand(tasks, *p.shape) for name, p in params.items()}
     buffers: Tensors = {name: b.expand(tasks, *b.shape) for name, b in module.named_buffers()}
     gradient = torch.vmap(torch.func.grad(task_loss, has_aux=True), randomness="different")
