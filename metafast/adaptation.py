@@ -127,10 +127,9 @@ def adapt(
 
     In training mode, batch norm uses the statistics of the task's batch, and each task has its own running
     statistics, which start from the module's and follow its steps (`Adapted.buffers`); the module's stay as
-    they are. Dropout draws anew for each task and step. Batch norm, layer
-    norm and attention run in elementary operations, since torch's fused ones have wrong second derivatives
-    under `vmap` or none. Under autocast the fused path adapts in float32; on the other, autocast reaches what torch's vmap
-    lets it reach.
+    they are. Dropout draws anew for each task and step. Batch norm, layer norm and attention run in
+    elementary operations, since torch's fused ones have wrong second derivatives under `vmap` or none. Under
+    autocast the fused path adapts in float32; on the other, autocast reaches what `vmap` lets it reach.
 
     Raises:
         ValueError: a shape or an option does not fit, no parameter adapts, or `fused` is True and the module
