@@ -30,6 +30,7 @@ class _TaskChain(Chain):
     params: tuple[str, ...] = ()
     data: tuple[str, ...] = ()  # [T, ...]
     rates: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()  # other tensors that have a gradient and are the same for all tasks
     gives_list: bool = False
     fixed: tuple[Any, ...] = ()  # the op's last arguments, which are no arguments here
 
@@ -46,7 +47,7 @@ class _TaskChain(Chain):
             result = op(*self.pack(args), *self.fixed)
             return tuple(result) if self.gives_list else (result,)
         grads, args = args[: self.results], args[self.results :]
-        groups = (self.params, self.rates, *((name,) for name in self.data))
+        groups = (self.params, self.rates, *((name,) for name in (*self.data, *self.weights)))
         flags = [not set(group).isdisjoint(wanted) for group in groups]
         result = op(list(grads) if self.gives_list else grads[0], *self.pack(args), *self.fixed, flags)
         of_inputs = result if self.gives_list else result[1]  # maml_loss_backward gives the loss, too
@@ -109,6 +110,7 @@ def _chain(
     rates: int,
     data: tuple[str, ...],
     others: tuple[str, ...],
+    weights: tuple[str, ...],
     labels: bool,
     outputs: tuple[str, ...],
     gives_list: bool,
@@ -118,7 +120,8 @@ def _chain(
         tuple(f"{kind}{i}" for i in range(count)) for kind, count in (("params", params), ("lr", rates))
     )
     inputs = (*param_names, *data, *rate_names, *others, *_OPTIONS)
-    differentiable = (*param_names, *rate_names, *(x for x in data if not (labels and x.endswith("y"))))
+    of_data = (x for x in data if not (labels and x.endswith("y")))
+    differentiable = (*param_names, *rate_names, *of_data, *weights)
 
     def reference_of(*args: Any) -> Any:
         result = twin(*chain.pack(args))
@@ -140,6 +143,7 @@ def _chain(
         params=param_names,
         data=data,
         rates=rate_names,
+        weights=weights,
         gives_list=gives_list,
         fixed=fixed,
     )
@@ -168,6 +172,7 @@ def inner_sgd_chain(params: int, rates: int, labels: bool) -> Chain:
         rates=rates,
         data=("x", "y"),
         others=(),
+        weights=(),
         labels=labels,
         outputs=tuple(f"adapted{i}" for i in range(params)),
         gives_list=True,
@@ -208,6 +213,7 @@ def maml_loss_chain(params: int, rates: int, labels: bool) -> Chain:
         rates=rates,
         data=("support_x", "support_y", "query_x", "query_y"),
         others=("step_weights",),
+        weights=(),
         labels=labels,
         outputs=("out",),
         gives_list=False,
