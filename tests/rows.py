@@ -337,7 +337,7 @@ ROWS = (
     *map(_scores, ("relu", "tanh")),
     _maml_loss("mse, shared", shared=True, loss="mse", momentum=0.7),
     _maml_loss("cross_entropy, per task", loss="cross_entropy", reduction="none"),
-    _maml_loss("mse, step weights", loss="mse", step_weights=(0.25, 0.75), activation="relu"),
+    _maml_loss("mse, per task", loss="mse", reduction="none", activation="relu"),
     _inner_sgd("mse, per task", loss="mse"),
     _inner_sgd("cross_entropy, shared", shared=True, loss="cross_entropy", momentum=0.5),
     Row(
