@@ -448,7 +448,7 @@ def test_gradients_under_autocast(row: Row) -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@EVERY_ROW
+@pytest.mark.parametrize("row", [row for row in ROWS if row.kernels], ids=str)
 def test_same_bits_for_every_number_of_threads(row: Row) -> None:
     args = make(row, Sizes(tasks=2, support=60, query=500, features=70), dtype=torch.float32)
     before = torch.get_num_threads()
