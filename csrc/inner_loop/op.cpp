@@ -537,8 +537,9 @@ Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias)
   return at::baddbmm(bias.unsqueeze(1), x, weight.mT());
 }
 
-// One convolution with a group of channels for each task. Unfolding and a batched GEMM is faster for a single
-// input channel, and 3 to 6 times as slow for the layers behind the first.
+// One convolution with a group of channels for each task. In the layers of a conv4, forward and backward,
+// unfolding and a batched GEMM takes 0.8 to 1 times as long for a single input channel, 1.4 for three, and 3
+// to 11 times for the layers behind the first.
 Tensor task_conv2d_op(const Tensor& x, const Tensor& weight, const Tensor& bias, c10::SymIntArrayRef stride,
                       c10::SymIntArrayRef padding) {
   check_layer({x, "x"}, {weight, "weight"}, {bias, "bias"});
