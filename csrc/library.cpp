@@ -111,4 +111,7 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "float weight_decay, bool nesterov) -> (Tensor[], Tensor[])");
   // x [T, B, I], weight [T, O, I], bias [T, O] -> [T, B, O].
   m.def("task_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  // x [T, B, C, H, W], weight [T, O, C, kh, kw], bias [T, O] -> [T, B, O, H', W'].
+  m.def(
+      "task_conv2d(Tensor x, Tensor weight, Tensor bias, SymInt[2] stride=1, SymInt[2] padding=0) -> Tensor");
 }

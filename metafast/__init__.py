@@ -11,7 +11,8 @@ from metafast import _load  # noqa: F401  (first: it loads the compiled module, 
 from metafast import _fake, reference
 from metafast._doors import trace_doors
 from metafast._info import info
-from metafast.inner_loop import inner_sgd, maml_loss, sgd_update, task_linear
+from metafast.adaptation import Adapted, Explanation, adapt, explain
+from metafast.inner_loop import inner_sgd, maml_loss, sgd_update, task_conv2d, task_linear
 from metafast.pairwise import (
     matching_log_probs,
     matching_loss,
@@ -27,6 +28,10 @@ __version__ = version("metafast")
 _fake.register("metafast")
 
 __all__ = [
+    "Adapted",
+    "Explanation",
+    "adapt",
+    "explain",
     "info",
     "inner_sgd",
     "maml_loss",
@@ -39,6 +44,7 @@ __all__ = [
     "reference",
     "relation_scores",
     "sgd_update",
+    "task_conv2d",
     "task_linear",
     "trace_doors",
 ]

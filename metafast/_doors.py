@@ -1,13 +1,14 @@
 """Which way a call takes to its kernel.
 
 op         the registered op, differentiated in C++: an eager call outside function transforms, torch.compile.
-function   C++ autograd functions raise under `torch.func`. A call inside `grad` (at most two levels) and
-           `vmap` goes through `_Derivative`, a Python `autograd.Function` over the same kernels.
+function   C++ autograd functions raise under `torch.func`. A call inside `grad` (as many levels as the family
+           has derivatives) and `vmap` goes through `_Derivative`, a Python `autograd.Function` over the same
+           kernels.
 reference  the rest (`jvp`, `hessian`, forward-mode AD, deeper nesting, `torch.func` inside torch.compile)
            runs the pure-PyTorch twin in `metafast.reference`: right, but slower.
 
-A family describes its ops to the second door in `Chain`s; nothing here knows any op. The ops on lists of
-tensors (the inner loop) have no second door: `call_or_reference` takes them through the first or the third.
+A family describes its ops to the second door in `Chain`s; nothing here knows any op. An op that is made of
+torch's own ops composes with every transform as they do, and goes through the first door everywhere.
 """
 
 from __future__ import annotations
@@ -49,18 +50,61 @@ class Op:
         return *self.inputs, *self.carries
 
 
+Results = tuple[Tensor, ...]
+Dims = tuple[int | None, ...]
+# Arguments with the vmapped dimension folded into another, and how their results and its place come back.
+Folding = tuple[list[Any], Callable[[Results], tuple[Results, Dims]]]
+
+
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """An op followed by its first and second derivative."""
+    """An op followed by its derivatives, first to last.
+
+    Its tensors have any number of leading dimensions, which a vmapped dimension joins. A family whose ops
+    do not overrides `run` and `fold`.
+    """
 
     ops: tuple[Op, ...]
-    reference: Callable[..., Tensor]  # the twin of ops[0]
-    # How many of a tensor's dimensions belong to one task; those before are leading ones, which a vmapped
-    # dimension joins. A name that is absent is a tensor that all tasks share.
+    reference: Callable[..., Any]  # the twin of ops[0]
+    # How many of a tensor's dimensions belong to one task. A name that is absent is a tensor that all tasks
+    # share.
     event_dims: Mapping[str, int]
-    wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda function: function
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+    results: int = 1  # how many outputs of ops[0] a call returns; the others are for its derivatives
 
-    def folds(self, name: str, tensor: Tensor) -> bool:
+    def run(self, order: int, wanted: Sequence[str], args: Sequence[Any]) -> Results:
+        """Op number `order`. Of gradients, those of the inputs in `wanted` count."""
+        op = self.ops[order]
+        result = getattr(ops, op.name).default(*args[: len(op.inputs)])
+        return result if isinstance(result, tuple) else (result,)
+
+    def fold(
+        self, order: int, wanted: Sequence[str], size: int, args: Sequence[Any], in_dims: Dims
+    ) -> Folding | None:
+        """How op number `order` takes a vmapped dimension of this size; None if its kernel cannot."""
+        op = self.ops[order]
+        named = dict(zip(op.names, zip(args, in_dims, strict=True), strict=True))
+
+        def per_example(name: str) -> bool:
+            """Has each vmapped example its own of a tensor that all tasks share, or of its gradient?"""
+            batched = named[name][1] is not None if name in named else _subject(name) in wanted
+            return batched and _subject(name) not in self.event_dims
+
+        if any(per_example(name) for name in (*op.names, *op.outputs)):
+            return None
+
+        def join(name: str, value: Any, dim: int | None) -> Any:
+            if not isinstance(value, Tensor) or not self._has_leading(name, value):
+                return value
+            return value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)
+
+        def split(results: Results) -> tuple[Results, Dims]:
+            names = zip(op.outputs, results, strict=True)
+            return results, tuple(0 if self._has_leading(*pair) else None for pair in names)
+
+        return [join(name, *pair) for name, pair in named.items()], split
+
+    def _has_leading(self, name: str, tensor: Tensor) -> bool:
         """May the tensor have leading dimensions? (One of too few dimensions stands for no tensor.)"""
         dims = self.event_dims.get(_subject(name))
         return dims is not None and tensor.dim() >= dims
@@ -72,9 +116,11 @@ def _subject(name: str) -> str:
     return "out" if subject == "grad" else subject
 
 
-def _gradient_name(output: str) -> str:
-    """How an op's derivative calls the gradient of the op's output: out -> grad, grad_x -> gg_x."""
-    return "grad" if output == "out" else output.replace("grad_", "gg_", 1)
+def gradient_name(output: str) -> str:
+    """How an op's derivative calls the gradient of its output: out -> grad, grad_x -> gg_x, z -> grad_z."""
+    if output == "out":
+        return "grad"
+    return output.replace("grad_", "gg_", 1) if output.startswith("grad_") else f"grad_{output}"
 
 
 def call(chain: Chain, *args: Any) -> Tensor:
@@ -85,46 +131,64 @@ def call(chain: Chain, *args: Any) -> Tensor:
             return result[0] if isinstance(result, tuple) else result
         if forward_ad._current_level < 0:
             return getattr(typed, chain.ops[0].name)(*args)
-    if _kernels_compose():
+    if _kernels_compose(chain):
         _record(chain.ops[0].name, "function")
         return chain.wrap(lambda *tensors: _Derivative.apply(chain, 0, (), *tensors)[0])(*args)
     _record(chain.ops[0].name, "reference")
     return chain.reference(*args)
 
 
-def call_or_reference(name: str, args: Sequence[Any], reference: Callable[[], Result]) -> Result:
-    """The op's result; in function transforms, with which its kernels do not compose, the reference's."""
+def call_listed(
+    name: str,
+    args: Sequence[Any],
+    reference: Callable[[], Result],
+    second: Callable[[], tuple[Chain, Callable[[Callable[..., Results]], Result]]] | None = None,
+) -> Result:
+    """The result of an op whose arguments hold lists of tensors, by the door that fits.
+
+    `second` gives the chain that the second door takes, and what to do with its op as a function of tensors;
+    None for an op without this door.
+    """
     if not _transforms_active() and (torch.compiler.is_compiling() or forward_ad._current_level < 0):
         _record(name, "op")
         return getattr(ops, name).default(*args)
+    if second is not None:
+        chain, function = second()
+        if _kernels_compose(chain):
+            _record(name, "function")
+            return function(chain.wrap(lambda *tensors: _Derivative.apply(chain, 0, (), *tensors)))
     _record(name, "reference")
     return reference()
 
 
-def _kernels_compose() -> bool:
-    """Do the active transforms need no more than the first and second derivative and leading dimensions?"""
+def call_composed(name: str, *args: Any) -> Tensor:
+    """The result of an op that is made of torch's own."""
+    _record(name, "op")
+    return getattr(ops, name).default(*args)
+
+
+def _kernels_compose(chain: Chain) -> bool:
+    """Do the active transforms need no more than the chain's derivatives and a vmapped dimension?"""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     levels = [interpreter.key() for interpreter in get_interpreter_stack()]
     return all(level in (TransformType.Grad, TransformType.Vmap) for level in levels) and (
-        levels.count(TransformType.Grad) <= 2
+        levels.count(TransformType.Grad) < len(chain.ops)
     )
 
 
 class _Derivative(torch.autograd.Function):
-    """Op number `order` of a chain, differentiated by the next; a vmapped dimension becomes a leading one.
+    """Op number `order` of a chain, differentiated by the next; a vmapped dimension is folded into others.
 
     `wanted` are the inputs whose gradients are asked for, where the op computes gradients.
     """
 
     @staticmethod
-    def forward(chain: Chain, order: int, wanted: Sequence[str], *args: Any) -> tuple[Tensor, ...]:
-        op = chain.ops[order]
-        result = getattr(ops, op.name).default(*args[: len(op.inputs)])
-        return result if isinstance(result, tuple) else (result,)
+    def forward(chain: Chain, order: int, wanted: Sequence[str], *args: Any) -> Results:
+        return chain.run(order, wanted, args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         ctx.chain, ctx.order, _, *args = inputs
         op = ctx.chain.ops[ctx.order]
         values = {**dict(zip(op.names, args, strict=True)), **dict(zip(op.outputs, output, strict=True))}
@@ -133,72 +197,56 @@ class _Derivative(torch.autograd.Function):
         ctx.names = list(tensors)
         ctx.save_for_backward(*tensors.values())
         if ctx.order == 0:
-            ctx.mark_non_differentiable(*output[1:])  # what the op keeps for its derivatives
+            ctx.mark_non_differentiable(*output[ctx.chain.results :])  # what the op keeps for its derivatives
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         chain, order = ctx.chain, ctx.order
         op = chain.ops[order]
         if order + 1 == len(chain.ops):
-            raise RuntimeError(
-                f"metafast: {op.name} has no derivative: the kernels know the first two of "
-                f"{chain.ops[0].name}. Differentiate metafast.reference for more."
+            raise NotImplementedError(
+                f"{chain.ops[0].name}: derivatives of order {order + 1} are not implemented in the compiled "
+                "op; metafast.reference differentiates to any order"
             )
         values = {**ctx.constants, **dict(zip(ctx.names, ctx.saved_tensors, strict=True))}
-        for name, grad in list(zip(op.outputs, grads, strict=True))[: 1 if order == 0 else None]:
+        for name, grad in list(zip(op.outputs, grads, strict=True))[: chain.results if order == 0 else None]:
             no_gradient = values.get(_subject(name), grad) is None  # of an argument that was not given
-            values[_gradient_name(name)] = None if no_gradient else grad
+            values[gradient_name(name)] = None if no_gradient else grad
         derivative = chain.ops[order + 1]
         wanted = [name for name, wants in zip(op.names, ctx.needs_input_grad[3:], strict=True) if wants]
         arguments = [values[name] for name in derivative.names]
         results = _Derivative.apply(chain, order + 1, tuple(wanted), *arguments)
         found = dict(zip(derivative.outputs, results, strict=True))
-        of_inputs = [found.get(f"grad_{name}") if values[name] is not None else None for name in op.names]
+        of_inputs = [found.get(f"grad_{name}") if name in wanted else None for name in op.names]
         return None, None, None, *of_inputs
 
     @staticmethod
     def vmap(
         info: Any,
-        in_dims: tuple[int | None, ...],
+        in_dims: Dims,
         chain: Chain,
         order: int,
         wanted: Sequence[str],
         *args: Any,
-    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        op = chain.ops[order]
-        in_dims = in_dims[3:]
-        named = dict(zip(op.names, zip(args, in_dims, strict=True), strict=True))
-
-        def per_example(name: str) -> bool:
-            """Has each vmapped example its own of a tensor that all tasks share, or of its gradient?"""
-            batched = named[name][1] is not None if name in named else _subject(name) in wanted
-            return batched and _subject(name) not in chain.event_dims
-
-        if any(per_example(name) for name in (*op.names, *op.outputs)):
-            _record(op.name, "reference")
-            found = torch.vmap(lambda *args: _reference(chain, order, args), in_dims)(*args)
+    ) -> tuple[Results, Dims]:
+        folding = chain.fold(order, wanted, info.batch_size, args, in_dims[3:])
+        if folding is None:
+            _record(chain.ops[order].name, "reference")
+            found = torch.vmap(lambda *args: _reference(chain, order, args), in_dims[3:])(*args)
             return found, (0,) * len(found)
-
-        def fold(name: str, value: Any, dim: int | None) -> Any:
-            if not isinstance(value, Tensor) or not chain.folds(name, value):
-                return value
-            return value.movedim(dim, 0) if dim is not None else value.expand(info.batch_size, *value.shape)
-
-        folded = [fold(name, *pair) for name, pair in named.items()]
-        results = _Derivative.apply(chain, order, wanted, *folded)
-        return results, tuple(
-            0 if chain.folds(name, result) else None for name, result in zip(op.outputs, results, strict=True)
-        )
+        folded, split = folding
+        return split(_Derivative.apply(chain, order, wanted, *folded))
 
 
-def _reference(chain: Chain, order: int, args: Sequence[Any]) -> tuple[Tensor, ...]:
+def _reference(chain: Chain, order: int, args: Sequence[Any]) -> Results:
     """What op number `order` of the chain returns, in plain PyTorch."""
     if order == 0:
-        return (chain.reference(*args),)
+        result = chain.reference(*args)
+        return result if isinstance(result, tuple) else (result,)
     op, before = chain.ops[order], chain.ops[order - 1]
     values = dict(zip(op.names, args, strict=True))
     wrt = [name for name in op.inputs if f"grad_{name}" in op.outputs and values[name] is not None]
-    cotangents = {name: values.get(_gradient_name(name)) for name in before.outputs}
+    cotangents = {name: values.get(gradient_name(name)) for name in before.outputs}
     present = [name for name, grad in cotangents.items() if grad is not None]
 
     def differentiated(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,12 +9,16 @@ tasks of unequal size are padded into one batch.
 All steps of all tasks run in one kernel, without an autograd graph. `inner_sgd` and `maml_loss` are
 differentiable once, exactly, through all steps: one call and one backward are MAML's second-order
 meta-gradient. A second differentiation raises NotImplementedError; `metafast.reference` has it.
-`sgd_update` and `task_linear` are differentiable to any order. All work in `torch.compile(fullgraph=True)`.
-Inside `torch.func` transforms and forward-mode AD the call runs the pure-PyTorch twin in
-`metafast.reference`: right, but slower (`metafast.trace_doors` tells).
+`sgd_update`, `task_linear` and `task_conv2d` are differentiable to any order. All work in
+`torch.compile(fullgraph=True)` and in every transform of `torch.func`: there `inner_sgd` and `maml_loss` stay
+fused under `grad` and `vmap` in any nesting with one `grad`, for learning rates and step weights that `vmap`
+shares; beyond (`jvp`, `hessian`, forward-mode AD) the call runs the pure-PyTorch twin in
+`metafast.reference`, as `sgd_update` always does there (`metafast.trace_doors` tells).
 
-CPU, float32 and float64, whether or not autocast is on; the same bits with any number of threads. CUDA
-kernels do not exist yet: with CUDA tensors torch raises NotImplementedError, for all but `task_linear`.
+CPU, float32 and float64; the same bits with any number of threads. Under autocast `inner_sgd` and
+`maml_loss` run in float32, as distances and losses do: SGD's small steps would be lost in 16 bits. Outside
+autocast a 16-bit tensor is an error, as is one in `sgd_update`. CUDA kernels do not exist yet: with CUDA
+tensors torch raises NotImplementedError, for all but `task_linear` and `task_conv2d`.
 
 Memory: each task keeps its parameters; with second order, or a gradient of lr, those of all K steps too.
 Activations are never kept beyond their step.
@@ -25,12 +29,13 @@ naming the argument. NaN in a task stays in that task.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from metafast import _doors
+from metafast._task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
 
@@ -88,9 +93,11 @@ def inner_sgd(
             grads = torch.autograd.grad(loss, (w, b), create_graph=not first_order)
             w, b = (p - lr * g for p, g in zip((w, b), grads))
     """
-    return _doors.call_or_reference(
+    rates = _rates(lr, params, x)
+    options = (loss, steps, activation, momentum, first_order)
+    return _doors.call_listed(
         "inner_sgd",
-        (list(params), x, y, _rates(lr, params, x), loss, steps, activation, momentum, first_order),
+        (list(params), x, y, rates, *options),
         lambda: reference.inner_sgd(
             params,
             x,
@@ -101,6 +108,10 @@ def inner_sgd(
             activation=activation,
             momentum=momentum,
             first_order=first_order,
+        ),
+        lambda: (
+            inner_sgd_chain(len(params), len(rates), loss == "cross_entropy"),
+            lambda op: list(op(*params, x, y, *rates, *options)),
         ),
     )
 
@@ -159,10 +170,16 @@ def maml_loss(
     if step_weights is not None and not isinstance(step_weights, Tensor):
         step_weights = torch.tensor(step_weights, dtype=support_x.dtype, device=support_x.device)
     data = (support_x, support_y, query_x, query_y)
-    options = (loss, steps, activation, momentum, first_order, reduction == "mean")
-    return _doors.call_or_reference(
+    rates = _rates(lr, params, support_x)
+    options = (loss, steps, activation, momentum, first_order)
+
+    def reduced(op: Callable[..., tuple[Tensor]]) -> Tensor:
+        (losses,) = op(*params, *data, *rates, step_weights, *options)
+        return losses.mean() if reduction == "mean" else losses
+
+    return _doors.call_listed(
         "maml_loss",
-        (list(params), *data, _rates(lr, params, support_x), step_weights, *options),
+        (list(params), *data, rates, step_weights, *options, reduction == "mean"),
         lambda: reference.maml_loss(
             params,
             *data,
@@ -175,6 +192,7 @@ def maml_loss(
             step_weights=step_weights,
             reduction=reduction,
         ),
+        lambda: (maml_loss_chain(len(params), len(rates), loss == "cross_entropy"), reduced),
     )
 
 
@@ -220,7 +238,7 @@ def sgd_update(
         return [], []  # no tensor says for which device
     like = params[0] if params else grads[0]
     buffers = [] if momentum_buffers is None else list(momentum_buffers)
-    return _doors.call_or_reference(
+    return _doors.call_listed(
         "sgd_update",
         (list(params), list(grads), _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
         lambda: reference.sgd_update(
@@ -257,9 +275,45 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
         torch.stack([F.linear(x[t], weight[t], bias[t]) for t in range(T)])
     """
-    return _doors.call_or_reference(
-        "task_linear", (x, weight, bias), lambda: reference.task_linear(x, weight, bias)
-    )
+    return _doors.call_composed("task_linear", x, weight, bias)
+
+
+def task_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """A 2-d convolution of each task's own, for the forward of adapted convolutional networks.
+
+    One grouped convolution of torch's library, on CPU and CUDA; under autocast in its dtype, as
+    `torch.nn.functional.conv2d`. Differentiable to any order.
+
+    Args:
+        x: [T, B, C, H, W], any float.
+        weight: [T, O, C, kh, kw], the dtype of `x`.
+        bias: [T, O], the dtype of `x`.
+        stride: Of both dimensions, or (of rows, of columns).
+        padding: Zeros around the image: on every side, or (above and below, left and right).
+
+    Returns:
+        [T, B, O, H', W'], in the dtype of `x`, with H' = (H + 2 padding - kh) // stride + 1.
+
+    Raises:
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
+
+    Equivalent to::
+
+        torch.stack([F.conv2d(x[t], weight[t], bias[t], stride, padding) for t in range(T)])
+    """
+    return _doors.call_composed("task_conv2d", x, weight, bias, _pair(stride), _pair(padding))
+
+
+def _pair(size: int | tuple[int, int]) -> list[int]:
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Tensor]:

@@ -31,9 +31,26 @@ class Row:
     shared: tuple[int, ...] = ()  # positions of tensors without leading dimensions
     op: str = ""  # the registered op
     float32_under_autocast: bool = True
+    half: bool = True  # takes 16-bit tensors, also outside autocast
+    derivatives: int | None = 2  # how often it is differentiable; None: without end
+    kernels: int = 3  # registered ops that a call and its derivatives run
+    leading: bool = True  # takes any number of leading dimensions, not just one of tasks
+    one_task: bool = False  # the call needs the dimension of tasks, also for a single one
+    # How a call comes to its kernels under grad and vmap: fused through the second door, by the reference, or
+    # as everywhere ("op").
+    transform_door: str = "function"
 
     def __str__(self) -> str:
         return self.name
+
+    def of_task(self, module: ModuleType) -> Callable[..., Tensor]:
+        """The operation for the tensors of one task, as a vmap over tasks has it."""
+        function = self.call(module)
+        if not self.one_task:
+            return function
+        return lambda *args: function(
+            *(arg if i in self.shared else arg.unsqueeze(0) for i, arg in enumerate(args))
+        )
 
     def per_task(self, args: tuple[Tensor, ...]) -> tuple[int | None, ...]:
         """in_dims for a vmap over tasks."""
@@ -170,6 +187,132 @@ def _scores(activation: str) -> Row:
     )
 
 
+HIDDEN = 4
+STEPS = 2
+
+
+def _networks(sizes: Sizes, g: Generator, *, shared: bool) -> tuple[Tensor, ...]:
+    """W1, b1, W2, b2 of networks with an output for each class, and lr [K, L]."""
+    lead = () if shared else (sizes.tasks,)
+    shapes = ((HIDDEN, sizes.features), (HIDDEN,), (WAY, HIDDEN), (WAY,))
+    scale = max(sizes.features, 1) ** -0.5
+    params = (scale * torch.randn(*lead, *shape, dtype=torch.float64, generator=g) for shape in shapes)
+    return *params, torch.rand(STEPS, 2, dtype=torch.float64, generator=g) / 10
+
+
+def _targets(sizes: Sizes, count: int, g: Generator, loss: str) -> Tensor:
+    if loss == "cross_entropy":
+        return labels(sizes, count, g)
+    return torch.randn(sizes.tasks, count, WAY, dtype=torch.float64, generator=g)
+
+
+def _examples(sizes: Sizes, g: Generator, loss: str, *counts: int) -> tuple[Tensor, ...]:
+    sets = ((embeddings(sizes, count, g), _targets(sizes, count, g, loss)) for count in counts)
+    return tuple(tensor for examples in sets for tensor in examples)
+
+
+def _inner_loop(name: str, op: str, sets: int, call: Callable, *, shared: bool, loss: str) -> Row:
+    """An op of four parameters, the learning rates, and the examples of so many sets."""
+
+    def make(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
+        counts = (sizes.support, sizes.query)[:sets]
+        return *_networks(sizes, g, shared=shared), *_examples(sizes, g, loss, *counts)
+
+    data = range(5, 5 + 2 * sets, 1 if loss == "mse" else 2)
+    return Row(
+        f"{op}[{name}]",
+        call,
+        make,
+        (0, 1, 2, 3, 4, *data),
+        shared=(0, 1, 2, 3, 4) if shared else (4,),
+        op=op,
+        half=False,
+        derivatives=1,
+        kernels=2,
+        leading=False,
+        one_task=True,
+    )
+
+
+def _maml_loss(
+    name: str, *, loss: str, reduction: str = "mean", shared: bool = False, **options: object
+) -> Row:
+    options = {"activation": "tanh", "loss": loss, "steps": STEPS, "reduction": reduction, **options}
+    return _inner_loop(
+        name,
+        "maml_loss",
+        2,
+        lambda m: lambda w1, b1, w2, b2, lr, *data: m.maml_loss([w1, b1, w2, b2], *data, lr=lr, **options),
+        shared=shared,
+        loss=loss,
+    )
+
+
+def _inner_sgd(name: str, *, loss: str, shared: bool = False, **options: object) -> Row:
+    """The adapted parameters in one tensor, [T, P]."""
+    options = {"activation": "tanh", "loss": loss, "steps": STEPS, **options}
+
+    def call(m: ModuleType) -> Callable[..., Tensor]:
+        def adapted(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, lr: Tensor, *data: Tensor) -> Tensor:
+            found = m.inner_sgd([w1, b1, w2, b2], *data, lr=lr, **options)
+            return torch.cat([parameter.flatten(1) for parameter in found], 1)
+
+        return adapted
+
+    return _inner_loop(name, "inner_sgd", 1, call, shared=shared, loss=loss)
+
+
+def _update(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
+    """Two parameters of each task, [S, D] and [D], their gradients, their momentum, and lr [D]."""
+    shapes = ((sizes.tasks, sizes.support, sizes.features), (sizes.tasks, sizes.features)) * 3
+    tensors = (torch.randn(*shape, dtype=torch.float64, generator=g) for shape in shapes)
+    return *tensors, torch.rand(sizes.features, dtype=torch.float64, generator=g)
+
+
+def _updated(m: ModuleType) -> Callable[..., Tensor]:
+    def update(*tensors: Tensor) -> Tensor:
+        params, grads, buffers, (lr,) = (tensors[i : i + 2] for i in range(0, 7, 2))
+        options = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
+        new_params, new_buffers = m.sgd_update(params, grads, [lr, lr], momentum_buffers=buffers, **options)
+        return torch.cat(
+            [t.unsqueeze(-2) if i % 2 else t for i, t in enumerate(new_params + new_buffers)], -2
+        )
+
+    return update
+
+
+def _layer(name: str, make: Callable[[Sizes, Generator], tuple[Tensor, ...]]) -> Row:
+    return Row(
+        name,
+        lambda m: getattr(m, name),
+        make,
+        (0, 1, 2),
+        op=name,
+        float32_under_autocast=False,
+        derivatives=None,
+        kernels=0,
+        leading=False,
+        one_task=True,
+        transform_door="op",
+    )
+
+
+def _linear(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
+    weight = torch.randn(sizes.tasks, WAY, sizes.features, dtype=torch.float64, generator=g)
+    bias = torch.randn(sizes.tasks, WAY, dtype=torch.float64, generator=g)
+    return embeddings(sizes, sizes.query, g), weight / max(sizes.features, 1) ** 0.5, bias
+
+
+def _conv2d(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
+    channels, pixels = min(sizes.features, 5), (5, 4)
+    shapes = (
+        (sizes.tasks, min(sizes.query, 8), channels, *pixels),
+        (sizes.tasks, WAY, channels, 3, 2),
+        (sizes.tasks, WAY),
+    )
+    return tuple(torch.randn(*shape, dtype=torch.float64, generator=g) for shape in shapes)
+
+
 ROWS = (
     Row(
         "prototypes",
@@ -178,6 +321,8 @@ ROWS = (
         (0,),
         op="prototypes",
         float32_under_autocast=False,
+        derivatives=None,
+        kernels=2,
     ),
     *map(_distance, ("sqeuclidean", "euclidean", "cosine", "cityblock", "dot")),
     *map(_weighted, ("sqeuclidean", "cityblock")),
@@ -190,4 +335,25 @@ ROWS = (
     _loss("matching_loss", "dot", "sum"),
     _ragged("matching_loss", "cityblock", "none"),
     *map(_scores, ("relu", "tanh")),
+    _maml_loss("mse, shared", shared=True, loss="mse", momentum=0.7),
+    _maml_loss("cross_entropy, per task", loss="cross_entropy", reduction="none"),
+    _maml_loss("mse, per task", loss="mse", reduction="none", activation="relu"),
+    _inner_sgd("mse, per task", loss="mse"),
+    _inner_sgd("cross_entropy, shared", shared=True, loss="cross_entropy", momentum=0.5),
+    Row(
+        "sgd_update",
+        _updated,
+        _update,
+        (0, 1, 2, 3, 4, 5, 6),
+        shared=(6,),
+        op="sgd_update",
+        float32_under_autocast=False,
+        half=False,
+        derivatives=None,
+        kernels=1,
+        leading=False,
+        transform_door="reference",
+    ),
+    _layer("task_linear", _linear),
+    _layer("task_conv2d", _conv2d),
 )

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -39,6 +40,25 @@ inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& tensor) {
 
 inline std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+// Under autocast distances, losses and inner loops run in float32, as torch.cdist does: every floating tensor
+// argument of an op that is registered so is cast, whatever its position.
+inline void autocast_to_float32(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                                torch::jit::Stack* stack) {
+  const c10::DeviceType device =
+      keys.has(c10::DispatchKey::AutocastCUDA) ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+  c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  for (auto it = stack->end() - op.schema().arguments().size(); it != stack->end(); ++it) {
+    c10::IValue& argument = *it;
+    if (argument.isTensor() && argument.toTensor().defined()) {
+      argument = at::autocast::cached_cast(at::kFloat, argument.toTensor(), device);
+    } else if (argument.isTensorList()) {
+      const std::vector<at::Tensor> tensors = argument.toTensorVector();
+      argument = at::autocast::cached_cast(at::kFloat, at::TensorList(tensors), device);
+    }
+  }
+  op.callBoxed(stack);
 }
 
 // The backward of a double backward: a third derivative is refused, not returned wrong.

@@ -2,7 +2,6 @@
 // one: op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its
 // backward are linear and transposes of each other, so they are differentiable without end.
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/autocast_mode.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -407,21 +406,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients_autog
   at::AutoDispatchBelowADInplaceOrView guard;
   return classify_with_gradients(support, support_labels, query, query_labels, ways, num_classes, method,
                                  metric, scale, reduction);
-}
-
-// Under autocast distances and losses run in float32, as torch.cdist does: every floating tensor argument of
-// these ops is cast, whatever its position.
-void autocast_to_float32(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  const c10::DeviceType device =
-      keys.has(c10::DispatchKey::AutocastCUDA) ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
-  c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  for (auto it = stack->end() - op.schema().arguments().size(); it != stack->end(); ++it) {
-    c10::IValue& argument = *it;
-    if (argument.isTensor() && argument.toTensor().defined()) {
-      argument = at::autocast::cached_cast(at::kFloat, argument.toTensor(), device);
-    }
-  }
-  op.callBoxed(stack);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ example gives NaN where the compiled operation raises.
 
 from __future__ import annotations
 
-from .inner_loop import inner_sgd, maml_loss, sgd_update, task_linear
+from .inner_loop import inner_sgd, maml_loss, sgd_update, task_conv2d, task_linear
 from .pairwise import (
     matching_log_probs,
     matching_loss,
@@ -29,5 +29,6 @@ __all__ = [
     "prototypical_loss",
     "relation_scores",
     "sgd_update",
+    "task_conv2d",
     "task_linear",
 ]

@@ -8,27 +8,78 @@ An MLP is its parameters ``[W1, b1, ..., WL, bL]`` in the layout of ``nn.Linear`
 (``W`` [O, I], ``b`` [O]) or of each task ([T, O, I], [T, O]). Inputs are [T, S, D]. Targets are [T, S, O] for
 ``"mse"``, whose loss is the mean over a task's examples and outputs, and int64 [T, S] for
 ``"cross_entropy"``, the mean over a task's examples that are not labelled -100. A task without any has the
-loss NaN, and no gradient. Autocast changes nothing but `task_linear`, as in the compiled operations.
+loss NaN, and no gradient. Under autocast `inner_sgd` and `maml_loss` run in float32, as the compiled
+operations do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from .pairwise import IGNORED, outside_autocast
+from .pairwise import IGNORED, autocast_enabled
 
 LearningRate = float | Tensor | Sequence[Tensor]
+Result = TypeVar("Result")
 
 _ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "none": lambda x: x}
+
+
+def float32_under_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function of float32 tensors under autocast; lists of tensors count as tensors."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs) -> Result:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if not autocast_enabled(first):
+            return function(*args, **kwargs)
+
+        def cast(value):
+            low = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+            return value.float() if low else value
+
+        args, kwargs = tree_map(cast, (tuple(map(_listed, args)), {k: _listed(v) for k, v in kwargs.items()}))
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _listed(value):
+    """A ParameterList as the list it stands for."""
+    return list(value) if isinstance(value, torch.nn.ParameterList) else value
 
 
 def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer of each task's own: [T, B, I], [T, O, I], [T, O] -> [T, B, O]."""
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+def task_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+) -> Tensor:
+    """A convolution of each task's own: [T, B, C, H, W], [T, O, C, kh, kw], [T, O] -> [T, B, O, H', W'].
+
+    Every output pixel is a product with the patch of x under the kernel.
+    """
+    (down, right), (rows, columns) = (
+        (size, size) if isinstance(size, int) else size for size in (stride, padding)
+    )
+    padded = F.pad(x, (columns, columns, rows, rows))
+    patches = padded.unfold(3, weight.shape[3], down).unfold(4, weight.shape[4], right)
+    # [T, B, C, H', W', kh, kw]
+    return torch.einsum("tbchwij,tocij->tbohw", patches, weight) + bias[:, None, :, None, None]
 
 
 def _mlp(params: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
@@ -39,7 +90,6 @@ def _mlp(params: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
     return task_linear(x, params[-2], params[-1])
 
 
-@outside_autocast
 def _task_losses(params: Sequence[Tensor], x: Tensor, y: Tensor, loss: str, activation: str) -> Tensor:
     """The loss of each task: params [T, ...], x [T, S, D], y [T, S, O] or [T, S] -> [T]."""
     out = _mlp(params, x, activation)
@@ -64,7 +114,6 @@ def _rate(lr: LearningRate, step: int, parameter: int) -> float | Tensor:
     return lr[parameter] if isinstance(lr, Iterable) else lr
 
 
-@outside_autocast
 def _trajectory(
     params: Sequence[Tensor],
     x: Tensor,
@@ -93,6 +142,7 @@ def _trajectory(
     return thetas
 
 
+@float32_under_autocast
 def inner_sgd(
     params: Sequence[Tensor],
     x: Tensor,
@@ -128,6 +178,7 @@ def inner_sgd(
     return list(thetas[-1])
 
 
+@float32_under_autocast
 def maml_loss(
     params: Sequence[Tensor],
     support_x: Tensor,
