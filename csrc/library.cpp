@@ -97,12 +97,12 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "mean) "
       "-> Tensor");
   // grad: of the result. -> the result again, and gradients as of inner_sgd_backward (wanted: params, lr,
-  // support_x, support_y, query_x, query_y).
+  // support_x, support_y, query_x, query_y, step_weights).
   m.def(
       "maml_loss_backward(Tensor grad, Tensor[] params, Tensor support_x, Tensor support_y, Tensor query_x, "
       "Tensor query_y, Tensor[] lr, Tensor? step_weights, str loss, int steps, str activation, float "
       "momentum, "
-      "bool first_order, bool mean, bool[6] wanted) -> (Tensor, Tensor[])");
+      "bool first_order, bool mean, bool[7] wanted) -> (Tensor, Tensor[])");
 
   // One step of SGD on many tensors. lr: one tensor, or one for each of params, that broadcasts to it.
   // momentum_buffers may be empty: zeros. -> the new params, the new buffers (none without momentum).
