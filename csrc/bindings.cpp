@@ -70,7 +70,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("detected_isa", [] { return isa_name(detected_isa()); });
   m.def("leading_dims_agree", &leading_dims_agree);
-  m.def("trajectory_bytes", &trajectory_bytes);
+  m.def("get_trajectory_bytes", &get_trajectory_bytes);
   m.def("set_trajectory_bytes", &set_trajectory_bytes);
 
   // The ops again, typed: torch.ops.metafast.<op> costs microseconds more per call, in Python's argument

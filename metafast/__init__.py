@@ -11,7 +11,14 @@ from metafast import _load  # noqa: F401  (first: it loads the compiled module, 
 from metafast import _fake, reference
 from metafast._doors import trace_doors
 from metafast._info import info
-from metafast.inner_loop import inner_sgd, maml_loss, sgd_update, task_linear
+from metafast.inner_loop import (
+    get_trajectory_bytes,
+    inner_sgd,
+    maml_loss,
+    set_trajectory_bytes,
+    sgd_update,
+    task_linear,
+)
 from metafast.pairwise import (
     matching_log_probs,
     matching_loss,
@@ -27,6 +34,7 @@ __version__ = version("metafast")
 _fake.register("metafast")
 
 __all__ = [
+    "get_trajectory_bytes",
     "info",
     "inner_sgd",
     "maml_loss",
@@ -38,6 +46,7 @@ __all__ = [
     "prototypical_loss",
     "reference",
     "relation_scores",
+    "set_trajectory_bytes",
     "sgd_update",
     "task_linear",
     "trace_doors",

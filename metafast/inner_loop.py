@@ -16,8 +16,17 @@ Inside `torch.func` transforms and forward-mode AD the call runs the pure-PyTorc
 CPU, float32 and float64, whether or not autocast is on; the same bits with any number of threads. CUDA
 kernels do not exist yet: with CUDA tensors torch raises NotImplementedError, for all but `task_linear`.
 
-Memory: each task keeps its parameters; with second order, or a gradient of lr, those of all K steps too.
-Activations are never kept beyond their step.
+Memory of a thread, in sets of one task's parameters (of 4, 8 or 16 tasks', as many as a vector of the CPU
+holds, if the networks are small and many): 1 to adapt alone; with first order and a given lr 3; else K + 5,
+and K more for a gradient of lr. But where the sets of the K steps pass `get_trajectory_bytes`, about 2 sqrt(K)
+of them are kept in place of K, and the others recomputed: the same bits for up to 3 / 11 more time.
+Activations are never kept beyond their step. Beside the threads' memory there are the sums over tasks of up
+to 256 work items, one set each, if tasks share parameters.
+
+Wide first layers, such as 784-256, whose elements share a learning rate take a shorter way in `maml_loss`,
+exact as well: gradient descent moves W1 within the span of the task's S + Q examples, so their coordinates
+[S + Q, O], of all tasks at once, and inner products stand for it, and W1 of no task ever exists. It is taken
+where it needs fewer operations, judged by the shapes, and no gradient of the inputs.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device, a label or an option that does not fit,
 naming the argument. NaN in a task stays in that task.
@@ -30,7 +39,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from metafast import _doors
+from metafast import _C, _doors
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
 
@@ -135,14 +144,14 @@ def maml_loss(
         query_x: [T, Q, D], as `support_x`.
         query_y: [T, Q, O] or [T, Q], as `support_y`.
         loss, lr, steps, activation, momentum, first_order: as in `inner_sgd`.
-        step_weights: [K], numbers or a tensor without gradient: the result is the sum of the query losses
-            after each step, so weighed (MAML++'s multi-step loss, Antoniou et al. 2019, section 4). By
-            default the loss after the last step alone.
+        step_weights: [K], numbers or a tensor of the dtype of `params`, which has a gradient: the result is
+            the sum of the query losses after each step, so weighed (MAML++'s multi-step loss, Antoniou et
+            al. 2019, section 4). By default the loss after the last step alone.
         reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``.
 
     Returns:
         [], or [T] with reduction ``"none"``, in the dtype of `params`. NaN for a task with no query example
-        that is not left out. Its gradients reach `params`, `lr`, and all of the data that is float.
+        that is not left out. Its gradients reach `params`, `lr`, `step_weights`, and all of the data that is float.
 
     Raises:
         ValueError: a shape, device, option or label does not fit.
@@ -176,6 +185,25 @@ def maml_loss(
             reduction=reduction,
         ),
     )
+
+
+def get_trajectory_bytes() -> int:
+    """The most memory, in bytes, of earlier parameters that a thread of a backward keeps: 32 MiB unless set."""
+    return _C.get_trajectory_bytes()
+
+
+def set_trajectory_bytes(limit: int) -> None:
+    """Sets `get_trajectory_bytes` for this process.
+
+    It trades time for memory and changes no result. Only CPU tensors ask for it.
+
+    Args:
+        limit: Bytes, from 0 on. Beyond it a thread keeps about 2 sqrt(K) sets of parameters, however large.
+
+    Raises:
+        ValueError: `limit` is negative.
+    """
+    _C.set_trajectory_bytes(limit)
 
 
 def sgd_update(

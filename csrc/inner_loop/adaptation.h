@@ -45,7 +45,7 @@ class Adaptation {
   T* v_;              // [vectors], dL/dtheta
   T* m_;              // [vectors], dL/dm
   T* elements_;       // learning rates of elements, or null
-  T* grad_shared_;    // [vectors], sum of v over groups, or null
+  T* grad_shared_;    // [vectors], sum of v over groups, or null where an item is one task
   T* grad_elements_;  // [vectors], gradient of `elements`, or null
   T* grad_rates_;     // [K, L], in lanes, gradient of `rates`, or null
   T* grad_weights_;   // [K], in lanes, gradient of step_weights, or null
@@ -74,7 +74,7 @@ class Adaptation {
         v_(arena.take_if(p.backward, vectors_)),
         m_(arena.take_if(trajectory_, vectors_)),
         elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
-        grad_shared_(arena.take_if(p.sums.params >= 0, vectors_)),
+        grad_shared_(arena.take_if(p.sums.params >= 0 && (Layout::kTasks > 1 || p.tasks_per_item() > 1), vectors_)),
         grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
         grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)),
         grad_weights_(arena.take_if(p.sums.step_weights >= 0, p.sgd.steps)),
@@ -83,7 +83,9 @@ class Adaptation {
       support_.take_dual(arena, p, 0);
       query_.take_dual(arena, p, p.support.count);
     }
-    if (elements_ == nullptr || arena.counts()) return;
+    if (arena.counts()) return;
+    if (Layout::kTasks == 1) clear(theta(0), vectors_);  // what pads the rows, and stays 0
+    if (elements_ == nullptr) return;
     clear(elements_, vectors_);
     parameters_.load_elements(p.sgd.elements, elements_);
   }
@@ -142,7 +144,9 @@ class Adaptation {
     if (p_.sums.rows == nullptr) return;
     T* sums = p_.sums.rows + item * p_.sums.columns;
     if (p_.sums.loss >= 0) sums[p_.sums.loss] = sum_of_lanes<T>(total_loss_);
-    if (grad_shared_ != nullptr) parameters_.store_sum(grad_shared_, sums + p_.sums.params);
+    if (p_.sums.params >= 0) {
+      parameters_.store_sum(grad_shared_ != nullptr ? grad_shared_ : v_, sums + p_.sums.params);
+    }
     if (grad_elements_ != nullptr) parameters_.store_sum(grad_elements_, sums + p_.sums.lr);
     if (grad_rates_ != nullptr) store_sums(grad_rates_, p_.sgd.steps * p_.mlp.layers, sums + p_.sums.lr);
     if (grad_weights_ != nullptr) store_sums(grad_weights_, p_.sgd.steps, sums + p_.sums.step_weights);
@@ -165,7 +169,7 @@ class Adaptation {
       task_weights_[lane] = p_.loss_scale * weight;
     }
     support_.load_tasks(p_.support, first, tasks);
-    if (Layout::kTasks == 1) clear(theta(0), vectors_);  // what pads the rows; dual coordinates start from 0
+    if (dual_) clear(theta(0), parameters_.offset(1));
     if (p_.mlp.shared) {
       parameters_.load_shared(p_.mlp.params, theta(0));
     } else {
@@ -203,8 +207,7 @@ class Adaptation {
   }
 
   void finish() {
-    const Vec<T> weighted = in_use_ > Vec<T>{} ? losses_ * task_weights_ : Vec<T>{};
-    total_loss_ += weighted;
+    total_loss_ += in_use(losses_ * task_weights_);
     if (p_.losses != nullptr) {
       if constexpr (Layout::kTasks == 1) {
         p_.losses[first_] = sum_of_lanes<T>(losses_);
@@ -326,8 +329,9 @@ class Adaptation {
     if (grad_rates_ != nullptr) add_in_use(grad_rates_ + (k * p_.mlp.layers + l) * kLanes<T>, sum);
   }
 
-  // Adds lanes that hold a task; the others may hold anything.
-  void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + (in_use_ > Vec<T>{} ? v : Vec<T>{})); }
+  // Lanes without a task may hold anything.
+  Vec<T> in_use(Vec<T> v) const { return in_use_ > Vec<T>{} ? v : Vec<T>{}; }
+  void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + in_use(v)); }
   static void clear(T* array, int64_t vectors) { std::fill_n(array, vectors * kLanes<T>, T(0)); }
 };
 

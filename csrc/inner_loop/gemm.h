@@ -89,6 +89,16 @@ void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t c
 
 // ---- parameters times activations, summed across the lanes ----
 
+// Else the compiler loads it again for each product, and two loads a cycle are all there are.
+template <typename T>
+METAFAST_HD void keep_in_register([[maybe_unused]] Vec<T>& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm("" : "+x"(v));
+#endif
+}
+
 template <int kRows, int kCols, int kFactors, typename T>
 METAFAST_HD void dot_tile(const Factor<T>* factors, int64_t row, int64_t col, T* out, int64_t out_pitch) {
   constexpr int kSums = kRows * kCols, kTrees = (kSums + kLanes<T> - 1) / kLanes<T>;
@@ -101,7 +111,10 @@ METAFAST_HD void dot_tile(const Factor<T>* factors, int64_t row, int64_t col, T*
     for (int64_t k = 0; k < length; k += kLanes<T>) {
       Vec<T> activations[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) activations[r] = load(a + r * pitch + k);
+      for (int r = 0; r < kRows; ++r) {
+        activations[r] = load(a + r * pitch + k);
+        keep_in_register<T>(activations[r]);
+      }
 #pragma GCC unroll 8
       for (int c = 0; c < kCols; ++c) {
         const Vec<T> parameter = load(w + c * pitch + k);

@@ -132,7 +132,7 @@ class Problem {
     if (step_weights_.defined()) p.step_weights = step_weights_.const_data_ptr<T>();
     p.loss_scale = 1;
     p.sums.params = p.sums.lr = p.sums.step_weights = p.sums.loss = -1;
-    p.trajectory_bytes = trajectory_bytes();
+    p.trajectory_bytes = get_trajectory_bytes();
     return p;
   }
 
@@ -551,11 +551,11 @@ Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias)
 
 }  // namespace
 
-int64_t trajectory_bytes() { return g_trajectory_bytes; }
+int64_t get_trajectory_bytes() { return g_trajectory_bytes; }
 
-void set_trajectory_bytes(int64_t bytes) {
-  TORCH_CHECK_VALUE(bytes >= 0, "bytes: expected a number >= 0, got ", bytes);
-  g_trajectory_bytes = bytes;
+void set_trajectory_bytes(int64_t limit) {
+  TORCH_CHECK_VALUE(limit >= 0, "limit: expected a number >= 0, got ", limit);
+  g_trajectory_bytes = limit;
 }
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {

@@ -41,7 +41,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update(at::TensorList p
 
 // The most memory of earlier parameters that a thread of a backward keeps, before it recomputes some of them
 // instead. It changes no result.
-int64_t trajectory_bytes();
-void set_trajectory_bytes(int64_t bytes);
+int64_t get_trajectory_bytes();
+void set_trajectory_bytes(int64_t limit);
 
 }  // namespace metafast
