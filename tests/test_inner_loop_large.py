@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ DIRECT_CASES = [
     Case(widths=WIDE, lr="element", momentum=0.7, step_weights=(0.2, 0.3, 0.5)),
     Case(widths=WIDE, lr="element", per_task=True, loss="cross_entropy", reduction="none"),
     Case(tasks=20, widths=(10, 130, 120, 2), support=17, query=6, momentum=0.7),
-    Case(widths=(20, 600, 17), support=9, lr="step and layer", first_order=True, momentum=0.3),
+    Case(widths=(5, 800, 17), support=9, lr="step and layer", first_order=True, momentum=0.3),
 ]
 
 
@@ -260,7 +261,7 @@ def test_recomputed_trajectory_has_the_same_bits(
 
 
 PEAK = """
-import resource, sys, torch, metafast
+import re, sys, torch, metafast
 torch.set_num_threads(1)
 limit, steps = (int(arg) for arg in sys.argv[1:])
 metafast.set_trajectory_bytes(limit)
@@ -271,13 +272,15 @@ lr = [torch.full(p.shape, 1e-3) for p in params]  # the direct form, in which W1
 def run(steps):
     loss = metafast.maml_loss(params, *data, loss="mse", lr=lr, steps=steps)
     torch.autograd.grad(loss, params)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = open("/proc/self/status").read()  # rusage would begin with the peak of the parent process
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
 
 before = run(1)
 print(run(steps) - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_peak_memory_is_what_the_documentation_says() -> None:
     steps, set_bytes = 64, 4 * (500 * 416 + 2 * 512)  # rows padded to vectors
 
