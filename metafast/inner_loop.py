@@ -21,7 +21,7 @@ holds, if the networks are small and many): 1 to adapt alone; with first order a
 and K more for a gradient of lr. But where the sets of the K steps pass `get_trajectory_bytes`, about 2 sqrt(K)
 of them are kept in place of K, and the others recomputed: the same bits for up to 3 / 11 more time.
 Activations are never kept beyond their step. Beside the threads' memory there are the sums over tasks of up
-to 256 work items, one set each, if tasks share parameters.
+to 256 work items (64 of large networks), one set each, if tasks share parameters.
 
 Wide first layers, such as 784-256, whose elements share a learning rate take a shorter way in `maml_loss`,
 exact as well: gradient descent moves W1 within the span of the task's S + Q examples, so their coordinates

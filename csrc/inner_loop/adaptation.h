@@ -4,7 +4,8 @@
 //
 // The way back from v = dL/dtheta_K needs no graph: for k = K-1, ..., 0
 //   M = dL/dm_{k+1} = momentum M - lr v,   v += H_k M,   grad_lr -= v m_{k+1},
-// where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start.
+// where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start. Without momentum M is v but
+// for a factor, so there v serves as M.
 //
 // A thread holds K + 4 sets of a group's parameters, K more for a gradient of lr; 3 with first_order and a
 // given lr; 1 to adapt alone. (A group is kLanes tasks, or one.) Where the K sets pass p.trajectory_bytes, it
@@ -43,7 +44,7 @@ class Adaptation {
   T* theta_;          // [slots, vectors] with a trajectory, else [1, vectors], overwritten step by step
   T* buffers_;        // momentum m_1, ..., m_K, [slots, vectors], or [1, vectors], or null
   T* v_;              // [vectors], dL/dtheta
-  T* m_;              // [vectors], dL/dm
+  T* m_;              // [vectors], dL/dm, or null where it is v times a number
   T* elements_;       // learning rates of elements, or null
   T* grad_shared_;    // [vectors], sum of v over groups, or null where an item is one task
   T* grad_elements_;  // [vectors], gradient of `elements`, or null
@@ -72,7 +73,7 @@ class Adaptation {
         buffers_(
             arena.take_if(keeps_buffers_ || p.sgd.momentum != 0, (keeps_buffers_ ? slots() : 1) * vectors_)),
         v_(arena.take_if(p.backward, vectors_)),
-        m_(arena.take_if(trajectory_, vectors_)),
+        m_(arena.take_if(reverses_ && !m_is_v_scaled(p), vectors_)),
         elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
         grad_shared_(arena.take_if(p.sums.params >= 0 && (Layout::kTasks > 1 || p.tasks_per_item() > 1), vectors_)),
         grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
@@ -88,6 +89,12 @@ class Adaptation {
     if (elements_ == nullptr) return;
     clear(elements_, vectors_);
     parameters_.load_elements(p.sgd.elements, elements_);
+  }
+
+  // Whether M = -lr v with one number lr; the products with it that go to the examples need M itself.
+  static bool m_is_v_scaled(const InnerLoop<T>& p) {
+    return p.sgd.momentum == 0 && p.sgd.rates != nullptr && p.sgd.layer_stride == 0 &&
+           p.support.grad_x == nullptr && p.support.grad_y == nullptr;
   }
 
   // ---- what is kept of the trajectory ----
@@ -291,9 +298,18 @@ class Adaptation {
   }
 
   void step_back(int64_t k) {
+    for (int l = 0; l < p_.mlp.layers && p_.lr_gradient(); ++l) add_rate_gradient(k, l);
+    if (!reverses_) return;
+    if (m_ == nullptr) {  // M = -lr v, and the product is linear in it
+      network_.hessian_product(
+          theta(k), v_, support_, [v = v_, lr = rate(k, 0).value](int64_t i, Vec<T> product) __attribute__((
+                                      always_inline)) {
+            store(v + i * kLanes<T>, load(v + i * kLanes<T>) - lr * product);
+          });
+      return;
+    }
     const T momentum = k + 1 < p_.sgd.steps ? p_.sgd.momentum : T(0);
     for (int l = 0; l < p_.mlp.layers; ++l) {
-      if (p_.lr_gradient()) add_rate_gradient(k, l);
       T* const m = m_;
       const T* const v = v_;
       const Rate lr = rate(k, l);
@@ -303,7 +319,7 @@ class Adaptation {
         store(m + i, momentum != 0 ? own + momentum * load(m + i) : own);
       }
     }
-    if (reverses_) network_.hessian_product(theta(k), m_, support_, add_to_v());
+    network_.hessian_product(theta(k), m_, support_, add_to_v());
   }
 
   // Of lr in step k, layer l: -v m_{k+1}.

@@ -91,12 +91,13 @@ void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t c
 
 // Else the compiler loads it again for each product, and two loads a cycle are all there are.
 template <typename T>
-METAFAST_HD void keep_in_register([[maybe_unused]] Vec<T>& v) {
+METAFAST_HD Vec<T> in_register(Vec<T> v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__SSE2__)
   asm("" : "+x"(v));
 #endif
+  return v;
 }
 
 template <int kRows, int kCols, int kFactors, typename T>
@@ -111,10 +112,7 @@ METAFAST_HD void dot_tile(const Factor<T>* factors, int64_t row, int64_t col, T*
     for (int64_t k = 0; k < length; k += kLanes<T>) {
       Vec<T> activations[kRows];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        activations[r] = load(a + r * pitch + k);
-        keep_in_register<T>(activations[r]);
-      }
+      for (int r = 0; r < kRows; ++r) activations[r] = in_register<T>(load(a + r * pitch + k));
 #pragma GCC unroll 8
       for (int c = 0; c < kCols; ++c) {
         const Vec<T> parameter = load(w + c * pitch + k);

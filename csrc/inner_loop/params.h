@@ -146,10 +146,10 @@ struct InnerLoop {
   }
 
   METAFAST_HD int64_t tasks_per_item() const {
-    constexpr int64_t kMaxItems = 256;
+    const int64_t max_items = lanes() == Lanes::features ? 64 : 256;  // each leaves a row of sums
     const int64_t unit = lanes() == Lanes::tasks ? kGroup : 1;
     const int64_t units = (tasks + unit - 1) / unit;
-    return (units + kMaxItems - 1) / kMaxItems * unit;
+    return (units + max_items - 1) / max_items * unit;
   }
   int64_t items() const { return tasks == 0 ? 0 : (tasks + tasks_per_item() - 1) / tasks_per_item(); }
   int64_t item_cost() const {
