@@ -346,8 +346,8 @@ class Adaptation {
   }
 
   // Lanes without a task may hold anything.
-  Vec<T> in_use(Vec<T> v) const { return in_use_ > Vec<T>{} ? v : Vec<T>{}; }
-  void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + in_use(v)); }
+  METAFAST_HD Vec<T> in_use(Vec<T> v) const { return in_use_ > Vec<T>{} ? v : Vec<T>{}; }
+  METAFAST_HD void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + in_use(v)); }
   static void clear(T* array, int64_t vectors) { std::fill_n(array, vectors * kLanes<T>, T(0)); }
 };
 
