@@ -17,16 +17,17 @@ CPU, float32 and float64, whether or not autocast is on; the same bits with any 
 kernels do not exist yet: with CUDA tensors torch raises NotImplementedError, for all but `task_linear`.
 
 Memory of a thread, in sets of one task's parameters (of 4, 8 or 16 tasks', as many as a vector of the CPU
-holds, if the networks are small and many): 1 to adapt alone; with first order and a given lr 3; else K + 5,
-and K more for a gradient of lr. But where the sets of the K steps pass `get_trajectory_bytes`, about 2 sqrt(K)
-of them are kept in place of K, and the others recomputed: the same bits for up to 3 / 11 more time.
-Activations are never kept beyond their step. Beside the threads' memory there are the sums over tasks of up
-to 256 work items (64 of large networks), one set each, if tasks share parameters.
+holds, if the networks are small and many): 1 or 2 to adapt alone; with first order and a given lr up to 4;
+else K + 1 and up to 5 more, and K more for a gradient of lr. But where the sets of the steps pass
+`get_trajectory_bytes`, about 2 sqrt(K) of them are kept in place of K, and the others recomputed: the same
+bits, in more time. Activations are never kept beyond their step. Beside the threads' memory there are the
+sums over tasks of up to 256 work items (64 of large networks), one set each, if tasks share parameters.
 
 Wide first layers, such as 784-256, whose elements share a learning rate take a shorter way in `maml_loss`,
 exact as well: gradient descent moves W1 within the span of the task's S + Q examples, so their coordinates
 [S + Q, O], of all tasks at once, and inner products stand for it, and W1 of no task ever exists. It is taken
-where it needs fewer operations, judged by the shapes, and no gradient of the inputs.
+where it needs fewer operations, judged by the shapes, and no gradient of the inputs is asked for; it holds
+two arrays [T, S + Q, O] for the call.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device, a label or an option that does not fit,
 naming the argument. NaN in a task stays in that task.
@@ -151,7 +152,8 @@ def maml_loss(
 
     Returns:
         [], or [T] with reduction ``"none"``, in the dtype of `params`. NaN for a task with no query example
-        that is not left out. Its gradients reach `params`, `lr`, `step_weights`, and all of the data that is float.
+        that is not left out. Its gradients reach `params`, `lr`, `step_weights`, and all of the data that is
+        float.
 
     Raises:
         ValueError: a shape, device, option or label does not fit.
@@ -188,7 +190,7 @@ def maml_loss(
 
 
 def get_trajectory_bytes() -> int:
-    """The most memory, in bytes, of earlier parameters that a thread of a backward keeps: 32 MiB unless set."""
+    """The most bytes of earlier parameters that a thread of a backward keeps: 32 MiB unless set."""
     return _C.get_trajectory_bytes()
 
 

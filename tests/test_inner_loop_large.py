@@ -108,9 +108,7 @@ def test_inner_sgd_of_large_networks(case: Case, dtype: torch.dtype) -> None:
         adapted = module.inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
         return [*adapted, *gradients(adapted, problem.leaves(query=False))]
 
-    assert_near(
-        adapt(make(case, dtype), metafast), adapt(make(case, torch.float64), reference), dtype
-    )
+    assert_near(adapt(make(case, dtype), metafast), adapt(make(case, torch.float64), reference), dtype)
 
 
 def test_dual_form_only_where_it_pays() -> None:
@@ -265,7 +263,7 @@ import re, sys, torch, metafast
 torch.set_num_threads(1)
 limit, steps = (int(arg) for arg in sys.argv[1:])
 metafast.set_trajectory_bytes(limit)
-params = [p.requires_grad_() for p in (torch.randn(500, 400), torch.zeros(500), torch.randn(2, 500), torch.zeros(2))]
+params = [torch.randn(size).requires_grad_() for size in ((500, 400), (500,), (2, 500), (2,))]
 data = [torch.randn(2, 3, size) for size in (400, 2, 400, 2)]
 lr = [torch.full(p.shape, 1e-3) for p in params]  # the direct form, in which W1 moves
 

@@ -4,14 +4,14 @@
 //
 // The way back from v = dL/dtheta_K needs no graph: for k = K-1, ..., 0
 //   M = dL/dm_{k+1} = momentum M - lr v,   v += H_k M,   grad_lr -= v m_{k+1},
-// where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start. Without momentum M is v but
-// for a factor, so there v serves as M.
+// where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start. Without momentum M is v
+// but for a factor, so there v serves as M.
 //
-// A thread holds K + 4 sets of a group's parameters, K more for a gradient of lr; 3 with first_order and a
-// given lr; 1 to adapt alone. (A group is kLanes tasks, or one.) Where the K sets pass p.trajectory_bytes, it
-// keeps every c-th, c = ceil(sqrt(K)), and the c of one stretch between them, which it finds again by the same
-// steps: 2 c sets in place of K, the same bits, about 3 / 11 more time. Nothing grows with the number of tasks
-// but results.
+// A thread holds K + 1 sets of a group's parameters and up to 5 more, K more for a gradient of lr; up to 4 in
+// all with first_order and a given lr; 1 or 2 to adapt alone. (A group is kLanes tasks, or one.) Where the
+// sets of the steps pass p.trajectory_bytes, it keeps every c-th, c = ceil(sqrt(K)), and the c of one stretch
+// between two of them, which it finds again by the same steps: 2 c sets in place of K, the same bits. Nothing
+// grows with the number of tasks but results.
 #pragma once
 
 #include "inner_loop/network.h"
@@ -75,7 +75,8 @@ class Adaptation {
         v_(arena.take_if(p.backward, vectors_)),
         m_(arena.take_if(reverses_ && !m_is_v_scaled(p), vectors_)),
         elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
-        grad_shared_(arena.take_if(p.sums.params >= 0 && (Layout::kTasks > 1 || p.tasks_per_item() > 1), vectors_)),
+        grad_shared_(
+            arena.take_if(p.sums.params >= 0 && (Layout::kTasks > 1 || p.tasks_per_item() > 1), vectors_)),
         grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
         grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)),
         grad_weights_(arena.take_if(p.sums.step_weights >= 0, p.sgd.steps)),
@@ -223,7 +224,8 @@ class Adaptation {
       }
     }
     if (!p_.backward) return;
-    if (p_.grad_params[2 * p_.mlp.layers - 1] != nullptr) parameters_.store_tasks(v_, first_, tasks_, p_.grad_params);
+    if (p_.grad_params[2 * p_.mlp.layers - 1] != nullptr)
+      parameters_.store_tasks(v_, first_, tasks_, p_.grad_params);
     if (dual_ && p_.dual.grad_support != nullptr) {
       const T* v = v_ + parameters_.offset(0) * kLanes<T>;
       support_.store_tasks(v, p_.mlp.widths[1], first_, 1, p_.dual.grad_support);
@@ -301,11 +303,11 @@ class Adaptation {
     for (int l = 0; l < p_.mlp.layers && p_.lr_gradient(); ++l) add_rate_gradient(k, l);
     if (!reverses_) return;
     if (m_ == nullptr) {  // M = -lr v, and the product is linear in it
-      network_.hessian_product(
-          theta(k), v_, support_, [v = v_, lr = rate(k, 0).value](int64_t i, Vec<T> product) __attribute__((
-                                      always_inline)) {
-            store(v + i * kLanes<T>, load(v + i * kLanes<T>) - lr * product);
-          });
+      network_.hessian_product(theta(k), v_, support_,
+                               [v = v_, lr = rate(k, 0).value](int64_t i, Vec<T> product)
+                                   __attribute__((always_inline)) {
+                                     store(v + i * kLanes<T>, load(v + i * kLanes<T>) - lr * product);
+                                   });
       return;
     }
     const T momentum = k + 1 < p_.sgd.steps ? p_.sgd.momentum : T(0);

@@ -275,10 +275,10 @@ struct MamlLossFunction : Function<MamlLossFunction> {
     const Inputs in(std::move(saved), data["params"].toInt(), data["lr"].toInt());
     const Options o = Options::restore(ctx);
     const auto wanted = in.any<7>([&](int64_t i) { return ctx->needs_input_grad(i); });
-    auto of_tasks = std::get<1>(maml_loss_backward(
-        grads[0], in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3), in.lr_list(),
-        step_weights_of(in), o.loss, o.steps, o.activation, o.momentum, o.first_order, /*mean=*/false,
-        wanted));
+    auto of_tasks = std::get<1>(maml_loss_backward(grads[0], in.params_list(), in.example(0), in.example(1),
+                                                   in.example(2), in.example(3), in.lr_list(),
+                                                   step_weights_of(in), o.loss, o.steps, o.activation,
+                                                   o.momentum, o.first_order, /*mean=*/false, wanted));
     of_tasks.resize(in.tensors.size());
     return gradients(std::move(of_tasks), in, kOptions);
   }

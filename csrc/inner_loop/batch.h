@@ -27,8 +27,8 @@ void transpose_samples(const T* in, int64_t pitch, int64_t samples, int64_t cols
   }
 }
 
-// What the dual form of the first layer (params.h) knows of a batch. The layer's parameters are coordinates, a
-// matrix [E, H] over the task's E = S + Q examples, support first.
+// What the dual form of the first layer (params.h) knows of a batch. The layer's parameters are coordinates,
+// a matrix [E, H] over the task's E = S + Q examples, support first.
 template <typename T>
 struct Dual {
   int64_t support = 0, examples = 0;  // S, E
@@ -36,7 +36,7 @@ struct Dual {
   int64_t hidden = 0;                 // H
   int64_t pitch = 0;                  // of gram, in vectors
   T* start = nullptr;                 // [rows, H]: outputs of the layer at theta_0. Null: direct form
-  T* gram = nullptr;                  // [rows, E]: inner products with the task's examples, and 1 for the bias
+  T* gram = nullptr;  // [rows, E]: inner products with the task's examples, and 1 for the bias
 };
 
 template <class Layout, typename T>
@@ -123,8 +123,8 @@ struct Batch {
     }
   }
 
-  // After load_tasks of both batches. start: [T, samples, H]. Of the inner products with queries, those of the
-  // support alone are ever needed.
+  // After load_tasks of both batches. start: [T, samples, H]. Of the inner products with queries, those of
+  // the support alone are ever needed.
   void load_dual(const T* start, const Batch& support, const Batch& query, int64_t task) {
     const int64_t row = Layout::row(dual.hidden);
     clear(dual.start, rows * row);

@@ -17,9 +17,9 @@ namespace metafast {
 
 using at::Tensor;
 
-// out = beta self + a b: [M, K] x [K, N], or batches of them, T of each. The library may share a product among
-// its threads, and then add in an order that depends on how many there are. So the shapes alone cut it into
-// parts, at least two, and each runs inside a parallel region, where the library has one thread.
+// out = beta self + a b: [M, K] x [K, N], or batches of them, T of each. The library may share a product
+// among its threads, and then add in an order that depends on how many there are. So the shapes alone cut it
+// into parts, at least two, and each runs inside a parallel region, where the library has one thread.
 inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                               double beta) {
   constexpr int64_t kPart = 128;  // rows or columns, or batches
@@ -88,10 +88,9 @@ class DualForm {
     template <typename T>
     Tensor sum_of_grad() const {
       const int64_t rows = grad.size(-2), width = grad.size(-1), tasks = grad.dim() == 3 ? grad.size(0) : 1;
-      const Tensor sum = empty(grad.dim() == 3 ? at::DimVector{tasks, width} : at::DimVector{width},
-                               grad.options());
-      run_on_cpu(
-          SumPartials<T>{grad.const_data_ptr<T>(), sum.mutable_data_ptr<T>(), tasks, rows, width});
+      const Tensor sum =
+          empty(grad.dim() == 3 ? at::DimVector{tasks, width} : at::DimVector{width}, grad.options());
+      run_on_cpu(SumPartials<T>{grad.const_data_ptr<T>(), sum.mutable_data_ptr<T>(), tasks, rows, width});
       return sum;
     }
   };

@@ -2,11 +2,13 @@
 //
 //   TasksInLanes     many small networks, one task per lane. An example is a row of vectors, a parameter one
 //                    vector: every operation is lane by lane.
-//   SamplesInLanes   one small network; its examples are in the lanes, kLanes to a row of vectors. A parameter
-//                    is a scalar, read into all lanes. Only the gradient of the parameters sums over examples,
-//                    hence over lanes: it has features in the lanes instead, and reads the activations
-//                    transposed.
-//   FeaturesInLanes  one large network; an example is a row of scalars, padded to whole vectors. Rows are long
+//   SamplesInLanes   one small network; its examples are in the lanes, kLanes to a row of vectors. A
+//   parameter
+//                    is a scalar, read into all lanes. Only the gradient of the parameters sums over
+//                    examples, hence over lanes: it has features in the lanes instead, and reads the
+//                    activations transposed.
+//   FeaturesInLanes  one large network; an example is a row of scalars, padded to whole vectors. Rows are
+//   long
 //                    enough that sums over them, and so across lanes, cost little, and no lane waits for
 //                    examples that a task has not got.
 //

@@ -57,7 +57,7 @@ class Network {
       if (arena.counts()) continue;
       if (kPads) std::fill_n(layer.grad, rows * layer.grad_pitch * kLanes<T>, T(0));
       if (l + 1 == layers()) continue;
-      std::fill_n(layer.out, rows * layer.pitch * kLanes<T>, T(0));  // also what pads the rows
+      std::fill_n(layer.out, rows * layer.pitch * kLanes<T>, T(0));   // also what pads the rows
       set_feature(layer.out, layer.pitch, rows, width(l + 1), T(1));  // meets the bias
       if (tangents) std::fill_n(layer.out_tangent, rows * layer.pitch * kLanes<T>, T(0));
     }
@@ -184,8 +184,10 @@ class Network {
 
   // Number o of row r of out [rows, H] = the inner product of example r of the batch with row o of what `u`
   // holds of the dual layer: coordinates of the first `examples` of the task. `pitch` is that of out.
-  void dual_product(const T* u, int64_t examples, const Batch<Layout, T>& batch, T* out, int64_t pitch) const {
-    const Factor<T> factor{u + parameters_.offset(0) * kLanes<T>, batch.dual.gram, batch.dual.pitch, examples};
+  void dual_product(const T* u, int64_t examples, const Batch<Layout, T>& batch, T* out,
+                    int64_t pitch) const {
+    const Factor<T> factor{u + parameters_.offset(0) * kLanes<T>, batch.dual.gram, batch.dual.pitch,
+                           examples};
     multiply<Layout, 1>(&factor, {kLanes<T>, cols(0) * kLanes<T>}, batch.rows, cols(0), out, pitch);
   }
 
@@ -225,8 +227,8 @@ class Network {
     if constexpr (kPads) {
       dots<kFactors>(factors, batch.rows, width(l + 1), out, pitch);
     } else {
-      multiply<Layout, kFactors>(factors, {cols(l) * kLanes<T>, Layout::kTasks}, batch.rows, width(l + 1), out,
-                                 pitch);
+      multiply<Layout, kFactors>(factors, {cols(l) * kLanes<T>, Layout::kTasks}, batch.rows, width(l + 1),
+                                 out, pitch);
     }
   }
 
@@ -302,8 +304,8 @@ class Network {
     with_loss(mlp_.loss, [&]<class L>() {
       for (int64_t r = 0; r < batch.rows; ++r) {
         Number* grad = row(last.grad, r, last.pitch);
-        L::gradient(row(last.out, r, last.pitch), row(batch.y, r, last.pitch),
-                    *row(batch.share, r, 1), batch.outputs, grad);
+        L::gradient(row(last.out, r, last.pitch), row(batch.y, r, last.pitch), *row(batch.share, r, 1),
+                    batch.outputs, grad);
         for (int64_t o = 0; o < batch.outputs; ++o) grad[o] *= Layout::number(weight);
       }
     });

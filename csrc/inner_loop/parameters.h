@@ -23,7 +23,9 @@ class Parameters {
   // Layer l is a matrix [widths[l + 1], cols(l)] of vectors, from vector offset(l) on. In the dual form the
   // first is [E, cols(0)], coordinates in place of parameters: whoever brings or takes parameters leaves it
   // out.
-  int64_t cols(int l) const { return Layout::columns(l < first_layer_ ? mlp_.widths[1] : mlp_.widths[l] + 1); }
+  int64_t cols(int l) const {
+    return Layout::columns(l < first_layer_ ? mlp_.widths[1] : mlp_.widths[l] + 1);
+  }
   int64_t offset(int l) const { return offsets_[l]; }
   int64_t vectors() const { return offsets_[mlp_.layers]; }
 
