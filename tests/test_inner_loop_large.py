@@ -165,6 +165,31 @@ def test_task_without_examples_in_the_dual_form() -> None:
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@pytest.mark.parametrize("per_task", [False, True])
+def test_no_tasks_in_the_dual_form(per_task: bool) -> None:
+    problem = inputs_of(Case(tasks=0, widths=WIDE, per_task=per_task), torch.float32)
+    loss = loss_of(problem)
+    assert loss.isnan()
+    for grad in torch.autograd.grad(loss, problem.params):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("per_task", [False, True])
+def test_dual_form_in_other_modes(per_task: bool) -> None:
+    problem = inputs_of(Case(widths=(700, *WIDE[1:]), per_task=per_task), torch.float32)
+    expected = loss_of(problem)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss_of(problem), expected)
+    with torch.no_grad():
+        without_graph = loss_of(problem)
+        assert takes_dual_form(lambda: loss_of(problem))
+    with torch.inference_mode():
+        assert torch.equal(loss_of(problem), without_graph)
+        data = [x.clone() for x in problem.data]  # inference tensors
+        options = {**problem.options, **problem.query_options}
+        assert torch.equal(metafast.maml_loss(problem.params, *data, lr=problem.lr, **options), without_graph)
+
+
 # --- step_weights ---------------------------------------------------------------------------------------
 
 WEIGHTED_CASES = [

@@ -45,8 +45,8 @@ inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tenso
 
 class DualForm {
  public:
-  // Fills p.dual if the dual form pays. Then whoever holds the results of all parameters lets finish() write
-  // those of the first layer.
+  // Fills p.dual if the dual form pays; then the kernel leaves the gradients of the first layer to
+  // gradients().
   template <typename T>
   void prepare(InnerLoop<T>& p, const Tensor& support_x, const Tensor& query_x, const Tensor& weight,
                const Tensor& bias, bool grad_params) {
