@@ -57,20 +57,20 @@ class Problem:
         return [tensor for tensor in tensors if tensor.requires_grad]
 
 
-def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
+def make(case: Case, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
     """The same numbers for both dtypes: float64 ones are rounded to float32 first."""
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape: int, scale: float = 1.0) -> Tensor:
         numbers = torch.randn(*shape, generator=generator) * scale
-        return numbers.to(dtype).requires_grad_()
+        return numbers.to(device, dtype).requires_grad_()
 
     lead = (case.tasks,) if case.per_task else ()
     params = []
     for inputs, outputs in zip(case.widths[:-1], case.widths[1:], strict=True):
         params += [leaf(*lead, outputs, inputs, scale=inputs**-0.5), leaf(*lead, outputs, scale=0.1)]
     if case.lr in ("scalar", "constant"):
-        lr = torch.tensor(0.05).to(dtype).requires_grad_(case.lr == "scalar")
+        lr = torch.tensor(0.05).to(device, dtype).requires_grad_(case.lr == "scalar")
     elif case.lr == "step and layer":
         lr = leaf(case.steps, len(case.widths) - 1, scale=0.05)
     else:
@@ -83,8 +83,8 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
         else:
             labels = torch.randint(0, case.widths[-1], (case.tasks, count), generator=generator)
             labels[::2, -1] = -100
-            data.append(labels)
-    weights = None if case.step_weights is None else torch.tensor(case.step_weights).to(dtype)
+            data.append(labels.to(device))
+    weights = None if case.step_weights is None else torch.tensor(case.step_weights).to(device, dtype)
     options = {
         "loss": case.loss,
         "steps": case.steps,
@@ -101,13 +101,13 @@ def assert_near(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: tor
         assert one.dtype == dtype
         scale = max(scales) if other.dim() == 0 else own_scale
         atol = TOLERANCE[dtype] * max(scale, 1e-3)
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=atol)
+        torch.testing.assert_close(one.double().cpu(), other, rtol=0, atol=atol)
 
 
 def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
     """Of the outputs, each weighed by its own pattern of numbers."""
     total = sum(
-        (out.double() * torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape)).sum()
+        (out.double() * torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape).to(out.device)).sum()
         for out in outputs
     )
     found = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -144,8 +144,8 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_maml_loss_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
-    exact, problem = make(case, torch.float64), make(case, dtype)
+def test_maml_loss_and_its_gradients(case: Case, dtype: torch.dtype, backend: torch.device) -> None:
+    exact, problem = make(case, torch.float64), make(case, dtype, device=backend)
     expected = reference.maml_loss(
         exact.params, *exact.data, lr=exact.lr, **exact.options, **exact.query_options
     )
@@ -162,8 +162,8 @@ def test_maml_loss_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if c.reduction == "mean"], ids=str)
-def test_inner_sgd_and_its_gradients(case: Case, dtype: torch.dtype) -> None:
-    exact, problem = make(case, torch.float64), make(case, dtype)
+def test_inner_sgd_and_its_gradients(case: Case, dtype: torch.dtype, backend: torch.device) -> None:
+    exact, problem = make(case, torch.float64), make(case, dtype, device=backend)
     expected = reference.inner_sgd(exact.params, *exact.data[:2], lr=exact.lr, **exact.options)
     actual = metafast.inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
     assert_near(actual, expected, dtype)

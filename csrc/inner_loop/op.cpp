@@ -1,7 +1,8 @@
-// The inner loop ops: check the arguments, allocate the results, run the kernel, which is there for the CPU
-// alone so far. What each op computes is stated in library.cpp.
+// The inner loop ops on CPU and CUDA: check the arguments, allocate the results, run the kernel. What each op
+// computes is stated in library.cpp.
 #include <ATen/ExpandUtils.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -200,7 +201,9 @@ class Problem {
     return set;
   }
 
+  // On the CPU; a CUDA kernel asserts on the device instead, which does not synchronise.
   static void check_label_values(const Tensor& labels, int64_t outputs, const char* name) {
+    if (runs_cuda(labels)) return;
     const int64_t* label = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < labels.numel(); ++i) {
       TORCH_CHECK_VALUE((label[i] >= 0 && label[i] < outputs) || label[i] == kIgnoreLabel, name,
@@ -340,15 +343,26 @@ class Gradients {
   }
 };
 
-// Runs the kernel and adds up what its work items left: [columns].
+// Runs the kernel where `like` lives and adds up what its work items left: [columns].
 template <typename T>
-Tensor run_and_sum(InnerLoop<T>& p, const at::TensorOptions& options) {
-  const Tensor rows = empty({p.items(), p.sums.columns}, options);
-  const Tensor sums = empty({p.sums.columns}, options);
+Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
+  int64_t items = p.items();
+  Tensor workspace;
+#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
+  if (runs_cuda(like)) {
+    const c10::DeviceGuard guard(like.device());
+    const cuda::Needs needs = cuda::needs(p);
+    items = needs.items;
+    workspace = empty({needs.workspace}, like.options());
+    p.workspace = workspace.mutable_data_ptr<T>();
+  }
+#endif
+  const Tensor rows = empty({items, p.sums.columns}, like.options());
+  const Tensor sums = empty({p.sums.columns}, like.options());
   if (p.sums.columns > 0) p.sums.rows = rows.mutable_data_ptr<T>();
-  if (p.items() > 0) run_on_cpu(p);
+  if (items > 0) run_kernel(p, like);
   if (p.sums.columns > 0) {
-    run_on_cpu(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, p.items(), p.sums.columns});
+    run_kernel(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, items, p.sums.columns}, like);
   }
   return sums;
 }
@@ -365,7 +379,7 @@ std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const T
   with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = adapted[i].mutable_data_ptr<T>();
-    run_and_sum(p, x.options());
+    run_and_sum(p, x);
   });
   return adapted;
 }
@@ -391,7 +405,7 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < dense_grads.size(); ++i) p.grad_adapted[i] = dense_grads[i].const_data_ptr<T>();
     gradients.fill(p);
-    return gradients.finish(p, run_and_sum(p, x.options()));
+    return gradients.finish(p, run_and_sum(p, x));
   });
 }
 
@@ -430,7 +444,7 @@ Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor
     const Tensor losses = prepare_loss(p, problem, mean);
     DualForm dual;
     dual.prepare(p, problem.support().x, problem.query().x, problem.params()[0], problem.params()[1], false);
-    return finish_loss(p, losses, run_and_sum(p, support_x.options()));
+    return finish_loss(p, losses, run_and_sum(p, support_x));
   });
 }
 
@@ -458,7 +472,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
     p.task_weight_stride = mean ? 0 : 1;
     gradients.fill(p);
     const Tensor losses = prepare_loss(p, problem, mean);
-    const Tensor sums = run_and_sum(p, support_x.options());
+    const Tensor sums = run_and_sum(p, support_x);
     return {finish_loss(p, losses, sums), gradients.finish(p, sums)};
   });
 }
@@ -525,7 +539,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
       }
       p.add(item);
       if (p.count < SgdUpdate<T>::kMaxTensors && i + 1 < count) continue;
-      run_on_cpu(p);
+      run_kernel(p, params[0]);
       p.count = 0;
     }
   });
@@ -549,6 +563,14 @@ Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias)
   return at::baddbmm(bias.unsqueeze(1), x, weight.mT());
 }
 
+void implement(torch::Library& m) {
+  m.impl("sgd_update", sgd_update_op);
+  m.impl("inner_sgd", inner_sgd_op);
+  m.impl("inner_sgd_backward", inner_sgd_backward_op);
+  m.impl("maml_loss", maml_loss_op);
+  m.impl("maml_loss_backward", maml_loss_backward_op);
+}
+
 }  // namespace
 
 int64_t get_trajectory_bytes() { return g_trajectory_bytes; }
@@ -561,12 +583,9 @@ void set_trajectory_bytes(int64_t limit) {
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("task_linear", task_linear_op);
 }
-TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) {
-  m.impl("sgd_update", sgd_update_op);
-  m.impl("inner_sgd", inner_sgd_op);
-  m.impl("inner_sgd_backward", inner_sgd_backward_op);
-  m.impl("maml_loss", maml_loss_op);
-  m.impl("maml_loss_backward", maml_loss_backward_op);
-}
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
+#ifdef METAFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace metafast

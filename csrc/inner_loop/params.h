@@ -106,6 +106,7 @@ struct InnerLoop {
   Sums<T> sums;
   DualFirstLayer<T> dual;
   int64_t trajectory_bytes;  // of a thread: more than that of earlier parameters is not kept but recomputed
+  T* workspace;              // scratch memory of the CUDA kernel (cuda::needs below)
 
   METAFAST_HD bool has_query() const { return query.x != nullptr; }
   METAFAST_HD bool lr_gradient() const { return sums.lr >= 0; }
@@ -193,5 +194,17 @@ struct SgdUpdate {
 
 METAFAST_DECLARE_KERNEL(InnerLoop)
 METAFAST_DECLARE_KERNEL(SgdUpdate)
+
+namespace cuda {
+
+// What the CUDA kernel asks of its caller: how many rows of sums, and how many elements of workspace. It follows
+// from all but the addresses, and from the current device.
+struct Needs {
+  int64_t items, workspace;
+};
+template <typename T>
+Needs needs(const InnerLoop<T>& params);
+
+}  // namespace cuda
 
 }  // namespace metafast
