@@ -13,7 +13,8 @@ constexpr int kBlocks = 65536 / ((sizeof(T) == 4 ? 168 : 255) * Team::kBlockThre
 // ---- inner loop: a team of threads to a task, tasks dealt out in turn ----
 
 template <class Team, class Products, typename T>
-__global__ void __launch_bounds__(Team::kBlockThreads, kBlocks<Team, T>) adapt(const __grid_constant__ Plan<T> plan) {
+__global__ void __launch_bounds__(Team::kBlockThreads, kBlocks<Team, T>)
+    adapt(const __grid_constant__ Plan<T> plan) {
   const int64_t item = block_index() * Team::kTeams + Team::index();
   if (item >= plan.items) return;  // a whole team
   const Adaptation<Team, Products, T> adaptation(
@@ -92,9 +93,9 @@ void launch(const SgdUpdate<T>& p, Stream stream) {
   launch_kernel({"sgd_update", grid_of(blocks), kUpdateThreads, 0, stream}, sgd_update<T>, p);
 }
 
-#define METAFAST_INSTANTIATE(T)                         \
-  template Needs needs(const InnerLoop<T>&);            \
-  template void launch(const InnerLoop<T>&, Stream);    \
+#define METAFAST_INSTANTIATE(T)                      \
+  template Needs needs(const InnerLoop<T>&);         \
+  template void launch(const InnerLoop<T>&, Stream); \
   template void launch(const SgdUpdate<T>&, Stream);
 METAFAST_INSTANTIATE(float)
 METAFAST_INSTANTIATE(double)

@@ -1,7 +1,7 @@
 // The inner loop on the GPU. A team of threads takes one task after the other through all its steps and back.
-// The task's parameters and activations live in shared memory, or for large networks in the workspace; what is
-// kept of each step, its parameters and never its activations, in the workspace. csrc/inner_loop/adaptation.h
-// has the formulas of the way back. Part of cuda.cu.
+// The task's parameters and activations live in shared memory, or for large networks in the workspace; what
+// is kept of each step, its parameters and never its activations, in the workspace.
+// csrc/inner_loop/adaptation.h has the formulas of the way back. Part of cuda.cu.
 #pragma once
 
 #include "inner_loop/cuda_network.h"
@@ -40,7 +40,8 @@ class Adaptation {
     if (row_ != nullptr) Team::for_each(p_.sums.columns, [&](int64_t i) { row_[i] = 0; });
     Team::sync();
     for (int l = 1; l < p_.mlp.layers; ++l) {
-      Team::for_each(at_.samples, [&](int64_t s) { home_[at_.out[l] + s * at_.pitch[l] + at_.width[l]] = 1; });
+      Team::for_each(at_.samples,
+                     [&](int64_t s) { home_[at_.out[l] + s * at_.pitch[l] + at_.width[l]] = 1; });
     }
   }
 
@@ -103,10 +104,11 @@ class Adaptation {
     return at_.buffer >= 0 ? home_ + at_.buffer : nullptr;
   }
 
-  // Element (o, c) of layer l in arrays of the shapes of the parameters, or null where there are none; the last
-  // column is the bias.
+  // Element (o, c) of layer l in arrays of the shapes of the parameters, or null where there are none; the
+  // last column is the bias.
   template <typename Element>
-  __device__ __forceinline__ Element* element(Element* const* arrays, int l, int64_t task, int o, int c) const {
+  __device__ __forceinline__ Element* element(Element* const* arrays, int l, int64_t task, int o,
+                                              int c) const {
     const int64_t inputs = at_.width[l], row = task * at_.width[l + 1] + o;
     Element* const array = arrays[2 * l + (c == inputs)];
     return array == nullptr ? nullptr : array + (c < inputs ? row * inputs + c : row);
@@ -144,7 +146,8 @@ class Adaptation {
   // ---- examples ----
 
   __device__ __forceinline__ Batch<T> load_examples(const Examples<T>& from, int64_t task, int64_t at) const {
-    const int count = static_cast<int>(from.count), features = at_.width[0], outputs = at_.width[p_.mlp.layers];
+    const int count = static_cast<int>(from.count), features = at_.width[0],
+              outputs = at_.width[p_.mlp.layers];
     const int64_t first = task * from.count;
     Batch<T> batch{count, home_ + at, nullptr, nullptr, nullptr, nullptr, T(0), count == 0};
     Team::for_each(count, features + 1, [&](int s, int i) {

@@ -46,7 +46,8 @@ struct Layout {
   Layout(const InnerLoop<T>& p, bool resident) {
     const auto narrow = [](int64_t n) {
       if (n >= std::numeric_limits<int>::max() / 2) {
-        throw std::invalid_argument("metafast: inner loop on CUDA: expected fewer than 2^30 examples and units");
+        throw std::invalid_argument(
+            "metafast: inner loop on CUDA: expected fewer than 2^30 examples and units");
       }
       return static_cast<int>(n);
     };
@@ -119,8 +120,8 @@ struct Plan {
     const auto resident = [&]<class Team>() {
       return (padded<T>(Team::kWarps) + at.home) * static_cast<int64_t>(sizeof(T));
     };
-    // A warp needs no barriers between warps, and with few tiles the others would idle. With many tasks, it is
-    // also worth it to take up to four tiles a thread, if enough warps find room.
+    // A warp needs no barriers between warps, and with few tiles the others would idle. With many tasks, it
+    // is also worth it to take up to four tiles a thread, if enough warps find room.
     constexpr int64_t kManyTasks = 2048, kSmallTask = 12 << 10;
     const int64_t warp_bytes = resident.template operator()<WarpTeam>();
     const bool few_tiles = tiles <= kWarpSize && WarpTeam::kTeams * warp_bytes <= shared_bytes;
@@ -129,14 +130,15 @@ struct Plan {
       use<WarpTeam>(Path::warp, warp_bytes, shared_bytes);
     } else if (resident.template operator()<LargeBlockTeam>() > shared_bytes) {
       at = Layout<T>(p, false);
-      const int64_t bytes = (padded<T>(LargeBlockTeam::kWarps) + kStageSize<T>) * sizeof(T);
+      const int64_t bytes = (padded<T>(LargeBlockTeam::kWarps) + kStageSize<T>)*sizeof(T);
       use<LargeBlockTeam>(Path::staged, bytes, shared_bytes);
     } else if (tiles <= 2 * SmallBlockTeam::kThreads) {
       use<SmallBlockTeam>(Path::small_block, resident.template operator()<SmallBlockTeam>(), shared_bytes);
     } else {
       use<LargeBlockTeam>(Path::large_block, resident.template operator()<LargeBlockTeam>(), shared_bytes);
     }
-    wants_adapted = std::any_of(p.adapted, p.adapted + 2 * p.mlp.layers, [](const T* to) { return to != nullptr; });
+    wants_adapted =
+        std::any_of(p.adapted, p.adapted + 2 * p.mlp.layers, [](const T* to) { return to != nullptr; });
   }
 
  private:
@@ -145,7 +147,8 @@ struct Plan {
     int64_t most = 0;
     const int64_t sample_tiles = div_up<int64_t>(at.samples, kTile);
     for (int l = 0; l < p.mlp.layers; ++l) {
-      const int64_t rows = div_up<int64_t>(at.width[l + 1], kTile), cols = div_up<int64_t>(at.width[l] + 1, kTile);
+      const int64_t rows = div_up<int64_t>(at.width[l + 1], kTile),
+                    cols = div_up<int64_t>(at.width[l] + 1, kTile);
       most = std::max({most, rows * cols, sample_tiles * std::max(rows, cols)});
     }
     return most;
@@ -153,12 +156,14 @@ struct Plan {
 
   template <class Team>
   void use(Path chosen, int64_t bytes, int64_t shared_bytes) {
-    constexpr int64_t kMultiprocessors = 132, kThreads = 1024;  // of the largest GPU of today, that can be busy
-    constexpr int64_t kWorkspaceBytes = int64_t{1} << 31;       // of all teams, if one alone does not need more
+    constexpr int64_t kMultiprocessors = 132,
+                      kThreads = 1024;                     // of the largest GPU of today, that can be busy
+    constexpr int64_t kWorkspaceBytes = int64_t{1} << 31;  // of all teams, if one alone does not need more
     path = chosen;
     team_bytes = bytes;
     workspace = at.steps + (path == Path::staged ? at.home : 0);
-    const int64_t blocks = std::clamp<int64_t>(shared_bytes / (bytes * Team::kTeams), 1, kThreads / Team::kBlockThreads);
+    const int64_t blocks =
+        std::clamp<int64_t>(shared_bytes / (bytes * Team::kTeams), 1, kThreads / Team::kBlockThreads);
     const int64_t affordable = kWorkspaceBytes / std::max<int64_t>(1, workspace * sizeof(T));
     items = std::min({p.tasks, kMultiprocessors * blocks * Team::kTeams, std::max<int64_t>(1, affordable)});
   }

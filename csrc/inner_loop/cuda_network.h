@@ -1,5 +1,5 @@
-// The MLP of one task on the GPU: forward, backward, and both along a tangent of the parameters, which together
-// give Hessian-vector products (Pearlmutter 1994). Part of cuda.cu.
+// The MLP of one task on the GPU: forward, backward, and both along a tangent of the parameters, which
+// together give Hessian-vector products (Pearlmutter 1994). Part of cuda.cu.
 #pragma once
 
 #include "inner_loop/cuda_layout.h"
@@ -145,8 +145,8 @@ struct Network {
     for (int l = 0; l < mlp.layers; ++l) {
       T* const out = home + at.out[l + 1];
       multiply<true, false>(
-          Along{activations(l, batch), nullptr, at.pitch[l]}, Along{theta + at.weights[l], nullptr, at.pitch[l]},
-          batch.count, at.width[l + 1], cols(l),
+          Along{activations(l, batch), nullptr, at.pitch[l]},
+          Along{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count, at.width[l + 1], cols(l),
           [&](Sums<T>& sums) {
             if (l + 1 < mlp.layers) activate<false>(sums);
           },
@@ -155,9 +155,9 @@ struct Network {
     }
   }
 
-  // After forward: a thread's part of the loss. With `differentiates` the gradient of `weight` times the loss:
-  // consumer_of(l)(o, c, g) takes element (o, c) of the gradient of layer l, once that layer has passed its
-  // gradient on; it may overwrite the parameters.
+  // After forward: a thread's part of the loss. With `differentiates` the gradient of `weight` times the
+  // loss: consumer_of(l)(o, c, g) takes element (o, c) of the gradient of layer l, once that layer has passed
+  // its gradient on; it may overwrite the parameters.
   template <class ConsumerOf>
   __device__ __forceinline__ T backward(const T* theta, const Batch<T>& batch, T weight, bool differentiates,
                                         const ConsumerOf& consumer_of) const {
@@ -167,18 +167,18 @@ struct Network {
     for (int l = mlp.layers - 1; l >= 0; --l) {
       const T* const grad = home + at.grad[l + 1];
       if (l > 0 || batch.grad_x != nullptr) {
-        multiply<true, false>(
-            Along{grad, nullptr, at.pitch[l + 1]}, Across{theta + at.weights[l], nullptr, at.pitch[l]},
-            batch.count, at.width[l], at.width[l + 1], AsItIs{}, [&](int s, int i, T g, T) {
-              if (l == 0) {
-                batch.grad_x[static_cast<int64_t>(s) * at.width[0] + i] += g;
-                return;
-              }
-              const int64_t unit = s * at.pitch[l] + i;
-              const T out = home[at.out[l] + unit];
-              with_activation(mlp.activation, [&]<class A>() { g *= A::slope(out); });
-              home[at.grad[l] + unit] = g;
-            });
+        multiply<true, false>(Along{grad, nullptr, at.pitch[l + 1]},
+                              Across{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count, at.width[l],
+                              at.width[l + 1], AsItIs{}, [&](int s, int i, T g, T) {
+                                if (l == 0) {
+                                  batch.grad_x[static_cast<int64_t>(s) * at.width[0] + i] += g;
+                                  return;
+                                }
+                                const int64_t unit = s * at.pitch[l] + i;
+                                const T out = home[at.out[l] + unit];
+                                with_activation(mlp.activation, [&]<class A>() { g *= A::slope(out); });
+                                home[at.grad[l] + unit] = g;
+                              });
         Team::sync();
       }
       const auto consumer = consumer_of(l);
@@ -215,24 +215,24 @@ struct Network {
     for (int l = mlp.layers - 1; l >= 0; --l) {
       const T *const grad = home + at.grad[l + 1], *const grad_tangent = home + at.grad_tangent[l + 1];
       if (l > 0 || batch.grad_x != nullptr) {
-        multiply<true, true>(
-            Along{grad, grad_tangent, at.pitch[l + 1]},
-            Across{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count, at.width[l],
-            at.width[l + 1], AsItIs{}, [&](int s, int i, T g, T tangent) {
-              if (l == 0) {
-                batch.grad_x[static_cast<int64_t>(s) * at.width[0] + i] += tangent;
-                return;
-              }
-              const int64_t unit = s * at.pitch[l] + i;
-              const T out = home[at.out[l] + unit], out_tangent = home[at.out_tangent[l] + unit];
-              with_activation(mlp.activation, [&]<class A>() {
-                tangent *= A::slope(out);
-                if constexpr (A::kCurved) tangent += g * A::bend(out, out_tangent);
-                g *= A::slope(out);
-              });
-              home[at.grad[l] + unit] = g;
-              home[at.grad_tangent[l] + unit] = tangent;
-            });
+        multiply<true, true>(Along{grad, grad_tangent, at.pitch[l + 1]},
+                             Across{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count,
+                             at.width[l], at.width[l + 1], AsItIs{}, [&](int s, int i, T g, T tangent) {
+                               if (l == 0) {
+                                 batch.grad_x[static_cast<int64_t>(s) * at.width[0] + i] += tangent;
+                                 return;
+                               }
+                               const int64_t unit = s * at.pitch[l] + i;
+                               const T out = home[at.out[l] + unit],
+                                       out_tangent = home[at.out_tangent[l] + unit];
+                               with_activation(mlp.activation, [&]<class A>() {
+                                 tangent *= A::slope(out);
+                                 if constexpr (A::kCurved) tangent += g * A::bend(out, out_tangent);
+                                 g *= A::slope(out);
+                               });
+                               home[at.grad[l] + unit] = g;
+                               home[at.grad_tangent[l] + unit] = tangent;
+                             });
         Team::sync();
       }
       T* const to = v + at.weights[l];

@@ -219,8 +219,8 @@ struct Staged {
     return {to, tangent, kAlong ? kStagePitch<T> : lines};
   }
 
-  // As Resident::multiply(). The team goes through blocks of the result: 4 x 64 tiles where there are few rows
-  // (examples), else 16 x 16.
+  // As Resident::multiply(). The team goes through blocks of the result: 4 x 64 tiles where there are few
+  // rows (examples), else 16 x 16.
   template <class Team, bool kValue, bool kTangent, class F, class Finish, class Consume>
   static __device__ __forceinline__ void multiply(const F& f, int rows, int cols, int inner,
                                                   typename F::Scalar* scratch, const Finish& finish,
@@ -237,10 +237,9 @@ struct Staged {
         Sums<T> sums;
         for (int k = 0; k < inner; k += kStageInner) {
           Team::sync();  // the readers of the operands before are done
-          const F staged{
-              stage<Team, kTangent>(f.a, first_row, block_rows, rows, k, inner, scratch),
-              stage<Team, kTangent>(f.b, first_col, block_cols, cols, k, inner,
-                                    scratch + 2 * block_rows * kStagePitch<T>)};
+          const F staged{stage<Team, kTangent>(f.a, first_row, block_rows, rows, k, inner, scratch),
+                         stage<Team, kTangent>(f.b, first_col, block_cols, cols, k, inner,
+                                               scratch + 2 * block_rows * kStagePitch<T>)};
           Team::sync();
           if (!works) continue;
           accumulate<kValue, kTangent>(staged, row, block_rows, col, block_cols, min(kStageInner, inner - k),
@@ -248,10 +247,9 @@ struct Staged {
         }
         if (!works) continue;
         finish(sums);
-        consume_tile(sums, row, rows - first_row, col, cols - first_col,
-                     [&](int r, int c, T value, T tangent) {
-                       consume(first_row + r, first_col + c, value, tangent);
-                     });
+        consume_tile(
+            sums, row, rows - first_row, col, cols - first_col,
+            [&](int r, int c, T value, T tangent) { consume(first_row + r, first_col + c, value, tangent); });
       }
     }
   }

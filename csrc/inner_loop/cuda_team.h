@@ -10,7 +10,8 @@ template <int kTeamThreads, int kTeamsPerBlock>
 struct Team {
   static constexpr int kThreads = kTeamThreads, kTeams = kTeamsPerBlock;
   static constexpr int kBlockThreads = kThreads * kTeams, kWarps = kThreads / kWarpSize;
-  static_assert(kTeams == 1 || kThreads == kWarpSize, "teams that share a block have no barrier but a warp's");
+  static_assert(kTeams == 1 || kThreads == kWarpSize,
+                "teams that share a block have no barrier but a warp's");
 
   static __device__ __forceinline__ int index() { return static_cast<int>(threadIdx.x) / kThreads; }
   static __device__ __forceinline__ int rank() { return static_cast<int>(threadIdx.x) % kThreads; }

@@ -80,8 +80,8 @@ struct MeanSquaredError {
   }
 };
 
-// y is one-hot. Of one output, from `all`, the log_sum_exp of z, and `mean`, that of the tangent of z weighed by
-// softmax(z): slope() and curvature(), the gradient and its tangent.
+// y is one-hot. Of one output, from `all`, the log_sum_exp of z, and `mean`, that of the tangent of z weighed
+// by softmax(z): slope() and curvature(), the gradient and its tangent.
 struct CrossEntropy {
   template <typename V>
   static METAFAST_HD V slope(V z, V all, V y, V w) {

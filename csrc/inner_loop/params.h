@@ -197,8 +197,8 @@ METAFAST_DECLARE_KERNEL(SgdUpdate)
 
 namespace cuda {
 
-// What the CUDA kernel asks of its caller: how many rows of sums, and how many elements of workspace. It follows
-// from all but the addresses, and from the current device.
+// What the CUDA kernel asks of its caller: how many rows of sums, and how many elements of workspace. It
+// follows from all but the addresses, and from the current device.
 struct Needs {
   int64_t items, workspace;
 };
