@@ -6,7 +6,7 @@
 
 namespace metafast {
 
-// out[o, i] = sum_c partial[o, c, i], in the order of c.
+// out[o, i] = sum_c partial[o, c, i], in an order that depends on the sizes alone.
 template <typename T>
 struct SumPartials {
   const T* partial;  // [outer, chunks, inner]
