@@ -46,10 +46,12 @@ class Adaptation {
   }
 
   __device__ __forceinline__ void run(int64_t task) const {
-    const Batch<T> support = load_examples(p_.support, task, at_.support_x);
-    const Batch<T> query = p_.has_query() ? load_examples(p_.query, task, at_.query_x) : Batch<T>{};
+    const Batch<T> support = load_examples(p_.support, p_.dual.support, 0, task, at_.support_x);
+    const Batch<T> query = p_.has_query()
+                               ? load_examples(p_.query, p_.dual.query, support.count, task, at_.query_x)
+                               : Batch<T>{};
     for_each_parameter([&](int l, int o, int c, int64_t i) {
-      theta(0)[i] = *element(p_.mlp.params, l, p_.mlp.shared ? 0 : task, o, c);
+      theta(0)[i] = network_.is_dual(l) ? T(0) : *element(p_.mlp.params, l, p_.mlp.shared ? 0 : task, o, c);
       if (!p_.backward) return;
       const T* const given = element(p_.grad_adapted, l, task, o, c);
       home_[at_.v + i] = given != nullptr ? *given : T(0);
@@ -72,7 +74,7 @@ class Adaptation {
       if (!returns || i >= steps) loss += query_pass(query, k, task_weight);
       if (i == last) break;
       if (i < steps) {
-        pass(constant_support, k, T(1), /*updates=*/true);
+        pass(constant_support, k, T(1), true, /*updates=*/true);
       } else {
         step_back(support, k - 1);
       }
@@ -123,7 +125,7 @@ class Adaptation {
   template <class F>
   __device__ __forceinline__ void for_each_parameter(const F& f) const {
     for (int l = 0; l < p_.mlp.layers; ++l) {
-      Team::for_each(at_.width[l + 1], at_.width[l] + 1,
+      Team::for_each(at_.width[l + 1], at_.columns[l],
                      [&](int o, int c) { f(l, o, c, at_.weights[l] + o * at_.pitch[l] + c); });
     }
   }
@@ -145,14 +147,26 @@ class Adaptation {
 
   // ---- examples ----
 
-  __device__ __forceinline__ Batch<T> load_examples(const Examples<T>& from, int64_t task, int64_t at) const {
+  // `first` of the task's examples: the query's come behind the support's.
+  __device__ __forceinline__ Batch<T> load_examples(const Examples<T>& from, const T* start,
+                                                    int first_example, int64_t task, int64_t at) const {
     const int count = static_cast<int>(from.count), features = at_.width[0],
               outputs = at_.width[p_.mlp.layers];
     const int64_t first = task * from.count;
-    Batch<T> batch{count, home_ + at, nullptr, nullptr, nullptr, nullptr, T(0), count == 0};
-    Team::for_each(count, features + 1, [&](int s, int i) {
-      home_[at + s * at_.pitch[0] + i] = i < features ? from.x[(first + s) * features + i] : T(1);
-    });
+    Batch<T> batch{count,   home_ + at, nullptr, first_example, nullptr,
+                   nullptr, nullptr,    nullptr, T(0),          count == 0};
+    if (network_.is_dual(0)) {
+      batch.start = start + first * at_.width[1];
+      for (int other = 0; other < 2; ++other) {  // products with the support and with the query
+        const Examples<T>& with = other == 0 ? p_.support : p_.query;
+        load_products(from.x + first * features, count, with.x + task * with.count * features,
+                      static_cast<int>(with.count), home_ + at + (other == 0 ? 0 : p_.support.count));
+      }
+    } else {
+      Team::for_each(count, features + 1, [&](int s, int i) {
+        home_[at + s * at_.pitch[0] + i] = i < features ? from.x[(first + s) * features + i] : T(1);
+      });
+    }
     if (from.grad_x != nullptr) {
       batch.grad_x = from.grad_x + first * features;
       Team::for_each(static_cast<int64_t>(count) * features, [&](int64_t i) { batch.grad_x[i] = 0; });
@@ -180,17 +194,31 @@ class Adaptation {
     return batch;
   }
 
+  // out [rows, pitch[0]] = x y^T + 1, for inputs x [rows, D] and y [cols, D]: a warp to an element.
+  __device__ __forceinline__ void load_products(const T* x, int rows, const T* y, int cols, T* out) const {
+    const int64_t features = at_.width[0];
+    for (int64_t i = Team::warp(); i < static_cast<int64_t>(rows) * cols; i += Team::kWarps) {
+      const int64_t row = i / cols, col = i % cols;
+      T sum = 0;
+      for (int64_t d = Team::lane(); d < features; d += kWarpSize)
+        sum += x[row * features + d] * y[col * features + d];
+      sum = warp_sum(sum);
+      if (Team::lane() == 0) out[row * at_.pitch[0] + col] = sum + 1;
+    }
+  }
+
   // ---- steps ----
 
-  // Forward and backward of a batch at theta_k. The gradient updates the parameters, or, times `weight`, is
-  // added to v. Returns a thread's part of the loss.
-  __device__ __forceinline__ T pass(const Batch<T>& batch, int64_t k, T weight, bool updates) const {
+  // Forward and, where it `differentiates`, backward of a batch at theta_k. The gradient updates the
+  // parameters, or, times `weight`, is added to v. Returns a thread's part of the loss.
+  __device__ __forceinline__ T pass(const Batch<T>& batch, int64_t k, T weight, bool differentiates,
+                                    bool updates) const {
     network_.forward(theta(k), batch);
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);
     T* const saved = kResident && p_.keeps_trajectory() ? slot(k) : nullptr;
     const T *const theta = this->theta(k), *const old_buffer = momentum != 0 ? buffer(k) : nullptr;
     T *const next = updates ? this->theta(k + 1) : nullptr, *const new_buffer = buffer(k + 1);
-    return network_.backward(theta, batch, weight, updates || p_.backward, [&](int l) {
+    return network_.backward(theta, batch, weight, differentiates, [&](int l) {
       return [=, this, lr = rate(updates ? k : 0, l)](int o, int c, T grad) {
         const int64_t i = at_.weights[l] + o * at_.pitch[l] + c;
         if (!updates) {
@@ -210,16 +238,25 @@ class Adaptation {
   __device__ __forceinline__ T query_pass(const Batch<T>& query, int64_t k, T task_weight) const {
     T weight = T(k == p_.sgd.steps);
     if (p_.step_weights != nullptr) weight = k == 0 ? T(0) : p_.step_weights[k - 1];
-    if (!p_.has_query() || weight == T(0)) return 0;
-    const T undefined = query.empty ? std::numeric_limits<T>::quiet_NaN() : T(0);
-    return weight * (pass(query, k, weight * task_weight, /*updates=*/false) + undefined);
+    const bool wanted = p_.sums.step_weights >= 0 && k > 0;  // the gradient of the weight
+    if (!p_.has_query() || (weight == T(0) && !wanted)) return 0;
+    T loss = pass(query, k, weight * task_weight, p_.backward && weight != T(0), /*updates=*/false);
+    if (query.empty) loss = std::numeric_limits<T>::quiet_NaN();
+    if (wanted) {
+      const T sum = Team::sum(loss, scratch_);
+      if (Team::rank() == 0) row_[p_.sums.step_weights + k - 1] += task_weight * sum;
+    }
+    return weight == T(0) ? T(0) : weight * loss;
   }
 
   // v becomes dL/dtheta_k; it was dL/dtheta_{k+1}.
   __device__ __forceinline__ void step_back(const Batch<T>& support, int64_t k) const {
     if (at_.theta >= 0) {
       const T* const from = slot(k);
-      for_each_parameter([&](int, int, int, int64_t i) { home_[at_.theta + i] = from[i]; });
+      for_each_parameter([&](int l, int, int c, int64_t i) {
+        if (!network_.is_dual(l) || c < support.count)
+          home_[at_.theta + i] = from[i];  // of queries it stays 0
+      });
     }
     const T momentum = k + 1 < p_.sgd.steps ? p_.sgd.momentum : T(0);
     const bool wants_rates = p_.lr_gradient(), wants_elements = wants_rates && p_.sgd.rates == nullptr;
@@ -228,9 +265,14 @@ class Adaptation {
     for (int l = 0; l < p_.mlp.layers; ++l) {
       const Rate lr = rate(k, l);
       T sum = 0;
-      Team::for_each(at_.width[l + 1], at_.width[l] + 1, [&](int o, int c) {
+      Team::for_each(at_.width[l + 1], at_.columns[l], [&](int o, int c) {
         const int64_t i = at_.weights[l] + o * at_.pitch[l] + c;
-        const T product = wants_rates ? v[i] * used[i] : T(0);
+        T product = 0;
+        if (wants_rates && network_.is_dual(l)) {
+          if (c < support.count) product = used[i] * dual_product(support, c, v + i - c);
+        } else if (wants_rates) {
+          product = v[i] * used[i];
+        }
         sum -= product;
         if (wants_elements) row_[p_.sums.lr + flat(l, o, c)] -= product;
         if (m == nullptr) return;
@@ -243,6 +285,13 @@ class Adaptation {
     }
     Team::sync();
     if (m != nullptr) network_.add_hessian_product(theta(k), m, support, home_ + at_.v);
+  }
+
+  // The inner product of example s of the support with the row of the first layer that has coordinates v [E].
+  __device__ __forceinline__ T dual_product(const Batch<T>& support, int s, const T* v) const {
+    T sum = 0;
+    for (int e = 0; e < at_.columns[0]; ++e) sum += support.x[s * at_.pitch[0] + e] * v[e];
+    return sum;
   }
 
   // ---- results ----
@@ -263,6 +312,14 @@ class Adaptation {
     if (p_.backward) {
       for_each_parameter([&](int l, int o, int c, int64_t i) {
         const T grad = home_[at_.v + i];
+        if (network_.is_dual(l)) {
+          const bool of_query = c >= p_.support.count;
+          T* const to = of_query ? p_.dual.grad_query : p_.dual.grad_support;
+          const int64_t row =
+              of_query ? task * p_.query.count + c - p_.support.count : task * p_.support.count + c;
+          if (to != nullptr) to[row * at_.width[1] + o] = grad;
+          return;
+        }
         if (T* const to = element(p_.grad_params, l, task, o, c)) *to = grad;
         if (p_.sums.params >= 0) row_[p_.sums.params + flat(l, o, c)] += grad;
       });

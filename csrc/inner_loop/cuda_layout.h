@@ -2,7 +2,8 @@
 //
 // Rows of all matrices are padded with zeros to an odd number of vectors of 16 bytes, so that threads that
 // read neighbouring rows meet different banks of shared memory. The parameters of a layer are a matrix
-// [O, I + 1], the bias its last column; it meets activations with a last feature of constant 1.
+// [O, I + 1], the bias its last column; it meets activations with a last feature of constant 1. A first layer
+// in dual form (params.h) is [H, E], the coordinates of its change, and meets rows of X X^T.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,8 @@ constexpr int64_t padded(int64_t count) {
 template <typename T>
 struct Layout {
   int width[kMaxLayers + 1];
+  int columns[kMaxLayers + 1];      // of the parameters of layer l
+  bool dual;                        // the first layer
   int64_t pitch[kMaxLayers + 1];    // of activations l, and of the parameters of layer l
   int64_t weights[kMaxLayers + 1];  // of layer l in a set of parameters; [L]: the size of the set
   int64_t flat[kMaxLayers + 1];     // the same in one that is not padded, as in the rows of sums
@@ -53,14 +56,16 @@ struct Layout {
     };
     const int layers = p.mlp.layers;
     weights[0] = flat[0] = 0;
+    dual = p.dual.support != nullptr;
     for (int l = 0; l <= layers; ++l) {
       width[l] = narrow(p.mlp.widths[l]);
+      columns[l] = l == 0 && dual ? narrow(p.support.count + p.query.count) : width[l] + 1;
       // Whole tiles of 4 columns, in an odd number of vectors.
-      const int64_t vectors = div_up(width[l] + 1, 4) * 4 / kVectorLength<T>;
+      const int64_t vectors = div_up(columns[l], 4) * 4 / kVectorLength<T>;
       pitch[l] = (vectors | 1) * kVectorLength<T>;
       if (l == 0) continue;
       weights[l] = weights[l - 1] + padded<T>(width[l]) * pitch[l - 1];
-      flat[l] = flat[l - 1] + p.mlp.size(2 * l - 2) + p.mlp.size(2 * l - 1);
+      flat[l] = l == 1 && dual ? 0 : flat[l - 1] + p.mlp.size(2 * l - 2) + p.mlp.size(2 * l - 1);
     }
     samples = narrow(std::max(p.support.count, p.query.count));
 
@@ -102,7 +107,7 @@ enum class Path {
 
 using WarpTeam = Team<kWarpSize, 4>;
 using SmallBlockTeam = Team<64, 1>;
-using LargeBlockTeam = Team<256, 1>;
+using LargeBlockTeam = Team<256, 1>;  // knows the dual form, of large networks
 
 template <typename T>
 struct Plan {
@@ -126,13 +131,13 @@ struct Plan {
     const int64_t warp_bytes = resident.template operator()<WarpTeam>();
     const bool few_tiles = tiles <= kWarpSize && WarpTeam::kTeams * warp_bytes <= shared_bytes;
     const bool many_tasks = tiles <= 4 * kWarpSize && p.tasks >= kManyTasks && warp_bytes <= kSmallTask;
-    if (few_tiles || many_tasks) {
+    if (!at.dual && (few_tiles || many_tasks)) {
       use<WarpTeam>(Path::warp, warp_bytes, shared_bytes);
     } else if (resident.template operator()<LargeBlockTeam>() > shared_bytes) {
       at = Layout<T>(p, false);
       const int64_t bytes = (padded<T>(LargeBlockTeam::kWarps) + kStageSize<T>)*sizeof(T);
       use<LargeBlockTeam>(Path::staged, bytes, shared_bytes);
-    } else if (tiles <= 2 * SmallBlockTeam::kThreads) {
+    } else if (!at.dual && tiles <= 2 * SmallBlockTeam::kThreads) {
       use<SmallBlockTeam>(Path::small_block, resident.template operator()<SmallBlockTeam>(), shared_bytes);
     } else {
       use<LargeBlockTeam>(Path::large_block, resident.template operator()<LargeBlockTeam>(), shared_bytes);
@@ -148,7 +153,7 @@ struct Plan {
     const int64_t sample_tiles = div_up<int64_t>(at.samples, kTile);
     for (int l = 0; l < p.mlp.layers; ++l) {
       const int64_t rows = div_up<int64_t>(at.width[l + 1], kTile),
-                    cols = div_up<int64_t>(at.width[l] + 1, kTile);
+                    cols = div_up<int64_t>(at.columns[l], kTile);
       most = std::max({most, rows * cols, sample_tiles * std::max(rows, cols)});
     }
     return most;

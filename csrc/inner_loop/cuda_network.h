@@ -25,7 +25,9 @@ __device__ __forceinline__ void with_activation(Activation activation, F&& f) {
 template <typename T>
 struct Batch {
   int count;
-  const T* x;             // [count, pitch[0]], in the task's memory
+  const T* x;             // [count, pitch[0]], in the task's memory: the inputs, or rows of X X^T
+  const T* start;         // [count, H], the dual form's X [W b]_0^T, or null
+  int first;              // of the task's examples: support, then query
   const T* y;             // [count, O] or null
   const int64_t* labels;  // [count] or null
   T *grad_x, *grad_y;     // [count, D], [count, O], or null
@@ -47,7 +49,8 @@ struct Network {
   using Along = Operand<T, true>;
   using Across = Operand<T, false>;
 
-  __device__ __forceinline__ int cols(int l) const { return at.width[l] + 1; }  // with the bias
+  static constexpr bool kMayBeDual = std::is_same_v<Team, LargeBlockTeam>;
+  __device__ __forceinline__ bool is_dual(int l) const { return kMayBeDual && l == 0 && at.dual; }
   __device__ __forceinline__ const T* activations(int l, const Batch<T>& batch) const {
     return l == 0 ? batch.x : home + at.out[l];
   }
@@ -127,9 +130,20 @@ struct Network {
 
   // ---- passes ----
 
-  // From the sums of a tile to activations, and to their tangents.
-  template <bool kTangent>
-  __device__ __forceinline__ void activate(Sums<T>& sums) const {
+  // From the sums of a tile of layer l to its outputs, and to their tangents.
+  template <bool kTangent, class RowAt, class ColAt>
+  __device__ __forceinline__ void finish_layer(int l, const Batch<T>& batch, Sums<T>& sums,
+                                               const RowAt& row_at, const ColAt& col_at) const {
+    if (is_dual(l)) {
+#pragma unroll
+      for (int i = 0; i < kTile * kTile; ++i) {
+        const int s = row_at(i / kTile), o = col_at(i % kTile);
+        if (s < batch.count && o < at.width[1]) {
+          sums.value[i / kTile][i % kTile] += batch.start[static_cast<int64_t>(s) * at.width[1] + o];
+        }
+      }
+    }
+    if (l + 1 == mlp.layers) return;
     with_activation(mlp.activation, [&]<class A>() {
 #pragma unroll
       for (int i = 0; i < kTile * kTile; ++i) {
@@ -146,9 +160,9 @@ struct Network {
       T* const out = home + at.out[l + 1];
       multiply<true, false>(
           Along{activations(l, batch), nullptr, at.pitch[l]},
-          Along{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count, at.width[l + 1], cols(l),
-          [&](Sums<T>& sums) {
-            if (l + 1 < mlp.layers) activate<false>(sums);
+          Along{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count, at.width[l + 1], at.columns[l],
+          [&](Sums<T>& sums, const auto& row_at, const auto& col_at) {
+            finish_layer<false>(l, batch, sums, row_at, col_at);
           },
           [&](int s, int o, T z, T) { out[s * at.pitch[l + 1] + o] = z; });
       Team::sync();
@@ -182,9 +196,15 @@ struct Network {
         Team::sync();
       }
       const auto consumer = consumer_of(l);
+      if (is_dual(l)) {  // coordinates
+        Team::for_each(batch.count, at.width[1],
+                       [&](int s, int o) { consumer(o, batch.first + s, grad[s * at.pitch[1] + o]); });
+        continue;
+      }
       multiply<true, false>(Across{grad, nullptr, at.pitch[l + 1]},
-                            Across{activations(l, batch), nullptr, at.pitch[l]}, at.width[l + 1], cols(l),
-                            batch.count, AsItIs{}, [&](int o, int c, T g, T) { consumer(o, c, g); });
+                            Across{activations(l, batch), nullptr, at.pitch[l]}, at.width[l + 1],
+                            at.columns[l], batch.count, AsItIs{},
+                            [&](int o, int c, T g, T) { consumer(o, c, g); });
     }
     Team::sync();
     return loss;
@@ -200,9 +220,10 @@ struct Network {
       T* const out_tangent = home + (last ? at.grad_tangent[l + 1] : at.out_tangent[l + 1]);
       multiply<true, true>(
           Along{activations(l, batch), tangents(l), at.pitch[l]},
-          Along{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count, at.width[l + 1], cols(l),
-          [&](Sums<T>& sums) {
-            if (!last) activate<true>(sums);
+          Along{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count, at.width[l + 1],
+          at.columns[l],
+          [&](Sums<T>& sums, const auto& row_at, const auto& col_at) {
+            finish_layer<true>(l, batch, sums, row_at, col_at);
           },
           [&](int s, int o, T z, T tangent) {
             out[s * at.pitch[l + 1] + o] = z;
@@ -236,9 +257,15 @@ struct Network {
         Team::sync();
       }
       T* const to = v + at.weights[l];
+      if (is_dual(l)) {
+        Team::for_each(batch.count, at.width[1], [&](int s, int o) {
+          to[o * at.pitch[0] + batch.first + s] += grad_tangent[s * at.pitch[1] + o];
+        });
+        continue;
+      }
       multiply<false, true>(Across{grad, grad_tangent, at.pitch[l + 1]},
-                            Across{activations(l, batch), tangents(l), at.pitch[l]}, at.width[l + 1], cols(l),
-                            batch.count, AsItIs{},
+                            Across{activations(l, batch), tangents(l), at.pitch[l]}, at.width[l + 1],
+                            at.columns[l], batch.count, AsItIs{},
                             [&](int o, int c, T, T tangent) { to[o * at.pitch[l] + c] += tangent; });
     }
     Team::sync();

@@ -100,8 +100,8 @@ struct Sums {
 
 // For products whose sums are the result.
 struct AsItIs {
-  template <typename T>
-  __device__ __forceinline__ void operator()(Sums<T>&) const {}
+  template <typename T, class RowAt, class ColAt>
+  __device__ __forceinline__ void operator()(Sums<T>&, const RowAt&, const ColAt&) const {}
 };
 
 template <int kStep, typename T>
@@ -161,7 +161,9 @@ __device__ __forceinline__ void consume_tile(const Sums<T>& sums, Place<kRowAlon
 // ---- operands in shared memory ----
 
 struct Resident {
-  // multiply(): finish(sums) may change a tile, then consume(row, col, value, tangent) takes each element.
+  // multiply(): finish(sums, row_at, col_at) may change a tile, of which element [i][j] lies in row row_at(i)
+  // and column col_at(j), or outside the result; then consume(row, col, value, tangent) takes each element
+  // within.
   template <class Team, bool kValue, bool kTangent, class F, class Finish, class Consume>
   static __device__ __forceinline__ void multiply(const F& f, int rows, int cols, int inner,
                                                   typename F::Scalar*, const Finish& finish,
@@ -172,7 +174,7 @@ struct Resident {
       const Place<F::Right::kAlong> col{tile % col_tiles, col_tiles};
       Sums<typename F::Scalar> sums;
       accumulate<kValue, kTangent>(f, row, rows, col, cols, inner, sums);
-      finish(sums);
+      finish(sums, [&](int i) { return row.line(i); }, [&](int j) { return col.line(j); });
       consume_tile(sums, row, rows, col, cols, consume);
     }
   }
@@ -246,7 +248,9 @@ struct Staged {
                                        sums);
         }
         if (!works) continue;
-        finish(sums);
+        finish(
+            sums, [&](int i) { return first_row + row.line(i); },
+            [&](int j) { return first_col + col.line(j); });
         consume_tile(
             sums, row, rows - first_row, col, cols - first_col,
             [&](int r, int c, T value, T tangent) { consume(first_row + r, first_col + c, value, tangent); });

@@ -19,11 +19,17 @@ using at::Tensor;
 
 // out = beta self + a b: [M, K] x [K, N], or batches of them, T of each. The library may share a product
 // among its threads, and then add in an order that depends on how many there are. So the shapes alone cut it
-// into parts, at least two, and each runs inside a parallel region, where the library has one thread.
+// into parts, at least two, and each runs inside a parallel region, where the library has one thread. On CUDA
+// it is one product.
 inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                               double beta) {
   constexpr int64_t kPart = 128;  // rows or columns, or batches
   const bool batched = out.dim() == 3;
+  if (out.is_cuda()) {
+    Tensor result = out;
+    batched ? at::baddbmm_out(result, self, a, b, beta) : at::addmm_out(result, self, a, b, beta);
+    return;
+  }
   const int64_t dim = !batched && out.size(1) > out.size(0) ? 1 : 0, size = out.size(dim);
   const int64_t parts = std::max<int64_t>(2, batched ? size : (size + kPart - 1) / kPart);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -90,7 +96,8 @@ class DualForm {
       const int64_t rows = grad.size(-2), width = grad.size(-1), tasks = grad.dim() == 3 ? grad.size(0) : 1;
       const Tensor sum =
           empty(grad.dim() == 3 ? at::DimVector{tasks, width} : at::DimVector{width}, grad.options());
-      run_on_cpu(SumPartials<T>{grad.const_data_ptr<T>(), sum.mutable_data_ptr<T>(), tasks, rows, width});
+      run_kernel(SumPartials<T>{grad.const_data_ptr<T>(), sum.mutable_data_ptr<T>(), tasks, rows, width},
+                 grad);
       return sum;
     }
   };
