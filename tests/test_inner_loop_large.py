@@ -20,9 +20,15 @@ from metafast import reference
 WIDE = (300, 70, 33, 5)  # too large for many tasks at once; a first layer that pays in the dual form
 
 
-def inputs_of(case: Case, dtype: torch.dtype, *, input_gradients: bool = False) -> Problem:
+def inputs_of(
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    input_gradients: bool = False,
+    device: torch.device | str = "cpu",
+) -> Problem:
     """Step weights with a gradient, inputs without, but where asked for."""
-    problem = make(case, dtype)
+    problem = make(case, dtype, device=device)
     for x in problem.data[::2]:
         x.requires_grad_(input_gradients)
     if case.step_weights is not None:
@@ -86,6 +92,17 @@ DIRECT_CASES = [
 def test_large_networks(case: Case, dtype: torch.dtype) -> None:
     problem = inputs_of(case, dtype)
     assert takes_dual_form(lambda: loss_and_gradients(problem)) == (case in DUAL_CASES)
+    expected = loss_and_gradients(inputs_of(case, torch.float64), reference)
+    assert_near(loss_and_gradients(problem), expected, dtype)
+    with torch.no_grad():
+        assert_near([loss_of(problem)], expected[:1], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", [*DUAL_CASES[2:9:2], *DUAL_CASES[11:], DIRECT_CASES[0]], ids=str)
+@pytest.mark.parametrize("backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_large_networks_on_cuda(case: Case, dtype: torch.dtype, backend: torch.device) -> None:
+    problem = inputs_of(case, dtype, device=backend)
     expected = loss_and_gradients(inputs_of(case, torch.float64), reference)
     assert_near(loss_and_gradients(problem), expected, dtype)
     with torch.no_grad():

@@ -56,7 +56,7 @@ class DualForm {
   template <typename T>
   void prepare(InnerLoop<T>& p, const Tensor& support_x, const Tensor& query_x, const Tensor& weight,
                const Tensor& bias, bool grad_params) {
-    if (runs_cuda(support_x) || !p.dual_pays()) return;  // the CPU kernel alone knows it
+    if (!p.dual_pays()) return;
     used_ = true;
     Batch* const batches[] = {&support_, &query_};
     const Tensor* const inputs[] = {&support_x, &query_x};
