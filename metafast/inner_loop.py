@@ -13,8 +13,9 @@ meta-gradient. A second differentiation raises NotImplementedError; `metafast.re
 Inside `torch.func` transforms and forward-mode AD the call runs the pure-PyTorch twin in
 `metafast.reference`: right, but slower (`metafast.trace_doors` tells).
 
-CPU, float32 and float64, whether or not autocast is on; the same bits with any number of threads. CUDA
-kernels do not exist yet: with CUDA tensors torch raises NotImplementedError, for all but `task_linear`.
+CPU and CUDA, float32 and float64, whether or not autocast is on; on one device the same bits in every run, on
+the CPU with any number of threads. On CUDA nothing waits for the GPU: a label out of range is an assertion
+there, as in torch's own losses.
 
 Memory of a thread, in sets of one task's parameters (of 4, 8 or 16 tasks', as many as a vector of the CPU
 holds, if the networks are small and many): 1 or 2 to adapt alone; with first order and a given lr up to 4;
@@ -22,6 +23,11 @@ else K + 1 and up to 5 more, and K more for a gradient of lr. But where the sets
 `get_trajectory_bytes`, about 2 sqrt(K) of them are kept in place of K, and the others recomputed: the same
 bits, in more time. Activations are never kept beyond their step. Beside the threads' memory there are the
 sums over tasks of up to 256 work items (64 of large networks), one set each, if tasks share parameters.
+
+On CUDA a group of 32, 64 or 256 threads takes one task after the other. A task's parameters and activations
+live in shared memory for all its steps, or, where they do not fit, with the parameters of the K steps in
+scratch memory of the group: as many sets as above, and none is recomputed. There are at most as many groups as
+the GPU can run at once, fewer where their scratch memory would pass 2 GiB.
 
 Wide first layers, such as 784-256, whose elements share a learning rate take a shorter way in `maml_loss`,
 exact as well: gradient descent moves W1 within the span of the task's S + Q examples, so their coordinates
@@ -88,7 +94,7 @@ def inner_sgd(
     Raises:
         ValueError: a shape, device, option or label does not fit.
         TypeError: a dtype does not fit.
-        NotImplementedError: the result is differentiated twice, or the tensors are on CUDA.
+        NotImplementedError: the result is differentiated twice.
 
     Equivalent to, for one layer, mse and no momentum::
 
@@ -158,7 +164,7 @@ def maml_loss(
     Raises:
         ValueError: a shape, device, option or label does not fit.
         TypeError: a dtype does not fit.
-        NotImplementedError: the result is differentiated twice, or the tensors are on CUDA.
+        NotImplementedError: the result is differentiated twice.
 
     Equivalent to, for one layer and mse::
 
@@ -237,7 +243,6 @@ def sgd_update(
     Raises:
         ValueError: a shape, device, number of tensors or option does not fit.
         TypeError: a dtype does not fit.
-        NotImplementedError: the tensors are on CUDA.
 
     Equivalent to::
 

@@ -8,7 +8,7 @@ namespace {
 
 // Blocks that a multiprocessor is to hold at once, which bounds the registers of a thread.
 template <class Team, typename T>
-constexpr int kBlocks = 65536 / ((sizeof(T) == 4 ? 168 : 255) * Team::kBlockThreads);
+constexpr int kBlocks = 65536 / ((sizeof(T) == 4 ? 200 : 255) * Team::kBlockThreads);
 
 // ---- inner loop: a team of threads to a task, tasks dealt out in turn ----
 

@@ -136,8 +136,8 @@ class Adaptation {
     int l;
     T value;
     __device__ __forceinline__ T of(int o, int c) const {
-      const T* const* elements = owner.p_.sgd.elements;
-      return elements[0] != nullptr ? *owner.element(elements, l, 0, o, c) : value;
+      const Sgd<T>& sgd = owner.p_.sgd;
+      return sgd.rates == nullptr ? *owner.element(sgd.elements, l, 0, o, c) : value;
     }
   };
   __device__ __forceinline__ Rate rate(int64_t k, int l) const {

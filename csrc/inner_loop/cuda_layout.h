@@ -105,7 +105,7 @@ enum class Path {
   staged,       // 256 threads to a task, which lives in the workspace
 };
 
-using WarpTeam = Team<kWarpSize, 4>;
+using WarpTeam = Team<kWarpSize, 2>;
 using SmallBlockTeam = Team<64, 1>;
 using LargeBlockTeam = Team<256, 1>;  // knows the dual form, of large networks
 
@@ -135,8 +135,8 @@ struct Plan {
       use<WarpTeam>(Path::warp, warp_bytes, shared_bytes);
     } else if (resident.template operator()<LargeBlockTeam>() > shared_bytes) {
       at = Layout<T>(p, false);
-      const int64_t bytes = (padded<T>(LargeBlockTeam::kWarps) + kStageSize<T>)*sizeof(T);
-      use<LargeBlockTeam>(Path::staged, bytes, shared_bytes);
+      const int64_t elements = padded<T>(LargeBlockTeam::kWarps) + kStageSize<T>;
+      use<LargeBlockTeam>(Path::staged, elements * sizeof(T), shared_bytes);
     } else if (!at.dual && tiles <= 2 * SmallBlockTeam::kThreads) {
       use<SmallBlockTeam>(Path::small_block, resident.template operator()<SmallBlockTeam>(), shared_bytes);
     } else {
@@ -161,9 +161,9 @@ struct Plan {
 
   template <class Team>
   void use(Path chosen, int64_t bytes, int64_t shared_bytes) {
-    constexpr int64_t kMultiprocessors = 132,
-                      kThreads = 1024;                     // of the largest GPU of today, that can be busy
-    constexpr int64_t kWorkspaceBytes = int64_t{1} << 31;  // of all teams, if one alone does not need more
+    constexpr int64_t kMultiprocessors = 132;              // of the largest GPU of today
+    constexpr int64_t kThreads = 1024;                     // that one of them keeps busy
+    constexpr int64_t kWorkspaceBytes = int64_t{1} << 31;  // of all teams, unless one alone needs more
     path = chosen;
     team_bytes = bytes;
     workspace = at.steps + (path == Path::staged ? at.home : 0);

@@ -105,7 +105,7 @@ struct InnerLoop {
   T* losses;                              // [T] or null
   Sums<T> sums;
   DualFirstLayer<T> dual;
-  int64_t trajectory_bytes;  // of a thread: more than that of earlier parameters is not kept but recomputed
+  int64_t trajectory_bytes;  // of a CPU thread: more of earlier parameters is not kept but recomputed
   T* workspace;              // scratch memory of the CUDA kernel (cuda::needs below)
 
   METAFAST_HD bool has_query() const { return query.x != nullptr; }
