@@ -1,4 +1,5 @@
 // CUDA kernels of the inner loop family and their launchers.
+#include <algorithm>
 #include <cstdint>
 
 #include "inner_loop/cuda_adaptation.h"
@@ -6,9 +7,10 @@
 namespace metafast::cuda {
 namespace {
 
-// Blocks that a multiprocessor is to hold at once, which bounds the registers of a thread.
+// Blocks that a multiprocessor is to hold at once: a quarter of its 65,536 registers serves three of these
+// warps, or two of double.
 template <class Team, typename T>
-constexpr int kBlocks = 65536 / ((sizeof(T) == 4 ? 200 : 255) * Team::kBlockThreads);
+constexpr int kBlocks = std::max<int>(1, 4 * kWarpSize * (sizeof(T) == 4 ? 3 : 2) / Team::kBlockThreads);
 
 // ---- inner loop: a team of threads to a task, tasks dealt out in turn ----
 

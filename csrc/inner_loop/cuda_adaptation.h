@@ -47,9 +47,8 @@ class Adaptation {
 
   __device__ __forceinline__ void run(int64_t task) const {
     const Batch<T> support = load_examples(p_.support, p_.dual.support, 0, task, at_.support_x);
-    const Batch<T> query = p_.has_query()
-                               ? load_examples(p_.query, p_.dual.query, support.count, task, at_.query_x)
-                               : Batch<T>{};
+    const Batch<T> query =
+        load_examples(p_.query, p_.dual.query, static_cast<int>(p_.support.count), task, at_.query_x);
     for_each_parameter([&](int l, int o, int c, int64_t i) {
       theta(0)[i] = network_.is_dual(l) ? T(0) : *element(p_.mlp.params, l, p_.mlp.shared ? 0 : task, o, c);
       if (!p_.backward) return;
@@ -64,12 +63,12 @@ class Adaptation {
     // counts on. One loop for both ways, since each of the passes is inlined wherever it is called.
     const bool returns = p_.keeps_trajectory();
     const bool adapts = returns || p_.has_query() || wants_adapted_;
-    const int64_t steps = adapts ? p_.sgd.steps : 0, last = returns ? 2 * steps : steps;
+    const int steps = adapts ? at_.step_count : 0, last = returns ? 2 * steps : steps;
     Batch<T> constant_support = support;  // of the way there: its gradients are those of the way back
-    constant_support.grad_x = constant_support.grad_y = nullptr;
+    constant_support.has_grads = false;
     T loss = 0;
-    for (int64_t i = 0; i <= last; ++i) {
-      const int64_t k = i <= steps ? i : 2 * steps - i;
+    for (int i = 0; i <= last; ++i) {
+      const int k = i <= steps ? i : 2 * steps - i;
       if (i == steps && wants_adapted_) store_adapted(task);
       if (!returns || i >= steps) loss += query_pass(query, k, task_weight);
       if (i == last) break;
@@ -152,45 +151,40 @@ class Adaptation {
                                                     int first_example, int64_t task, int64_t at) const {
     const int count = static_cast<int>(from.count), features = at_.width[0],
               outputs = at_.width[p_.mlp.layers];
-    const int64_t first = task * from.count;
-    Batch<T> batch{count,   home_ + at, nullptr, first_example, nullptr,
-                   nullptr, nullptr,    nullptr, T(0),          count == 0};
+    Batch<T> batch{
+        from, task * from.count, at < 0 ? nullptr : home_ + at, start, first_example, T(0), count == 0, true};
+    if (at < 0) return batch;  // no query
     if (network_.is_dual(0)) {
-      batch.start = start + first * at_.width[1];
       for (int other = 0; other < 2; ++other) {  // products with the support and with the query
         const Examples<T>& with = other == 0 ? p_.support : p_.query;
-        load_products(from.x + first * features, count, with.x + task * with.count * features,
+        load_products(from.x + batch.row * features, count, with.x + task * with.count * features,
                       static_cast<int>(with.count), home_ + at + (other == 0 ? 0 : p_.support.count));
       }
     } else {
       Team::for_each(count, features + 1, [&](int s, int i) {
-        home_[at + s * at_.pitch[0] + i] = i < features ? from.x[(first + s) * features + i] : T(1);
+        home_[at + s * at_.pitch[0] + i] = i < features ? from.x[(batch.row + s) * features + i] : T(1);
       });
     }
-    if (from.grad_x != nullptr) {
-      batch.grad_x = from.grad_x + first * features;
-      Team::for_each(static_cast<int64_t>(count) * features, [&](int64_t i) { batch.grad_x[i] = 0; });
+    if (T* const grad_x = batch.grad_x(features)) {
+      Team::for_each(from.count * features, [&](int64_t i) { grad_x[i] = 0; });
+    }
+    if (T* const grad_y = batch.grad_y(outputs)) {
+      Team::for_each(from.count * outputs, [&](int64_t i) { grad_y[i] = 0; });
     }
     if (from.labels == nullptr) {
-      batch.y = from.y + first * outputs;
-      batch.share = T(1) / static_cast<T>(static_cast<int64_t>(count) * outputs);
-      if (from.grad_y != nullptr) {
-        batch.grad_y = from.grad_y + first * outputs;
-        Team::for_each(static_cast<int64_t>(count) * outputs, [&](int64_t i) { batch.grad_y[i] = 0; });
-      }
-    } else {
-      batch.labels = from.labels + first;
-      T valid = 0;
-      Team::for_each(from.count, [&](int64_t s) {
-        const int64_t label = batch.labels[s];
-        METAFAST_DEVICE_CHECK(label == kIgnoreLabel || (label >= 0 && label < outputs),
-                              "labels: expected classes in [0, O) or -100 (ignored)");
-        valid += label != kIgnoreLabel;
-      });
-      valid = Team::sum(valid, scratch_);
-      batch.share = T(1) / valid;
-      batch.empty = valid == 0;
+      batch.share = T(1) / static_cast<T>(from.count * outputs);
+      return batch;
     }
+    T valid = 0;
+    Team::for_each(from.count, [&](int64_t s) {
+      const int64_t label = from.labels[batch.row + s];
+      METAFAST_DEVICE_CHECK(label == kIgnoreLabel || (label >= 0 && label < outputs),
+                            "labels: expected classes in [0, O) or -100 (ignored)");
+      valid += label != kIgnoreLabel;
+    });
+    valid = Team::sum(valid, scratch_);
+    batch.share = T(1) / valid;
+    batch.empty = valid == 0;
     return batch;
   }
 
@@ -211,7 +205,7 @@ class Adaptation {
 
   // Forward and, where it `differentiates`, backward of a batch at theta_k. The gradient updates the
   // parameters, or, times `weight`, is added to v. Returns a thread's part of the loss.
-  __device__ __forceinline__ T pass(const Batch<T>& batch, int64_t k, T weight, bool differentiates,
+  __device__ __forceinline__ T pass(const Batch<T>& batch, int k, T weight, bool differentiates,
                                     bool updates) const {
     network_.forward(theta(k), batch);
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);
@@ -235,7 +229,7 @@ class Adaptation {
   }
 
   // The query loss after k steps, where it counts; a thread's part of it.
-  __device__ __forceinline__ T query_pass(const Batch<T>& query, int64_t k, T task_weight) const {
+  __device__ __forceinline__ T query_pass(const Batch<T>& query, int k, T task_weight) const {
     T weight = T(k == p_.sgd.steps);
     if (p_.step_weights != nullptr) weight = k == 0 ? T(0) : p_.step_weights[k - 1];
     const bool wanted = p_.sums.step_weights >= 0 && k > 0;  // the gradient of the weight
@@ -250,11 +244,11 @@ class Adaptation {
   }
 
   // v becomes dL/dtheta_k; it was dL/dtheta_{k+1}.
-  __device__ __forceinline__ void step_back(const Batch<T>& support, int64_t k) const {
+  __device__ __forceinline__ void step_back(const Batch<T>& support, int k) const {
     if (at_.theta >= 0) {
       const T* const from = slot(k);
       for_each_parameter([&](int l, int, int c, int64_t i) {
-        if (!network_.is_dual(l) || c < support.count)
+        if (!network_.is_dual(l) || c < support.count())
           home_[at_.theta + i] = from[i];  // of queries it stays 0
       });
     }
@@ -269,7 +263,7 @@ class Adaptation {
         const int64_t i = at_.weights[l] + o * at_.pitch[l] + c;
         T product = 0;
         if (wants_rates && network_.is_dual(l)) {
-          if (c < support.count) product = used[i] * dual_product(support, c, v + i - c);
+          if (c < support.count()) product = used[i] * dual_product(support, c, v + i - c);
         } else if (wants_rates) {
           product = v[i] * used[i];
         }

@@ -34,6 +34,7 @@ struct Layout {
   int64_t weights[kMaxLayers + 1];  // of layer l in a set of parameters; [L]: the size of the set
   int64_t flat[kMaxLayers + 1];     // the same in one that is not padded, as in the rows of sums
   int samples;                      // of the larger batch
+  int step_count;
 
   // in home; -1: not needed
   int64_t theta, v, m, buffer, support_x, query_x;
@@ -50,7 +51,7 @@ struct Layout {
     const auto narrow = [](int64_t n) {
       if (n >= std::numeric_limits<int>::max() / 2) {
         throw std::invalid_argument(
-            "metafast: inner loop on CUDA: expected fewer than 2^30 examples and units");
+            "metafast: inner loop on CUDA: expected fewer than 2^30 examples, units and steps");
       }
       return static_cast<int>(n);
     };
@@ -68,6 +69,7 @@ struct Layout {
       flat[l] = l == 1 && dual ? 0 : flat[l - 1] + p.mlp.size(2 * l - 2) + p.mlp.size(2 * l - 1);
     }
     samples = narrow(std::max(p.support.count, p.query.count));
+    step_count = narrow(p.sgd.steps);
 
     const int64_t set = weights[layers];
     const bool trajectory = p.keeps_trajectory(), reverses = trajectory && !p.sgd.first_order;

@@ -21,20 +21,27 @@ __device__ __forceinline__ void with_activation(Activation activation, F&& f) {
   }
 }
 
-// The examples of one task.
+// The examples of one task. Addresses follow from the kernel's parameters where they are used: registers are
+// few.
 template <typename T>
 struct Batch {
-  int count;
-  const T* x;             // [count, pitch[0]], in the task's memory: the inputs, or rows of X X^T
-  const T* start;         // [count, H], the dual form's X [W b]_0^T, or null
-  int first;              // of the task's examples: support, then query
-  const T* y;             // [count, O] or null
-  const int64_t* labels;  // [count] or null
-  T *grad_x, *grad_y;     // [count, D], [count, O], or null
-  T share;                // of an example in the task's mean
-  bool empty;             // no example counts: the mean is undefined
+  const Examples<T>& from;
+  int64_t row;     // of the task's first example in arrays of all tasks
+  const T* x;      // [count, pitch[0]], in the task's memory: the inputs, or in dual form rows of X X^T
+  const T* start;  // [T count, H], the dual form's X [W b]_0^T, or null
+  int first;       // of the task's examples: support, then query
+  T share;         // of an example in the task's mean
+  bool empty;      // no example counts: the mean is undefined
+  bool has_grads;  // of x and y, if they are wanted
 
-  __device__ T share_of(int s) const { return labels != nullptr && labels[s] == kIgnoreLabel ? T(0) : share; }
+  __device__ int count() const { return static_cast<int>(from.count); }
+  __device__ int64_t label(int s) const { return from.labels[row + s]; }
+  __device__ T* grad_x(int64_t features) const {
+    return has_grads && from.grad_x != nullptr ? from.grad_x + row * features : nullptr;
+  }
+  __device__ T* grad_y(int64_t outputs) const {
+    return has_grads && from.grad_y != nullptr ? from.grad_y + row * outputs : nullptr;
+  }
 };
 
 // The threads of a team go through it together. Between two phases, of which one reads what the other wrote,
@@ -80,9 +87,9 @@ struct Network {
     using L = MeanSquaredError;
     const int last = mlp.layers, outputs = at.width[last];
     T loss = 0;
-    Team::for_each(batch.count, outputs, [&](int s, int o) {
+    Team::for_each(batch.count(), outputs, [&](int s, int o) {
       const int64_t i = s * at.pitch[last] + o, target = static_cast<int64_t>(s) * outputs + o;
-      const T z = home[at.out[last] + i], y = batch.y[target], share = batch.share;
+      const T z = home[at.out[last] + i], y = batch.from.y[batch.row * outputs + target], share = batch.share;
       loss += L::value(&z, &y, share, 1);
       T grad;
       L::gradient(&z, &y, share, 1, &grad);
@@ -93,7 +100,7 @@ struct Network {
         L::tangent(&z, share, 1, &grad);
         home[at.grad_tangent[last] + i] = grad;
       }
-      if (batch.grad_y != nullptr) batch.grad_y[target] -= grad;  // the targets enter as -z
+      if (T* const grad_y = batch.grad_y(outputs)) grad_y[target] -= grad;  // the targets enter as -z
     });
     return loss;
   }
@@ -104,12 +111,12 @@ struct Network {
     using L = CrossEntropy;
     const int last = mlp.layers, outputs = at.width[last], lane = Team::lane();
     T loss = 0;
-    for (int s = Team::warp(); s < batch.count; s += Team::kWarps) {
+    for (int s = Team::warp(); s < batch.count(); s += Team::kWarps) {
       const T* z = home + at.out[last] + s * at.pitch[last];
       T* grad = home + at.grad[last] + s * at.pitch[last];
       T* tangent = kTangent ? home + at.grad_tangent[last] + s * at.pitch[last] : nullptr;
-      const int64_t label = batch.labels[s];
-      const T share = batch.share_of(s);
+      const int64_t label = batch.label(s);
+      const T share = label == kIgnoreLabel ? T(0) : batch.share;
       T largest = z[0], sum = 0, mean = 0;
       for (int o = lane; o < outputs; o += kWarpSize) largest = z[o] > largest ? z[o] : largest;
       largest = warp_max(largest);
@@ -138,8 +145,8 @@ struct Network {
 #pragma unroll
       for (int i = 0; i < kTile * kTile; ++i) {
         const int s = row_at(i / kTile), o = col_at(i % kTile);
-        if (s < batch.count && o < at.width[1]) {
-          sums.value[i / kTile][i % kTile] += batch.start[static_cast<int64_t>(s) * at.width[1] + o];
+        if (s < batch.count() && o < at.width[1]) {
+          sums.value[i / kTile][i % kTile] += batch.start[(batch.row + s) * at.width[1] + o];
         }
       }
     }
@@ -160,7 +167,7 @@ struct Network {
       T* const out = home + at.out[l + 1];
       multiply<true, false>(
           Along{activations(l, batch), nullptr, at.pitch[l]},
-          Along{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count, at.width[l + 1], at.columns[l],
+          Along{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count(), at.width[l + 1], at.columns[l],
           [&](Sums<T>& sums, const auto& row_at, const auto& col_at) {
             finish_layer<false>(l, batch, sums, row_at, col_at);
           },
@@ -180,12 +187,12 @@ struct Network {
     if (!differentiates) return loss;
     for (int l = mlp.layers - 1; l >= 0; --l) {
       const T* const grad = home + at.grad[l + 1];
-      if (l > 0 || batch.grad_x != nullptr) {
+      if (l > 0 || batch.grad_x(at.width[0]) != nullptr) {
         multiply<true, false>(Along{grad, nullptr, at.pitch[l + 1]},
-                              Across{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count, at.width[l],
+                              Across{theta + at.weights[l], nullptr, at.pitch[l]}, batch.count(), at.width[l],
                               at.width[l + 1], AsItIs{}, [&](int s, int i, T g, T) {
                                 if (l == 0) {
-                                  batch.grad_x[static_cast<int64_t>(s) * at.width[0] + i] += g;
+                                  batch.grad_x(at.width[0])[static_cast<int64_t>(s) * at.width[0] + i] += g;
                                   return;
                                 }
                                 const int64_t unit = s * at.pitch[l] + i;
@@ -197,13 +204,13 @@ struct Network {
       }
       const auto consumer = consumer_of(l);
       if (is_dual(l)) {  // coordinates
-        Team::for_each(batch.count, at.width[1],
+        Team::for_each(batch.count(), at.width[1],
                        [&](int s, int o) { consumer(o, batch.first + s, grad[s * at.pitch[1] + o]); });
         continue;
       }
       multiply<true, false>(Across{grad, nullptr, at.pitch[l + 1]},
                             Across{activations(l, batch), nullptr, at.pitch[l]}, at.width[l + 1],
-                            at.columns[l], batch.count, AsItIs{},
+                            at.columns[l], batch.count(), AsItIs{},
                             [&](int o, int c, T g, T) { consumer(o, c, g); });
     }
     Team::sync();
@@ -220,7 +227,7 @@ struct Network {
       T* const out_tangent = home + (last ? at.grad_tangent[l + 1] : at.out_tangent[l + 1]);
       multiply<true, true>(
           Along{activations(l, batch), tangents(l), at.pitch[l]},
-          Along{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count, at.width[l + 1],
+          Along{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count(), at.width[l + 1],
           at.columns[l],
           [&](Sums<T>& sums, const auto& row_at, const auto& col_at) {
             finish_layer<true>(l, batch, sums, row_at, col_at);
@@ -235,37 +242,37 @@ struct Network {
     Team::sync();
     for (int l = mlp.layers - 1; l >= 0; --l) {
       const T *const grad = home + at.grad[l + 1], *const grad_tangent = home + at.grad_tangent[l + 1];
-      if (l > 0 || batch.grad_x != nullptr) {
-        multiply<true, true>(Along{grad, grad_tangent, at.pitch[l + 1]},
-                             Across{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count,
-                             at.width[l], at.width[l + 1], AsItIs{}, [&](int s, int i, T g, T tangent) {
-                               if (l == 0) {
-                                 batch.grad_x[static_cast<int64_t>(s) * at.width[0] + i] += tangent;
-                                 return;
-                               }
-                               const int64_t unit = s * at.pitch[l] + i;
-                               const T out = home[at.out[l] + unit],
-                                       out_tangent = home[at.out_tangent[l] + unit];
-                               with_activation(mlp.activation, [&]<class A>() {
-                                 tangent *= A::slope(out);
-                                 if constexpr (A::kCurved) tangent += g * A::bend(out, out_tangent);
-                                 g *= A::slope(out);
-                               });
-                               home[at.grad[l] + unit] = g;
-                               home[at.grad_tangent[l] + unit] = tangent;
-                             });
+      if (l > 0 || batch.grad_x(at.width[0]) != nullptr) {
+        multiply<true, true>(
+            Along{grad, grad_tangent, at.pitch[l + 1]},
+            Across{theta + at.weights[l], u + at.weights[l], at.pitch[l]}, batch.count(), at.width[l],
+            at.width[l + 1], AsItIs{}, [&](int s, int i, T g, T tangent) {
+              if (l == 0) {
+                batch.grad_x(at.width[0])[static_cast<int64_t>(s) * at.width[0] + i] += tangent;
+                return;
+              }
+              const int64_t unit = s * at.pitch[l] + i;
+              const T out = home[at.out[l] + unit], out_tangent = home[at.out_tangent[l] + unit];
+              with_activation(mlp.activation, [&]<class A>() {
+                tangent *= A::slope(out);
+                if constexpr (A::kCurved) tangent += g * A::bend(out, out_tangent);
+                g *= A::slope(out);
+              });
+              home[at.grad[l] + unit] = g;
+              home[at.grad_tangent[l] + unit] = tangent;
+            });
         Team::sync();
       }
       T* const to = v + at.weights[l];
       if (is_dual(l)) {
-        Team::for_each(batch.count, at.width[1], [&](int s, int o) {
+        Team::for_each(batch.count(), at.width[1], [&](int s, int o) {
           to[o * at.pitch[0] + batch.first + s] += grad_tangent[s * at.pitch[1] + o];
         });
         continue;
       }
       multiply<false, true>(Across{grad, grad_tangent, at.pitch[l + 1]},
                             Across{activations(l, batch), tangents(l), at.pitch[l]}, at.width[l + 1],
-                            at.columns[l], batch.count, AsItIs{},
+                            at.columns[l], batch.count(), AsItIs{},
                             [&](int o, int c, T, T tangent) { to[o * at.pitch[l] + c] += tangent; });
     }
     Team::sync();
