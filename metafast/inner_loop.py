@@ -26,8 +26,8 @@ sums over tasks of up to 256 work items (64 of large networks), one set each, if
 
 On CUDA a group of 32, 64 or 256 threads takes one task after the other. A task's parameters and activations
 live in shared memory for all its steps, or, where they do not fit, with the parameters of the K steps in
-scratch memory of the group: as many sets as above, and none is recomputed. There are at most as many groups as
-the GPU can run at once, fewer where their scratch memory would pass 2 GiB.
+scratch memory of the group: as many sets as above, and none is recomputed. There are at most as many groups
+as a large GPU can run at once, fewer where their scratch memory would pass 2 GiB.
 
 Wide first layers, such as 784-256, whose elements share a learning rate take a shorter way in `maml_loss`,
 exact as well: gradient descent moves W1 within the span of the task's S + Q examples, so their coordinates
