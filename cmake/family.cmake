@@ -1,7 +1,4 @@
-# metafast_family(<name> [CPU_ONLY]): one family of ops, csrc/<name>/{cpu.cpp,cuda.cu,op.cpp,autograd.cpp}.
-#
-# CPU_ONLY: there is no cuda.cu yet, and op.cpp implements the ops for the CPU alone. torch refuses CUDA tensors then,
-# and metafast_emulated, which is there for the CUDA kernels, has the family's schemas and nothing behind them.
+# metafast_family(<name>): one family of ops, csrc/<name>/{cpu.cpp,cuda.cu,op.cpp,autograd.cpp}.
 #
 # It adds to the interface library `metafast_ops`, which the Python module and, in the tests, metafast_emulated link:
 # op.cpp and autograd.cpp are compiled by each of them, the torch-free kernels here, once.
@@ -50,14 +47,8 @@ function(metafast_cuda_kernels family)
 endfunction()
 
 function(metafast_family family)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "CPU_ONLY" "" "")
-  if(arg_CPU_ONLY AND METAFAST_EMULATED)
-    return()
-  endif()
   metafast_cpu_kernels(${family})
-  if(NOT arg_CPU_ONLY)
-    metafast_cuda_kernels(${family})
-  endif()
+  metafast_cuda_kernels(${family})
   set(folder "${PROJECT_SOURCE_DIR}/csrc/${family}")
   target_sources(metafast_ops INTERFACE "${folder}/op.cpp" "${folder}/autograd.cpp")
 endfunction()

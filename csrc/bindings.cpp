@@ -9,6 +9,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "inner_loop/ops.h"
 #include "pairwise/ops.h"
 
 #ifdef METAFAST_WITH_CUDA
@@ -69,6 +70,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("detected_isa", [] { return isa_name(detected_isa()); });
   m.def("leading_dims_agree", &leading_dims_agree);
+  m.def("get_trajectory_bytes", &get_trajectory_bytes);
+  m.def("set_trajectory_bytes", &set_trajectory_bytes);
 
   // The ops again, typed: torch.ops.metafast.<op> costs microseconds more per call, in Python's argument
   // parsing (bench/overhead.py). The same dispatcher sees the call.

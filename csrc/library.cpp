@@ -1,6 +1,5 @@
 // Every op of metafast and its schema: the table of contents. csrc/<family>/op.cpp implements them for CPU
-// and CUDA (the inner loop for CPU alone so far), autograd.cpp differentiates them, metafast/_fake.py gives
-// their shapes to torch.compile.
+// and CUDA, autograd.cpp differentiates them, metafast/_fake.py gives their shapes to torch.compile.
 //
 // "..." are leading batch dimensions, the same on all tensors of a call. T tasks, S support, Q queries, N
 // classes, D features, K steps, L layers, I inputs and O outputs of a layer. Labels are int64; -100 means
@@ -97,12 +96,12 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "mean) "
       "-> Tensor");
   // grad: of the result. -> the result again, and gradients as of inner_sgd_backward (wanted: params, lr,
-  // support_x, support_y, query_x, query_y).
+  // support_x, support_y, query_x, query_y, step_weights).
   m.def(
       "maml_loss_backward(Tensor grad, Tensor[] params, Tensor support_x, Tensor support_y, Tensor query_x, "
       "Tensor query_y, Tensor[] lr, Tensor? step_weights, str loss, int steps, str activation, float "
       "momentum, "
-      "bool first_order, bool mean, bool[6] wanted) -> (Tensor, Tensor[])");
+      "bool first_order, bool mean, bool[7] wanted) -> (Tensor, Tensor[])");
 
   // One step of SGD on many tensors. lr: one tensor, or one for each of params, that broadcasts to it.
   // momentum_buffers may be empty: zeros. -> the new params, the new buffers (none without momentum).

@@ -26,6 +26,12 @@ def leading_dims_agree(
 ) -> bool:
     """Whether the tensors of an episode have the same leading dimensions."""
 
+def get_trajectory_bytes() -> int:
+    """`metafast.get_trajectory_bytes`."""
+
+def set_trajectory_bytes(limit: int) -> None:
+    """`metafast.set_trajectory_bytes`."""
+
 def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """`torch.ops.metafast.prototypes`, typed; csrc/library.cpp states what it computes, as of the others."""
 

@@ -12,7 +12,15 @@ from metafast import _fake, reference
 from metafast._doors import trace_doors
 from metafast._info import info
 from metafast.adaptation import Adapted, Explanation, adapt, explain
-from metafast.inner_loop import inner_sgd, maml_loss, sgd_update, task_conv2d, task_linear
+from metafast.inner_loop import (
+    get_trajectory_bytes,
+    inner_sgd,
+    maml_loss,
+    set_trajectory_bytes,
+    sgd_update,
+    task_conv2d,
+    task_linear,
+)
 from metafast.pairwise import (
     matching_log_probs,
     matching_loss,
@@ -32,6 +40,7 @@ __all__ = [
     "Explanation",
     "adapt",
     "explain",
+    "get_trajectory_bytes",
     "info",
     "inner_sgd",
     "maml_loss",
@@ -43,6 +52,7 @@ __all__ = [
     "prototypical_loss",
     "reference",
     "relation_scores",
+    "set_trajectory_bytes",
     "sgd_update",
     "task_conv2d",
     "task_linear",

@@ -124,13 +124,14 @@ def _maml_loss_backward(
     query_x: Tensor,
     query_y: Tensor,
     lr: Sequence[Tensor],
+    step_weights: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     *_, wanted = args
-    data = (support_x, support_y, query_x, query_y)
-    return _gradient(grad), _wanted_gradients(
-        params, lr, data, wanted
-    )  # the loss has the shape of its gradient
+    weights = support_x.new_empty(0) if step_weights is None else step_weights
+    data = (support_x, support_y, query_x, query_y, weights)
+    # The loss has the shape of its gradient.
+    return _gradient(grad), _wanted_gradients(params, lr, data, wanted)
 
 
 def _sgd_update(

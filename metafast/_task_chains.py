@@ -213,7 +213,7 @@ def maml_loss_chain(params: int, rates: int, labels: bool) -> Chain:
         rates=rates,
         data=("support_x", "support_y", "query_x", "query_y"),
         others=("step_weights",),
-        weights=(),
+        weights=("step_weights",),
         labels=labels,
         outputs=("out",),
         gives_list=False,

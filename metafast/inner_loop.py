@@ -15,13 +15,28 @@ fused under `grad` and `vmap` in any nesting with one `grad`, for learning rates
 shares; beyond (`jvp`, `hessian`, forward-mode AD) the call runs the pure-PyTorch twin in
 `metafast.reference`, as `sgd_update` always does there (`metafast.trace_doors` tells).
 
-CPU, float32 and float64; the same bits with any number of threads. Under autocast `inner_sgd` and
-`maml_loss` run in float32, as distances and losses do: SGD's small steps would be lost in 16 bits. Outside
-autocast a 16-bit tensor is an error, as is one in `sgd_update`. CUDA kernels do not exist yet: with CUDA
-tensors torch raises NotImplementedError, for all but `task_linear` and `task_conv2d`.
+CPU and CUDA, float32 and float64; on one device the same bits in every run, on the CPU with any number of
+threads. Under autocast `inner_sgd` and `maml_loss` run in float32, as distances and losses do: SGD's small
+steps would be lost in 16 bits. Outside autocast a 16-bit tensor is an error, as is one in `sgd_update`. On
+CUDA nothing waits for the GPU: a label out of range is an assertion there, as in torch's own losses.
 
-Memory: each task keeps its parameters; with second order, or a gradient of lr, those of all K steps too.
-Activations are never kept beyond their step.
+Memory of a thread, in sets of one task's parameters (of 4, 8 or 16 tasks', as many as a vector of the CPU
+holds, if the networks are small and many): 1 or 2 to adapt alone; with first order and a given lr up to 4;
+else K + 1 and up to 5 more, and K more for a gradient of lr. But where the sets of the steps pass
+`get_trajectory_bytes`, about 2 sqrt(K) of them are kept in place of K, and the others recomputed: the same
+bits, in more time. Activations are never kept beyond their step. Beside the threads' memory there are the
+sums over tasks of up to 256 work items (64 of large networks), one set each, if tasks share parameters.
+
+On CUDA a group of 32, 64 or 256 threads takes one task after the other. A task's parameters and activations
+live in shared memory for all its steps, or, where they do not fit, with the parameters of the K steps in
+scratch memory of the group: as many sets as above, and none is recomputed. There are at most as many groups
+as a large GPU can run at once, fewer where their scratch memory would pass 2 GiB.
+
+Wide first layers, such as 784-256, whose elements share a learning rate take a shorter way in `maml_loss`,
+exact as well: gradient descent moves W1 within the span of the task's S + Q examples, so their coordinates
+[S + Q, O], of all tasks at once, and inner products stand for it, and W1 of no task ever exists. It is taken
+where it needs fewer operations, judged by the shapes, and no gradient of the inputs is asked for; it holds
+two arrays [T, S + Q, O] for the call.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device, a label or an option that does not fit,
 naming the argument. NaN in a task stays in that task.
@@ -34,7 +49,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from metafast import _doors
+from metafast import _C, _doors
 from metafast._task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
@@ -83,7 +98,7 @@ def inner_sgd(
     Raises:
         ValueError: a shape, device, option or label does not fit.
         TypeError: a dtype does not fit.
-        NotImplementedError: the result is differentiated twice, or the tensors are on CUDA.
+        NotImplementedError: the result is differentiated twice.
 
     Equivalent to, for one layer, mse and no momentum::
 
@@ -146,19 +161,20 @@ def maml_loss(
         query_x: [T, Q, D], as `support_x`.
         query_y: [T, Q, O] or [T, Q], as `support_y`.
         loss, lr, steps, activation, momentum, first_order: as in `inner_sgd`.
-        step_weights: [K], numbers or a tensor without gradient: the result is the sum of the query losses
-            after each step, so weighed (MAML++'s multi-step loss, Antoniou et al. 2019, section 4). By
-            default the loss after the last step alone.
+        step_weights: [K], numbers or a tensor of the dtype of `params`, which has a gradient: the result is
+            the sum of the query losses after each step, so weighed (MAML++'s multi-step loss, Antoniou et
+            al. 2019, section 4). By default the loss after the last step alone.
         reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``.
 
     Returns:
         [], or [T] with reduction ``"none"``, in the dtype of `params`. NaN for a task with no query example
-        that is not left out. Its gradients reach `params`, `lr`, and all of the data that is float.
+        that is not left out. Its gradients reach `params`, `lr`, `step_weights`, and all of the data that is
+        float.
 
     Raises:
         ValueError: a shape, device, option or label does not fit.
         TypeError: a dtype does not fit.
-        NotImplementedError: the result is differentiated twice, or the tensors are on CUDA.
+        NotImplementedError: the result is differentiated twice.
 
     Equivalent to, for one layer and mse::
 
@@ -196,6 +212,25 @@ def maml_loss(
     )
 
 
+def get_trajectory_bytes() -> int:
+    """The most bytes of earlier parameters that a thread of a backward keeps: 32 MiB unless set."""
+    return _C.get_trajectory_bytes()
+
+
+def set_trajectory_bytes(limit: int) -> None:
+    """Sets `get_trajectory_bytes` for this process.
+
+    It trades time for memory and changes no result. Only CPU tensors ask for it.
+
+    Args:
+        limit: Bytes, from 0 on. Beyond it a thread keeps about 2 sqrt(K) sets of parameters, however large.
+
+    Raises:
+        ValueError: `limit` is negative.
+    """
+    _C.set_trajectory_bytes(limit)
+
+
 def sgd_update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -225,7 +260,6 @@ def sgd_update(
     Raises:
         ValueError: a shape, device, number of tensors or option does not fit.
         TypeError: a dtype does not fit.
-        NotImplementedError: the tensors are on CUDA.
 
     Equivalent to::
 

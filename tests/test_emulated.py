@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_inner_loop as inner_loop
 import torch
 from emulated_build import EMULATED_LIBRARY, ROOT, emulated_library
 from rows import Row, Sizes
@@ -64,6 +65,41 @@ def test_every_schedule_gives_the_same_bits(
         assert all(map(torch.equal, other, results[0]))
 
 
+# For each way that the inner loop runs: a warp, two, eight to a task, and eight to one in global memory.
+INNER_LOOP_CASES = pytest.mark.parametrize(
+    "case",
+    [
+        inner_loop.Case(loss="cross_entropy", lr="element", momentum=0.5),
+        inner_loop.Case(tasks=2, widths=(3, 33, 17, 6), steps=2, lr="step and layer", per_task=True),
+        inner_loop.Case(tasks=2, widths=(2, 60, 60, 1), steps=2, momentum=0.5),
+        inner_loop.Case(tasks=2, widths=(3, 150, 150, 6), steps=1, loss="cross_entropy", lr="element"),
+    ],
+    ids=["warp", "small block", "large block", "staged"],
+)
+
+
+@INNER_LOOP_CASES
+@pytest.mark.parametrize("dtype", inner_loop.TOLERANCE, ids=str)
+@ON_THE_EMULATOR
+def test_inner_loop_under_every_schedule(
+    case: inner_loop.Case, dtype: torch.dtype, backend: torch.device
+) -> None:
+    results = []
+    for seed in SEEDS:
+        set_seed(seed)
+        inner_loop.test_maml_loss_and_its_gradients(case, dtype, backend)
+        problem = inner_loop.make(case, dtype)
+        options = {"lr": problem.lr, **problem.options}
+        loss = metafast.maml_loss(problem.params, *problem.data, **options, **problem.query_options)
+        adapted = metafast.inner_sgd(problem.params, *problem.data[:2], **options)
+        leaves = problem.leaves(query=True)
+        results.append(
+            [loss, *adapted, *inner_loop.gradients([loss], leaves), *inner_loop.gradients(adapted, leaves)]
+        )
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
 def sanitizer_runtimes(library: Path) -> list[str]:
     """Those that a library needs. They must come first in a process, so Python is to be started with them."""
     needed = subprocess.run(["ldd", str(library)], check=True, capture_output=True, text=True).stdout
@@ -83,7 +119,12 @@ def test_sanitizers_report_nothing() -> None:
     }
     # Without capture: a sanitizer's report goes straight to standard error and ends the process.
     pytest_again = [sys.executable, "-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider"]
-    tests = ["tests/test_contract.py", "tests/test_pairwise.py", "-k", "emulated"]
+    tests = [
+        "tests/test_contract.py",
+        "tests/test_pairwise.py",
+        "tests/test_emulated.py::test_inner_loop_under_every_schedule",
+        *("-k", "emulated"),
+    ]
     result = subprocess.run(
         [*pytest_again, *tests], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
     )

@@ -1,14 +1,17 @@
-// The inner loop on the CPU. A group of tasks, one per lane (or a single task, its examples in the lanes),
-// goes through all its steps and back before the next begins, in memory of the thread that fits its cache:
-// the parameters of each step, never activations of more than one.
+// The inner loop on the CPU. A group of tasks, one per lane (or a single task, see lanes.h), goes through all
+// its steps and back before the next begins, in memory of the thread that fits its cache: the parameters of
+// each step, never activations of more than one.
 //
 // The way back from v = dL/dtheta_K needs no graph: for k = K-1, ..., 0
 //   M = dL/dm_{k+1} = momentum M - lr v,   v += H_k M,   grad_lr -= v m_{k+1},
-// where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start.
+// where H_k is the Hessian of the support loss at theta_k, and M = 0 at the start. Without momentum M is v
+// but for a factor, so there v serves as M.
 //
-// A thread holds K + 4 sets of a group's parameters, K more for a gradient of lr; 3 with first_order and a
-// given lr; 1 to adapt alone. (A group is kLanes tasks, or one.) Nothing grows with the number of tasks but
-// results.
+// A thread holds K + 1 sets of a group's parameters and up to 5 more, K more for a gradient of lr; up to 4 in
+// all with first_order and a given lr; 1 or 2 to adapt alone. (A group is kLanes tasks, or one.) Where the
+// sets of the steps pass p.trajectory_bytes, it keeps every c-th, c = ceil(sqrt(K)), and the c of one stretch
+// between two of them, which it finds again by the same steps: 2 c sets in place of K, the same bits. Nothing
+// grows with the number of tasks but results.
 #pragma once
 
 #include "inner_loop/network.h"
@@ -28,20 +31,26 @@ class Adaptation {
   }
 
  private:
+  static constexpr bool kMayBeDual = std::is_same_v<Layout, FeaturesInLanes<T>>;
+
   const InnerLoop<T>& p_;
-  const bool trajectory_, reverses_, keeps_buffers_;
+  const bool dual_, trajectory_, reverses_;
+  const int64_t stride_;  // of the kept parameters; those between are kept for one stretch at a time
+  const bool keeps_buffers_;
   Batch<Layout, T> support_, query_;
   const Parameters<Layout, T> parameters_;
   Network<Layout, T> network_;
   const int64_t vectors_;
-  T* theta_;          // [K + 1, vectors] with a trajectory, else [1, vectors], overwritten step by step
-  T* buffers_;        // momentum m_1, ..., m_K, [K, vectors], or [1, vectors], or null
+  T* theta_;          // [slots, vectors] with a trajectory, else [1, vectors], overwritten step by step
+  T* buffers_;        // momentum m_1, ..., m_K, [slots, vectors], or [1, vectors], or null
   T* v_;              // [vectors], dL/dtheta
-  T* m_;              // [vectors], dL/dm
+  T* m_;              // [vectors], dL/dm, or null where it is v times a number
   T* elements_;       // learning rates of elements, or null
-  T* grad_shared_;    // [vectors], sum of v over groups, or null
+  T* grad_shared_;    // [vectors], sum of v over groups, or null where an item is one task
   T* grad_elements_;  // [vectors], gradient of `elements`, or null
   T* grad_rates_;     // [K, L], in lanes, gradient of `rates`, or null
+  T* grad_weights_;   // [K], in lanes, gradient of step_weights, or null
+  T* dual_scratch_;   // [S, cols(0)] or null
   Vec<T> losses_, total_loss_, task_weights_;
   int64_t first_;  // of the tasks of the group
   int tasks_;      // of the group
@@ -49,33 +58,70 @@ class Adaptation {
 
   Adaptation(const InnerLoop<T>& p, Arena<T>& arena)
       : p_(p),
+        dual_(p.dual.support != nullptr),
         trajectory_(p.keeps_trajectory()),
         reverses_(trajectory_ && !p.sgd.first_order),
-        keeps_buffers_(p.lr_gradient() && p.backward),
+        stride_(stride_of(p)),
+        keeps_buffers_(p.backward && (p.lr_gradient() || (p.sgd.momentum != 0 && stride_ > 1))),
         support_(arena, p.mlp, p.support),
         query_(arena, p.mlp, p.query),
-        parameters_(p.mlp),
+        parameters_(p.mlp, dual_ ? p.support.count + p.query.count : 0),
         network_(arena, p.mlp, parameters_, std::max(p.support.count, p.query.count), reverses_,
                  p.support.grad_x != nullptr || p.query.grad_x != nullptr),
         vectors_(parameters_.vectors()),
-        theta_(arena.take((trajectory_ ? p.sgd.steps + 1 : 1) * vectors_)),
-        buffers_(arena.take_if(keeps_buffers_ || p.sgd.momentum != 0,
-                               (keeps_buffers_ ? p.sgd.steps : 1) * vectors_)),
+        theta_(arena.take((trajectory_ ? slots() : 1) * vectors_)),
+        buffers_(
+            arena.take_if(keeps_buffers_ || p.sgd.momentum != 0, (keeps_buffers_ ? slots() : 1) * vectors_)),
         v_(arena.take_if(p.backward, vectors_)),
-        m_(arena.take_if(trajectory_, vectors_)),
+        m_(arena.take_if(reverses_ && !m_is_v_scaled(p), vectors_)),
         elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
-        grad_shared_(arena.take_if(p.sums.params >= 0, vectors_)),
+        grad_shared_(
+            arena.take_if(p.sums.params >= 0 && (Layout::kTasks > 1 || p.tasks_per_item() > 1), vectors_)),
         grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
-        grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)) {
-    if (elements_ == nullptr || arena.counts()) return;
+        grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)),
+        grad_weights_(arena.take_if(p.sums.step_weights >= 0, p.sgd.steps)),
+        dual_scratch_(arena.take_if(dual_ && p.lr_gradient(), p.support.count * parameters_.cols(0))) {
+    if (dual_) {
+      support_.take_dual(arena, p, 0);
+      query_.take_dual(arena, p, p.support.count);
+    }
+    if (arena.counts()) return;
+    if (Layout::kTasks == 1) clear(theta(0), vectors_);  // what pads the rows, and stays 0
+    if (elements_ == nullptr) return;
     clear(elements_, vectors_);
     parameters_.load_elements(p.sgd.elements, elements_);
   }
 
-  T* theta(int64_t k) const { return theta_ + (trajectory_ ? k : 0) * vectors_ * kLanes<T>; }
-  T* buffer(int64_t k) const {
-    return buffers_ + (keeps_buffers_ ? k - 1 : 0) * vectors_ * kLanes<T>;
-  }  // m_k
+  // Whether M = -lr v with one number lr; the products with it that go to the examples need M itself.
+  static bool m_is_v_scaled(const InnerLoop<T>& p) {
+    return p.sgd.momentum == 0 && p.sgd.rates != nullptr && p.sgd.layer_stride == 0 &&
+           p.support.grad_x == nullptr && p.support.grad_y == nullptr;
+  }
+
+  // ---- what is kept of the trajectory ----
+
+  static int64_t stride_of(const InnerLoop<T>& p) {
+    const Parameters<Layout, T> parameters(p.mlp, p.dual.support ? p.support.count + p.query.count : 0);
+    const int64_t sets = (p.sgd.steps + 1) * (p.lr_gradient() ? 2 : 1);
+    if (!p.keeps_trajectory() || sets * parameters.vectors() * kVectorBytes <= p.trajectory_bytes) return 1;
+    int64_t stride = 1;
+    while (stride * stride < p.sgd.steps) ++stride;
+    return stride;
+  }
+  int64_t slots() const { return p_.sgd.steps / stride_ + stride_; }
+  // Of theta_k and m_k: the multiples of the stride first, then those between two of them.
+  int64_t slot(int64_t k) const {
+    return k % stride_ == 0 ? k / stride_ : p_.sgd.steps / stride_ + k % stride_;
+  }
+  T* theta(int64_t k) const { return theta_ + (trajectory_ ? slot(k) : 0) * vectors_ * kLanes<T>; }
+  T* buffer(int64_t k) const { return buffers_ + (keeps_buffers_ ? slot(k) : 0) * vectors_ * kLanes<T>; }
+
+  // Before the way back enters the stretch that ends with step k, its parameters once more.
+  void recompute_stretch(int64_t k) {
+    if (stride_ == 1 || (k + 1) % stride_ != 0 || k + 1 == p_.sgd.steps) return;
+    for (int64_t i = k + 1 - stride_; i < k; ++i) step(i);
+    if (p_.lr_gradient()) step(k);  // for m_{k + 1}
+  }
 
   // lr of a layer in a step. By value in the loops over parameters, like every pointer there: their stores
   // could change what is read through `this`, for all that the compiler knows.
@@ -98,6 +144,7 @@ class Adaptation {
     if (grad_shared_ != nullptr) clear(grad_shared_, vectors_);
     if (grad_elements_ != nullptr) clear(grad_elements_, vectors_);
     if (grad_rates_ != nullptr) clear(grad_rates_, p_.sgd.steps * p_.mlp.layers);
+    if (grad_weights_ != nullptr) clear(grad_weights_, p_.sgd.steps);
     total_loss_ = Vec<T>{};
     for (int64_t first = begin; first < end; first += Layout::kTasks) {
       run_group(first, static_cast<int>(std::min<int64_t>(Layout::kTasks, end - first)));
@@ -105,13 +152,16 @@ class Adaptation {
     if (p_.sums.rows == nullptr) return;
     T* sums = p_.sums.rows + item * p_.sums.columns;
     if (p_.sums.loss >= 0) sums[p_.sums.loss] = sum_of_lanes<T>(total_loss_);
-    if (grad_shared_ != nullptr) parameters_.store_sum(grad_shared_, sums + p_.sums.params);
-    if (grad_elements_ != nullptr) parameters_.store_sum(grad_elements_, sums + p_.sums.lr);
-    if (grad_rates_ != nullptr) {
-      for (int64_t i = 0; i < p_.sgd.steps * p_.mlp.layers; ++i) {
-        sums[p_.sums.lr + i] = sum_of_lanes<T>(load(grad_rates_ + i * kLanes<T>));
-      }
+    if (p_.sums.params >= 0) {
+      parameters_.store_sum(grad_shared_ != nullptr ? grad_shared_ : v_, sums + p_.sums.params);
     }
+    if (grad_elements_ != nullptr) parameters_.store_sum(grad_elements_, sums + p_.sums.lr);
+    if (grad_rates_ != nullptr) store_sums(grad_rates_, p_.sgd.steps * p_.mlp.layers, sums + p_.sums.lr);
+    if (grad_weights_ != nullptr) store_sums(grad_weights_, p_.sgd.steps, sums + p_.sums.step_weights);
+  }
+
+  static void store_sums(const T* in_lanes, int64_t count, T* sums) {
+    for (int64_t i = 0; i < count; ++i) sums[i] = sum_of_lanes<T>(load(in_lanes + i * kLanes<T>));
   }
 
   void run_group(int64_t first, int tasks) {
@@ -127,13 +177,19 @@ class Adaptation {
       task_weights_[lane] = p_.loss_scale * weight;
     }
     support_.load_tasks(p_.support, first, tasks);
-    if (Layout::kSamples > 1) clear(theta(0), vectors_);  // what pads the rows
+    if (dual_) clear(theta(0), parameters_.offset(1));
     if (p_.mlp.shared) {
       parameters_.load_shared(p_.mlp.params, theta(0));
     } else {
       parameters_.load_tasks(p_.mlp.params, first, tasks, theta(0));
     }
     if (p_.has_query()) query_.load_tasks(p_.query, first, tasks);
+    if constexpr (kMayBeDual) {
+      if (dual_) {
+        support_.load_dual(p_.dual.support, support_, query_, first);
+        query_.load_dual(p_.dual.query, support_, query_, first);
+      }
+    }
     if (p_.backward) start_backward();
 
     if (!trajectory_ && p_.has_query() && p_.sgd.steps == 0) query_step(0, 1);
@@ -146,6 +202,7 @@ class Adaptation {
     if (trajectory_) {
       for (int64_t k = p_.sgd.steps - 1; k >= 0; --k) {
         query_after(k + 1);
+        recompute_stretch(k);
         step_back(k);
       }
     }
@@ -158,8 +215,7 @@ class Adaptation {
   }
 
   void finish() {
-    const Vec<T> weighted = in_use_ > Vec<T>{} ? losses_ * task_weights_ : Vec<T>{};
-    total_loss_ += weighted;
+    total_loss_ += in_use(losses_ * task_weights_);
     if (p_.losses != nullptr) {
       if constexpr (Layout::kTasks == 1) {
         p_.losses[first_] = sum_of_lanes<T>(losses_);
@@ -168,7 +224,14 @@ class Adaptation {
       }
     }
     if (!p_.backward) return;
-    if (p_.grad_params[0] != nullptr) parameters_.store_tasks(v_, first_, tasks_, p_.grad_params);
+    if (p_.grad_params[2 * p_.mlp.layers - 1] != nullptr)
+      parameters_.store_tasks(v_, first_, tasks_, p_.grad_params);
+    if (dual_ && p_.dual.grad_support != nullptr) {
+      const T* v = v_ + parameters_.offset(0) * kLanes<T>;
+      support_.store_tasks(v, p_.mlp.widths[1], first_, 1, p_.dual.grad_support);
+      v += support_.samples * parameters_.cols(0) * kLanes<T>;
+      query_.store_tasks(v, p_.mlp.widths[1], first_, 1, p_.dual.grad_query);
+    }
     if (grad_shared_ != nullptr) {
       for (int64_t i = 0; i < vectors_; ++i)
         add_in_use(grad_shared_ + i * kLanes<T>, load(v_ + i * kLanes<T>));
@@ -218,12 +281,15 @@ class Adaptation {
   void query_after(int64_t k) {
     if (!p_.has_query()) return;
     const T weight = p_.step_weights ? p_.step_weights[k - 1] : T(k == p_.sgd.steps);
-    if (weight != 0) query_step(k, weight);
+    if (weight != 0 || grad_weights_ != nullptr) query_step(k, weight);
   }
 
   void query_step(int64_t k, T weight) {
     network_.forward(theta(k), query_);
-    losses_ += weight * network_.loss(query_);
+    const Vec<T> loss = network_.loss(query_);
+    if (grad_weights_ != nullptr) add_in_use(grad_weights_ + (k - 1) * kLanes<T>, task_weights_ * loss);
+    if (weight == 0) return;
+    losses_ += weight * loss;
     if (!p_.backward) return;
     network_.backward(theta(k), query_, weight * task_weights_, [this](int) { return add_to_v(); });
   }
@@ -234,9 +300,18 @@ class Adaptation {
   }
 
   void step_back(int64_t k) {
+    for (int l = 0; l < p_.mlp.layers && p_.lr_gradient(); ++l) add_rate_gradient(k, l);
+    if (!reverses_) return;
+    if (m_ == nullptr) {  // M = -lr v, and the product is linear in it
+      network_.hessian_product(theta(k), v_, support_,
+                               [v = v_, lr = rate(k, 0).value](int64_t i, Vec<T> product)
+                                   __attribute__((always_inline)) {
+                                     store(v + i * kLanes<T>, load(v + i * kLanes<T>) - lr * product);
+                                   });
+      return;
+    }
     const T momentum = k + 1 < p_.sgd.steps ? p_.sgd.momentum : T(0);
     for (int l = 0; l < p_.mlp.layers; ++l) {
-      if (keeps_buffers_) add_rate_gradient(k, l);
       T* const m = m_;
       const T* const v = v_;
       const Rate lr = rate(k, l);
@@ -246,12 +321,24 @@ class Adaptation {
         store(m + i, momentum != 0 ? own + momentum * load(m + i) : own);
       }
     }
-    if (reverses_) network_.hessian_product(theta(k), m_, support_, add_to_v());
+    network_.hessian_product(theta(k), m_, support_, add_to_v());
   }
 
   // Of lr in step k, layer l: -v m_{k+1}.
   void add_rate_gradient(int64_t k, int l) {
     Vec<T> sum{};
+    if constexpr (kMayBeDual) {
+      if (dual_ && l == 0) {  // <v, m> = sum over support s of m_s (v x_s)
+        const int64_t cols = parameters_.cols(0);
+        const T* m = buffer(k + 1) + parameters_.offset(0) * kLanes<T>;
+        network_.dual_product(v_, support_.dual.examples, support_, dual_scratch_, cols);
+        for (int64_t i = 0; i < support_.samples * cols * kLanes<T>; i += kLanes<T>) {
+          sum -= load(dual_scratch_ + i) * load(m + i);
+        }
+        add_in_use(grad_rates_ + k * p_.mlp.layers * kLanes<T>, sum);
+        return;
+      }
+    }
     for (int64_t i = parameters_.offset(l); i < parameters_.offset(l + 1); ++i) {
       const Vec<T> product = load(v_ + i * kLanes<T>) * load(buffer(k + 1) + i * kLanes<T>);
       sum -= product;
@@ -260,8 +347,9 @@ class Adaptation {
     if (grad_rates_ != nullptr) add_in_use(grad_rates_ + (k * p_.mlp.layers + l) * kLanes<T>, sum);
   }
 
-  // Adds lanes that hold a task; the others may hold anything.
-  void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + (in_use_ > Vec<T>{} ? v : Vec<T>{})); }
+  // Lanes without a task may hold anything.
+  METAFAST_HD Vec<T> in_use(Vec<T> v) const { return in_use_ > Vec<T>{} ? v : Vec<T>{}; }
+  METAFAST_HD void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + in_use(v)); }
   static void clear(T* array, int64_t vectors) { std::fill_n(array, vectors * kLanes<T>, T(0)); }
 };
 

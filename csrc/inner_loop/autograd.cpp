@@ -42,7 +42,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
     std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 6> wanted) {
+    bool mean, std::array<bool, 7> wanted) {
   METAFAST_CALL(maml_loss_backward, grad, params, support_x, support_y, query_x, query_y, lr, step_weights,
                 loss, steps, activation, momentum, first_order, mean, wanted);
 }
@@ -201,13 +201,14 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_autograd(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
     std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 6> wanted) {
+    bool mean, std::array<bool, 7> wanted) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return maml_loss_backward(grad, params, support_x, support_y, query_x, query_y, lr, step_weights, loss,
                               steps, activation, momentum, first_order, mean, wanted);
   };
-  const Inputs inputs(params, lr, {support_x, support_y, query_x, query_y, grad});
+  Inputs inputs(params, lr, {support_x, support_y, query_x, query_y, grad});
+  if (step_weights) inputs.tensors.push_back(*step_weights);
   if (!needs_graph_of("maml_loss_backward", inputs.tensors)) return compute();
   variable_list results =
       LastDerivative::apply(at::TensorList(inputs.tensors), std::function<variable_list()>([&] {
@@ -225,13 +226,12 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_autograd(
 // scales it. The loss of every task is differentiated in the backward, when it is known how much each of them
 // counts.
 struct MamlLossFunction : Function<MamlLossFunction> {
-  static Tensor forward(AutogradContext* ctx, at::TensorList, const Inputs& in,
-                        const OptionalTensor& step_weights, const Options& o, bool mean) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList, const Inputs& in, const Options& o, bool mean) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const OptionalTensor step_weights = step_weights_of(in);
     ctx->saved_data["params"] = in.params;
     ctx->saved_data["lr"] = in.lr;
     ctx->saved_data["mean"] = mean;
-    ctx->saved_data["step_weights"] = step_weights;
     o.save(ctx);
     if (!mean) {
       ctx->save_for_backward(in.tensors);
@@ -239,20 +239,26 @@ struct MamlLossFunction : Function<MamlLossFunction> {
                        in.lr_list(), step_weights, o.loss, o.steps, o.activation, o.momentum, o.first_order,
                        mean);
     }
-    const auto wanted = in.any<6>([&](int64_t i) { return in.tensors[i].requires_grad(); });
+    const auto wanted = in.any<7>([&](int64_t i) { return in.tensors[i].requires_grad(); });
     auto [value, grads] = maml_loss_backward(at::ones({}, in.tensors[0].options().requires_grad(false)),
                                              in.params_list(), in.example(0), in.example(1), in.example(2),
                                              in.example(3), in.lr_list(), step_weights, o.loss, o.steps,
                                              o.activation, o.momentum, o.first_order, mean, wanted);
+    grads.resize(in.tensors.size());  // without step_weights, without theirs
     variable_list saved = in.tensors;
     saved.insert(saved.end(), grads.begin(), grads.end());
     ctx->save_for_backward(saved);
     return value;
   }
+  // Behind the examples, if there are any.
+  static OptionalTensor step_weights_of(const Inputs& in) {
+    return in.params + in.lr + 4 < static_cast<int64_t>(in.tensors.size()) ? OptionalTensor(in.example(4))
+                                                                           : std::nullopt;
+  }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto& data = ctx->saved_data;
     variable_list saved = ctx->get_saved_variables();
-    constexpr size_t kOptions = 4;  // arguments of forward behind the list of tensors
+    constexpr size_t kOptions = 3;  // arguments of forward behind the list of tensors
     if (data["mean"].toBool()) {
       const size_t count = saved.size() / 2;
       const Inputs in(variable_list(saved.begin(), saved.begin() + count), data["params"].toInt(),
@@ -268,11 +274,12 @@ struct MamlLossFunction : Function<MamlLossFunction> {
     }
     const Inputs in(std::move(saved), data["params"].toInt(), data["lr"].toInt());
     const Options o = Options::restore(ctx);
-    const auto wanted = in.any<6>([&](int64_t i) { return ctx->needs_input_grad(i); });
-    auto of_tasks = std::get<1>(maml_loss_backward(
-        grads[0], in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3), in.lr_list(),
-        data["step_weights"].toOptional<Tensor>(), o.loss, o.steps, o.activation, o.momentum, o.first_order,
-        /*mean=*/false, wanted));
+    const auto wanted = in.any<7>([&](int64_t i) { return ctx->needs_input_grad(i); });
+    auto of_tasks = std::get<1>(maml_loss_backward(grads[0], in.params_list(), in.example(0), in.example(1),
+                                                   in.example(2), in.example(3), in.lr_list(),
+                                                   step_weights_of(in), o.loss, o.steps, o.activation,
+                                                   o.momentum, o.first_order, /*mean=*/false, wanted));
+    of_tasks.resize(in.tensors.size());
     return gradients(std::move(of_tasks), in, kOptions);
   }
 };
@@ -281,10 +288,11 @@ Tensor maml_loss_autograd(at::TensorList params, const Tensor& support_x, const 
                           const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
                           const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
                           std::string_view activation, double momentum, bool first_order, bool mean) {
-  const Inputs in(params, lr, {support_x, support_y, query_x, query_y});
+  Inputs in(params, lr, {support_x, support_y, query_x, query_y});
+  if (step_weights) in.tensors.push_back(*step_weights);
   if (needs_graph_of("maml_loss", in.tensors)) {
     return MamlLossFunction::apply(
-        at::TensorList(in.tensors), in, step_weights,
+        at::TensorList(in.tensors), in,
         Options{std::string(loss), steps, std::string(activation), momentum, first_order}, mean);
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -5,10 +5,13 @@ namespace metafast::METAFAST_ISA {
 
 template <typename T>
 void run(const InnerLoop<T>& p, int64_t begin, int64_t end) {
-  if (p.task_by_task()) {
-    Adaptation<SamplesInLanes<T>, T>::run(p, begin, end);
-  } else {
-    Adaptation<TasksInLanes<T>, T>::run(p, begin, end);
+  switch (p.lanes()) {
+    case Lanes::tasks:
+      return Adaptation<TasksInLanes<T>, T>::run(p, begin, end);
+    case Lanes::samples:
+      return Adaptation<SamplesInLanes<T>, T>::run(p, begin, end);
+    case Lanes::features:
+      return Adaptation<FeaturesInLanes<T>, T>::run(p, begin, end);
   }
 }
 

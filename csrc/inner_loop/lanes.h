@@ -1,12 +1,16 @@
-// What the lanes of a vector hold. Two layouts serve the same code:
+// What the lanes of a vector hold. Three layouts serve the same code:
 //
-//   TasksInLanes    one task per lane. An example is a row of vectors, a parameter one vector: every
-//   operation is
-//                   lane by lane.
-//   SamplesInLanes  one task; its examples are in the lanes, kLanes to a row of vectors. A parameter is a
-//   scalar, read
-//                   into all lanes. Only the gradient of the parameters sums over examples, hence over lanes:
-//                   it has features in the lanes instead, and reads the activations transposed.
+//   TasksInLanes     many small networks, one task per lane. An example is a row of vectors, a parameter one
+//                    vector: every operation is lane by lane.
+//   SamplesInLanes   one small network; its examples are in the lanes, kLanes to a row of vectors. A
+//   parameter
+//                    is a scalar, read into all lanes. Only the gradient of the parameters sums over
+//                    examples, hence over lanes: it has features in the lanes instead, and reads the
+//                    activations transposed.
+//   FeaturesInLanes  one large network; an example is a row of scalars, padded to whole vectors. Rows are
+//   long
+//                    enough that sums over them, and so across lanes, cost little, and no lane waits for
+//                    examples that a task has not got.
 //
 // Parameters of a layer are a matrix [O, I + 1], the bias its last column, rows padded to whole vectors. It
 // meets activations with a last feature of constant 1, so that the bias needs no code of its own.
@@ -23,27 +27,62 @@ constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <typename T>
 struct TasksInLanes {
   static constexpr int kTasks = kLanes<T>, kSamples = 1;
+  using Number = Vec<T>;  // of a row: one feature of an example (SamplesInLanes: of kSamples examples)
+  // Vectors that `features` numbers of a row of activations take.
+  static constexpr int64_t row(int64_t features) { return features; }
   // Vectors that `features` features of one row of parameters take.
   static constexpr int64_t columns(int64_t features) { return features; }
   static METAFAST_HD Vec<T> parameter(const T* p) { return load(p); }
+  static METAFAST_HD Vec<T> activation(const T* a) { return load(a); }
   // The vector of elementwise values (learning rates) that all tasks share, for vector i of the parameters.
   static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return broadcast(values[i]); }
   // Feature o of sample s of an array [rows, pitch], as the outer product of parameter gradients reads it.
   static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
     return load(array + (s * pitch + o) * kLanes<T>);
   }
+  static METAFAST_HD Number number(Vec<T> lanes) { return lanes; }
+  static METAFAST_HD Vec<T> lanes(Number number) { return number; }
 };
 
 template <typename T>
 struct SamplesInLanes {
   static constexpr int kTasks = 1, kSamples = kLanes<T>;
+  using Number = Vec<T>;
+  static constexpr int64_t row(int64_t features) { return features; }
   static constexpr int64_t columns(int64_t features) { return div_up(features, kLanes<T>); }
   static METAFAST_HD Vec<T> parameter(const T* p) { return broadcast(*p); }
+  static METAFAST_HD Vec<T> activation(const T* a) { return load(a); }
   static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return load(values + i * kLanes<T>); }
   static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
     return broadcast(array[((s / kLanes<T>)*pitch + o) * kLanes<T> + s % kLanes<T>]);
   }
+  static METAFAST_HD Number number(Vec<T> lanes) { return lanes; }
+  static METAFAST_HD Vec<T> lanes(Number number) { return number; }
 };
+
+template <typename T>
+struct FeaturesInLanes {
+  static constexpr int kTasks = 1, kSamples = 1;
+  using Number = T;
+  static constexpr int64_t row(int64_t features) { return div_up(features, kLanes<T>); }
+  static constexpr int64_t columns(int64_t features) { return div_up(features, kLanes<T>); }
+  static METAFAST_HD Vec<T> parameter(const T* p) { return load(p); }
+  static METAFAST_HD Vec<T> activation(const T* a) { return broadcast(*a); }
+  static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return load(values + i * kLanes<T>); }
+  static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
+    return broadcast(array[s * pitch * kLanes<T> + o]);
+  }
+  static METAFAST_HD Number number(Vec<T> lanes) { return lanes[0]; }
+  static METAFAST_HD Vec<T> lanes(Number number) {  // a sum over all lanes is the number
+    Vec<T> lanes{};
+    lanes[0] = number;
+    return lanes;
+  }
+};
+
+// Scalars from one number of a row to the next.
+template <class Layout, typename T>
+constexpr int kStep = sizeof(typename Layout::Number) / sizeof(T);
 
 template <typename T>
 METAFAST_HD T sum_of_lanes(Vec<T> v) {
@@ -52,10 +91,10 @@ METAFAST_HD T sum_of_lanes(Vec<T> v) {
   return sum;
 }
 
-// Where element (row r, feature i) of one task's or example's lane lies in an array [rows, pitch] of vectors.
-template <typename T>
-METAFAST_HD int64_t lane_offset(int64_t row, int64_t pitch, int64_t feature, int lane) {
-  return (row * pitch + feature) * kLanes<T> + lane;
+// Where number i of row r of an array [rows, pitch] of vectors lies, in the lane of a task or example.
+template <class Layout, typename T>
+METAFAST_HD int64_t lane_offset(int64_t r, int64_t pitch, int64_t i, int lane) {
+  return r * pitch * kLanes<T> + i * kStep<Layout, T> + lane;
 }
 
 // ---- transposes ----

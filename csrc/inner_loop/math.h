@@ -80,8 +80,17 @@ struct MeanSquaredError {
   }
 };
 
-// y is one-hot.
+// y is one-hot. Of one output, from `all`, the log_sum_exp of z, and `mean`, that of the tangent of z weighed
+// by softmax(z): slope() and curvature(), the gradient and its tangent.
 struct CrossEntropy {
+  template <typename V>
+  static METAFAST_HD V slope(V z, V all, V y, V w) {
+    return w > V{} ? w * (Math<V>::exp(z - all) - y) : V{};
+  }
+  template <typename V>
+  static METAFAST_HD V curvature(V z, V all, V tangent, V mean, V w) {
+    return w > V{} ? w * Math<V>::exp(z - all) * (tangent - mean) : V{};
+  }
   template <typename V>
   static METAFAST_HD V log_sum_exp(const V* z, int64_t outputs) {
     V largest = z[0], sum{};
@@ -98,16 +107,14 @@ struct CrossEntropy {
   template <typename V>
   static METAFAST_HD void gradient(const V* z, const V* y, V w, int64_t outputs, V* grad) {
     const V all = log_sum_exp(z, outputs);
-    for (int64_t o = 0; o < outputs; ++o) grad[o] = w > V{} ? w * (Math<V>::exp(z[o] - all) - y[o]) : V{};
+    for (int64_t o = 0; o < outputs; ++o) grad[o] = slope(z[o], all, y[o], w);
   }
   template <typename V>
   static METAFAST_HD void tangent(const V* z, V w, int64_t outputs, V* tangent) {
     const V all = log_sum_exp(z, outputs);
     V mean{};
     for (int64_t o = 0; o < outputs; ++o) mean += Math<V>::exp(z[o] - all) * tangent[o];
-    for (int64_t o = 0; o < outputs; ++o) {
-      tangent[o] = w > V{} ? w * Math<V>::exp(z[o] - all) * (tangent[o] - mean) : V{};
-    }
+    for (int64_t o = 0; o < outputs; ++o) tangent[o] = curvature(z[o], all, tangent[o], mean, w);
   }
 };
 

@@ -1,9 +1,11 @@
-// The inner loop ops: check the arguments, allocate the results, run the kernel, which is there for the CPU
-// alone so far. What each op computes is stated in library.cpp.
+// The inner loop ops on CPU and CUDA: check the arguments, allocate the results, run the kernel. What each op
+// computes is stated in library.cpp.
 #include <ATen/ExpandUtils.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -11,6 +13,7 @@
 #include "common/checks.h"
 #include "common/dispatch.h"
 #include "common/sums.h"
+#include "inner_loop/dual.h"
 #include "inner_loop/ops.h"
 #include "inner_loop/params.h"
 
@@ -20,6 +23,8 @@ namespace {
 std::string indexed(const char* name, size_t i) { return c10::str(name, '[', i, ']'); }
 
 constexpr const char* kOtherNetworks = "; other networks adapt with metafast.adapt";
+
+std::atomic<int64_t> g_trajectory_bytes{32 << 20};
 
 void check_real(const Arg& arg) {
   const auto type = arg.tensor.scalar_type();
@@ -76,7 +81,6 @@ class Problem {
     if (!step_weights) return;
     const Arg arg{*step_weights, "step_weights"}, like{support_.x, "support_x"};
     TORCH_CHECK_VALUE(steps_ > 0, "step_weights: expected None with steps = 0, got a tensor");
-    TORCH_CHECK_VALUE(!step_weights->requires_grad(), "step_weights: expected a tensor without gradient");
     check_same_dtype(like, {arg});
     check_same_device(like, {arg});
     check_sizes(arg, {steps_}, "[K]");
@@ -124,9 +128,7 @@ class Problem {
     p.sgd.momentum = static_cast<T>(momentum_);
     p.sgd.first_order = first_order_;
     if (lr_.size() == 1) {
-      // lr [0, L], of no step, has no memory; but null means one for each element.
-      static const T unused = 0;
-      p.sgd.rates = lr_[0].numel() > 0 ? lr_[0].const_data_ptr<T>() : &unused;
+      p.sgd.rates = present(lr_[0].const_data_ptr<T>());
       p.sgd.step_stride = lr_[0].dim() == 2 ? layers() : 0;
       p.sgd.layer_stride = lr_[0].dim() == 2 ? 1 : 0;
     } else {
@@ -137,7 +139,8 @@ class Problem {
     if (query_.x.defined()) fill(p.query, query_);
     if (step_weights_.defined()) p.step_weights = step_weights_.const_data_ptr<T>();
     p.loss_scale = 1;
-    p.sums.params = p.sums.lr = p.sums.loss = -1;
+    p.sums.params = p.sums.lr = p.sums.step_weights = p.sums.loss = -1;
+    p.trajectory_bytes = get_trajectory_bytes();
     return p;
   }
 
@@ -205,7 +208,9 @@ class Problem {
     return set;
   }
 
+  // On the CPU; a CUDA kernel asserts on the device instead, which does not synchronise.
   static void check_label_values(const Tensor& labels, int64_t outputs, const char* name) {
+    if (runs_cuda(labels)) return;
     const int64_t* label = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < labels.numel(); ++i) {
       TORCH_CHECK_VALUE((label[i] >= 0 && label[i] < outputs) || label[i] == kIgnoreLabel, name,
@@ -244,13 +249,13 @@ class Problem {
   }
 };
 
-// What a backward returns: gradients of params, lr, support x and y, query x and y, of size 0 where not
-// wanted.
+// What a backward returns: gradients of params, lr, support x and y, and of maml_loss query x and y and
+// step_weights; of size 0 where not wanted.
 class Gradients {
  public:
-  Gradients(const Problem& problem, bool params, bool lr, bool support_x, bool support_y, bool query_x,
-            bool query_y)
-      : problem_(problem), want_params_(params), want_lr_(lr) {
+  Gradients(const Problem& problem, bool params, bool lr, bool support_x, bool support_y,
+            bool query_x = false, bool query_y = false, bool step_weights = false)
+      : problem_(problem), want_params_(params), want_lr_(lr), want_step_weights_(step_weights) {
     const at::TensorOptions options = problem.options();
     const auto like = [&](const Tensor& tensor, bool wanted) {
       return wanted ? empty(tensor.sizes(), options) : at::empty({0}, options);
@@ -261,14 +266,10 @@ class Gradients {
     support_ = {like(problem.support().x, support_x), like_targets(problem.support().y, support_y)};
     if (problem.query().x.defined())
       query_ = {like(problem.query().x, query_x), like_targets(problem.query().y, query_y)};
-    for (size_t i = 0; i < problem.params().size(); ++i) {
-      const bool allocate = params && !problem.shared();
-      params_.push_back(allocate ? empty(problem.task_shape(i), options) : at::empty({0}, options));
-    }
   }
 
   template <typename T>
-  void fill(InnerLoop<T>& p) const {
+  void fill(InnerLoop<T>& p) {
     p.backward = true;
     const auto data = [](const Tensor& tensor) {
       return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
@@ -279,27 +280,44 @@ class Gradients {
       p.query.grad_x = data(query_.x);
       p.query.grad_y = data(query_.y);
     }
-    for (size_t i = 0; i < params_.size(); ++i)
-      p.grad_params[i] =
-          want_params_ && !problem_.shared() ? present(params_[i].mutable_data_ptr<T>()) : nullptr;
-    if (want_params_ && problem_.shared()) {
-      p.sums.params = p.sums.columns;
-      p.sums.columns += problem_.parameter_count();
-    }
     if (want_lr_) {
       p.sums.lr = p.sums.columns;
       p.sums.columns += problem_.lr_columns();
+    }
+    if (want_step_weights_) {
+      p.sums.step_weights = p.sums.columns;
+      p.sums.columns += p.sgd.steps;
+    }
+    if (problem_.query().x.defined())
+      dual_.prepare(p, problem_.support().x, problem_.query().x, problem_.params()[0], problem_.params()[1],
+                    want_params_);
+    for (size_t i = 0; i < problem_.params().size(); ++i) {
+      const bool by_kernel = want_params_ && !(dual_.used() && i < 2);
+      const bool of_tasks = by_kernel && !problem_.shared();
+      params_.push_back(of_tasks ? empty(problem_.task_shape(i), problem_.options())
+                                 : at::empty({0}, problem_.options()));
+      p.grad_params[i] = of_tasks ? present(params_[i].mutable_data_ptr<T>()) : nullptr;
+      if (by_kernel && problem_.shared()) {
+        if (p.sums.params < 0) p.sums.params = p.sums.columns;
+        p.sums.columns += problem_.params()[i].numel();
+      }
     }
   }
 
   // `sums` are the sums over all tasks, in the columns that fill() gave out.
   template <typename T>
   std::vector<Tensor> finish(const InnerLoop<T>& p, const Tensor& sums) {
-    if (p.sums.params >= 0) split(sums, p.sums.params, params_);
+    const size_t first = dual_.used() ? 2 : 0;  // parameter that the kernel knows
+    if (p.sums.params >= 0) split(sums, p.sums.params, params_, first);
+    if (want_params_ && dual_.used()) {
+      auto [weight, bias] = dual_.template gradients<T>(problem_.params()[0]);
+      params_[0] = weight;
+      params_[1] = bias;
+    }
     std::vector<Tensor> lr;
     for (size_t i = 0; i < problem_.lr().size(); ++i) lr.push_back(at::empty({0}, problem_.options()));
     if (p.sums.lr >= 0 && lr.size() > 1) {
-      split(sums, p.sums.lr, lr);
+      split(sums, p.sums.lr, lr, 0);
     } else if (p.sums.lr >= 0) {
       const Tensor rates = sums.narrow(0, p.sums.lr, problem_.lr_columns());
       lr[0] = problem_.lr()[0].dim() == 0 ? rates.sum() : rates.view(problem_.lr()[0].sizes()).clone();
@@ -307,34 +325,52 @@ class Gradients {
     std::vector<Tensor> all = params_;
     all.insert(all.end(), lr.begin(), lr.end());
     all.insert(all.end(), {support_.x, support_.y});
-    if (query_.x.defined()) all.insert(all.end(), {query_.x, query_.y});
+    if (query_.x.defined()) {
+      all.insert(all.end(), {query_.x, query_.y});
+      all.push_back(want_step_weights_ ? sums.narrow(0, p.sums.step_weights, p.sgd.steps).clone()
+                                       : at::empty({0}, problem_.options()));
+    }
     return all;
   }
 
  private:
   const Problem& problem_;
-  bool want_params_, want_lr_;
+  bool want_params_, want_lr_, want_step_weights_;
   std::vector<Tensor> params_;
   Set support_, query_;
+  DualForm dual_;
 
-  // Copies: results of an op may not share memory.
-  void split(const Tensor& sums, int64_t column, std::vector<Tensor>& parts) const {
-    std::vector<int64_t> sizes;
-    for (size_t i = 0; i < parts.size(); ++i) sizes.push_back(c10::multiply_integers(problem_.shape(i)));
-    parts = at::split_with_sizes_copy(sums.narrow(0, column, problem_.parameter_count()), sizes);
-    for (size_t i = 0; i < parts.size(); ++i) parts[i] = parts[i].view(problem_.shape(i));
+  // The parts from `first` on, of the shapes of parameters, from columns one after the other. Copies: results
+  // of an op may not share memory.
+  void split(const Tensor& sums, int64_t column, std::vector<Tensor>& parts, size_t first) const {
+    for (size_t i = first; i < parts.size(); ++i) {
+      const int64_t size = c10::multiply_integers(problem_.shape(i));
+      parts[i] = sums.narrow(0, column, size).view(problem_.shape(i)).clone();
+      column += size;
+    }
   }
 };
 
-// Runs the kernel and adds up what its work items left: [columns].
+// Runs the kernel where `like` lives and adds up what its work items left: [columns].
 template <typename T>
-Tensor run_and_sum(InnerLoop<T>& p, const at::TensorOptions& options) {
-  const Tensor rows = empty({p.items(), p.sums.columns}, options);
-  const Tensor sums = empty({p.sums.columns}, options);
+Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
+  int64_t items = p.items();
+  Tensor workspace;
+#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
+  if (runs_cuda(like)) {
+    const c10::DeviceGuard guard(like.device());
+    const cuda::Needs needs = cuda::needs(p);
+    items = needs.items;
+    workspace = empty({needs.workspace}, like.options());
+    p.workspace = workspace.mutable_data_ptr<T>();
+  }
+#endif
+  const Tensor rows = empty({items, p.sums.columns}, like.options());
+  const Tensor sums = empty({p.sums.columns}, like.options());
   if (p.sums.columns > 0) p.sums.rows = rows.mutable_data_ptr<T>();
-  if (p.items() > 0) run_on_cpu(p);
+  if (items > 0) run_kernel(p, like);
   if (p.sums.columns > 0) {
-    run_on_cpu(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, p.items(), p.sums.columns});
+    run_kernel(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, items, p.sums.columns}, like);
   }
   return sums;
 }
@@ -351,7 +387,7 @@ std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const T
   with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = present(adapted[i].mutable_data_ptr<T>());
-    run_and_sum(p, x.options());
+    run_and_sum(p, x);
   });
   return adapted;
 }
@@ -372,13 +408,13 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
     check_sizes(arg, problem.task_shape(i), "of the adapted parameter");
     dense_grads.push_back(grads[i].contiguous());
   }
-  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3], false, false);
+  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3]);
   return with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < dense_grads.size(); ++i)
       p.grad_adapted[i] = present(dense_grads[i].const_data_ptr<T>());
     gradients.fill(p);
-    return gradients.finish(p, run_and_sum(p, x.options()));
+    return gradients.finish(p, run_and_sum(p, x));
   });
 }
 
@@ -415,7 +451,9 @@ Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor
   return with_scalar(support_x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     const Tensor losses = prepare_loss(p, problem, mean);
-    return finish_loss(p, losses, run_and_sum(p, support_x.options()));
+    DualForm dual;
+    dual.prepare(p, problem.support().x, problem.query().x, problem.params()[0], problem.params()[1], false);
+    return finish_loss(p, losses, run_and_sum(p, support_x));
   });
 }
 
@@ -423,7 +461,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
     std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 6> wanted) {
+    bool mean, std::array<bool, 7> wanted) {
   Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation,
                   momentum, first_order);
   problem.set_query(query_x, query_y, step_weights);
@@ -435,7 +473,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
   } else {
     check_sizes(arg, {problem.tasks()}, "[T]");
   }
-  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5]);
+  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5], wanted[6]);
   return with_scalar(support_x, [&]<typename T>() -> std::tuple<Tensor, std::vector<Tensor>> {
     InnerLoop<T> p = problem.kernel<T>();
     const Tensor dense_grad = grad.contiguous();
@@ -443,7 +481,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
     p.task_weight_stride = mean ? 0 : 1;
     gradients.fill(p);
     const Tensor losses = prepare_loss(p, problem, mean);
-    const Tensor sums = run_and_sum(p, support_x.options());
+    const Tensor sums = run_and_sum(p, support_x);
     return {finish_loss(p, losses, sums), gradients.finish(p, sums)};
   });
 }
@@ -510,7 +548,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
       }
       p.add(item);
       if (p.count < SgdUpdate<T>::kMaxTensors && i + 1 < count) continue;
-      run_on_cpu(p);
+      run_kernel(p, params[0]);
       p.count = 0;
     }
   });
@@ -572,7 +610,22 @@ Tensor task_conv2d_op(const Tensor& x, const Tensor& weight, const Tensor& bias,
   return out.unflatten_symint(1, {tasks, outputs}).transpose(0, 1);
 }
 
+void implement(torch::Library& m) {
+  m.impl("sgd_update", sgd_update_op);
+  m.impl("inner_sgd", inner_sgd_op);
+  m.impl("inner_sgd_backward", inner_sgd_backward_op);
+  m.impl("maml_loss", maml_loss_op);
+  m.impl("maml_loss_backward", maml_loss_backward_op);
+}
+
 }  // namespace
+
+int64_t get_trajectory_bytes() { return g_trajectory_bytes; }
+
+void set_trajectory_bytes(int64_t limit) {
+  TORCH_CHECK_VALUE(limit >= 0, "limit: expected a number >= 0, got ", limit);
+  g_trajectory_bytes = limit;
+}
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("task_linear", task_linear_op);
@@ -583,12 +636,9 @@ TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, FuncTorchBatchedDecomposition, m) {
   m.impl("task_linear", task_linear_op);
   m.impl("task_conv2d", task_conv2d_op);
 }
-TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) {
-  m.impl("sgd_update", sgd_update_op);
-  m.impl("inner_sgd", inner_sgd_op);
-  m.impl("inner_sgd_backward", inner_sgd_backward_op);
-  m.impl("maml_loss", maml_loss_op);
-  m.impl("maml_loss_backward", maml_loss_backward_op);
-}
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
+#ifdef METAFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace metafast

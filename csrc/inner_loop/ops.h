@@ -31,12 +31,17 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
     std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 6> wanted);
+    bool mean, std::array<bool, 7> wanted);
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update(at::TensorList params, at::TensorList grads,
                                                                 at::TensorList lr,
                                                                 at::TensorList momentum_buffers,
                                                                 double momentum, double weight_decay,
                                                                 bool nesterov);
+
+// The most memory of earlier parameters that a thread of a backward keeps, before it recomputes some of them
+// instead. It changes no result.
+int64_t get_trajectory_bytes();
+void set_trajectory_bytes(int64_t limit);
 
 }  // namespace metafast

@@ -11,13 +11,21 @@ namespace metafast::METAFAST_ISA {
 template <class Layout, typename T>
 class Parameters {
  public:
-  explicit Parameters(const Mlp<T>& mlp) : mlp_(mlp) {
+  // dual_examples: E with the dual form of the first layer (params.h), else 0.
+  Parameters(const Mlp<T>& mlp, int64_t dual_examples) : mlp_(mlp), first_layer_(dual_examples > 0) {
     offsets_[0] = 0;
-    for (int l = 0; l < mlp.layers; ++l) offsets_[l + 1] = offsets_[l] + mlp.widths[l + 1] * cols(l);
+    for (int l = 0; l < mlp.layers; ++l) {
+      const int64_t rows = l < first_layer_ ? dual_examples : mlp.widths[l + 1];
+      offsets_[l + 1] = offsets_[l] + rows * cols(l);
+    }
   }
 
-  // Layer l is a matrix [widths[l + 1], cols(l)] of vectors, from vector offset(l) on.
-  int64_t cols(int l) const { return Layout::columns(mlp_.widths[l] + 1); }
+  // Layer l is a matrix [widths[l + 1], cols(l)] of vectors, from vector offset(l) on. In the dual form the
+  // first is [E, cols(0)], coordinates in place of parameters: whoever brings or takes parameters leaves it
+  // out.
+  int64_t cols(int l) const {
+    return Layout::columns(l < first_layer_ ? mlp_.widths[1] : mlp_.widths[l] + 1);
+  }
   int64_t offset(int l) const { return offsets_[l]; }
   int64_t vectors() const { return offsets_[mlp_.layers]; }
 
@@ -62,7 +70,8 @@ class Parameters {
     });
   }
 
-  // The sum over the tasks in lanes, all parameters one after the other. Overwrites `theta`.
+  // The sum over the tasks in lanes, all parameters (but those of a dual layer) one after the other.
+  // Overwrites `theta`.
   void store_sum(T* theta, T* out) const {
     if constexpr (Layout::kTasks > 1) {
       for (int64_t i = 0; i < vectors(); i += kLanes<T>) {
@@ -76,7 +85,7 @@ class Parameters {
       }
     }
     T* outs[2 * kMaxLayers];
-    for (int i = 0; i < 2 * mlp_.layers; ++i) {
+    for (int i = 2 * first_layer_; i < 2 * mlp_.layers; ++i) {
       outs[i] = out;
       out += mlp_.size(i);
     }
@@ -87,13 +96,14 @@ class Parameters {
 
  private:
   const Mlp<T>& mlp_;
+  const int first_layer_;  // that has parameters: 1 behind a dual layer
   int64_t offsets_[kMaxLayers + 1];
 
   // f(arrays[i], i, first element, number of elements, their place in theta) for all elements of every
   // parameter i, in runs of neighbours.
   template <class Pointer, class F>
   void for_each_run(Pointer* arrays, const F& f) const {
-    for (int l = 0; l < mlp_.layers; ++l) {
+    for (int l = first_layer_; l < mlp_.layers; ++l) {
       const int64_t inputs = mlp_.widths[l];
       for (int64_t o = 0; o < mlp_.widths[l + 1]; ++o) {
         const int64_t row = (offsets_[l] + o * cols(l)) * kLanes<T>;

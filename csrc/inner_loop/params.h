@@ -13,6 +13,8 @@ enum class Loss { mse, cross_entropy };
 
 constexpr int kMaxLayers = 8;
 
+enum class Lanes { tasks, samples, features };  // of the CPU kernel, see lanes.h
+
 // The MLP and its parameters in nn.Linear layout: parameter 2l is W of layer l, parameter 2l + 1 its b.
 template <typename T>
 struct Mlp {
@@ -63,7 +65,24 @@ template <typename T>
 struct Sums {
   T* rows;  // [items, columns]
   int64_t columns;
-  int64_t params, lr, loss;  // the first column of each, or -1: not wanted
+  int64_t params, lr, step_weights, loss;  // the first column of each, or -1: not wanted
+};
+
+// The dual form of the first layer. Its inputs never change, so gradient descent moves its W only within the
+// span of the task's E = S + Q examples X (here each with a last feature 1, for the bias b):
+//
+//   [W b]_k = [W b]_0 + P_k^T X,   P_k [E, H], P_0 = 0, zero in the rows of queries,
+//
+// exactly, as long as all elements of the layer have the same lr. Its outputs are X [W b]_0^T + (X X^T) P_k,
+// its gradient has the coordinates dloss/doutputs, and all else is as if P were the layer's parameters and
+// rows of X X^T its inputs. So W exists once, or once per task, and never again in each of K steps. What is
+// left of its size are two products over all tasks, which are the caller's: before, X [W b]_0^T; after, with
+// the coordinates V of the gradient, V^T X. sums.params then has the columns of the other layers alone, and
+// grad_params[0] and [1] are null. All null: the direct form.
+template <typename T>
+struct DualFirstLayer {
+  const T *support, *query;      // [T, S, H], [T, Q, H]: X [W b]_0^T
+  T *grad_support, *grad_query;  // [T, S, H], [T, Q, H]: coordinates of the gradient; or null, not wanted
 };
 
 // Adapts every task to its support examples. With query examples it evaluates sum_k step_weights[k-1]
@@ -85,6 +104,9 @@ struct InnerLoop {
   T* grad_params[2 * kMaxLayers];         // [T, ...] or null
   T* losses;                              // [T] or null
   Sums<T> sums;
+  DualFirstLayer<T> dual;
+  int64_t trajectory_bytes;  // of a CPU thread: more of earlier parameters is not kept but recomputed
+  T* workspace;              // scratch memory of the CUDA kernel (cuda::needs below)
 
   METAFAST_HD bool has_query() const { return query.x != nullptr; }
   METAFAST_HD bool lr_gradient() const { return sums.lr >= 0; }
@@ -93,21 +115,42 @@ struct InnerLoop {
     return backward && sgd.steps > 0 && (!sgd.first_order || lr_gradient());
   }
 
-  // The CPU kernel has tasks in the lanes of its vectors. Where these are too few to fill them, or the
-  // parameters of so many tasks would not stay in the cache, it takes tasks one by one and has their examples
-  // in the lanes. This and how tasks are dealt to work items follow from the shapes alone, never from the
-  // number of threads.
-  METAFAST_HD bool task_by_task() const {
-    constexpr int64_t kFewTasks = 12, kCacheBytes = 4 << 20;
+  // What follows holds for the CPU kernel. It is decided by the shapes alone, never by the number of threads,
+  // so the order of every sum is too.
+
+  // Tasks in the lanes are best for small networks, unless they are too few to fill them. Large are networks
+  // of which so many would not stay in the cache with all their steps.
+  static constexpr int64_t kGroup = 16;  // tasks: a multiple of every number of lanes
+  METAFAST_HD bool large() const {
+    constexpr int64_t kCacheBytes = 4 << 20;
     const int64_t copies = keeps_trajectory() ? (lr_gradient() ? 2 : 1) * sgd.steps + 3 : 2;
-    return tasks <= kFewTasks || copies * mlp.size() * kGroup * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
+    return copies * mlp.size() * kGroup * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
   }
-  static constexpr int64_t kGroup = 16;  // a multiple of every number of lanes
+  METAFAST_HD Lanes lanes() const {
+    constexpr int64_t kFewTasks = 12;
+    if (large()) return Lanes::features;
+    return tasks <= kFewTasks ? Lanes::samples : Lanes::tasks;
+  }
+
+  // Whether the dual form of the first layer is exact, gives all that is wanted, and pays: the multiply-adds
+  // of the layer and a task, as often as each form goes through all of W [H, D], or of X X^T.
+  METAFAST_HD bool dual_pays() const {
+    const int64_t S = support.count, Q = query.count, D = mlp.widths[0], H = mlp.widths[1], K = sgd.steps;
+    const bool exact = sgd.rates != nullptr, has_all = adapted[0] == nullptr && grad_adapted[0] == nullptr &&
+                                                       support.grad_x == nullptr && query.grad_x == nullptr;
+    if (!exact || !has_all || !has_query() || !large() || S == 0) return false;
+    const bool reverses = keeps_trajectory() && !sgd.first_order;
+    const int64_t direct = D * H * (K * S * (reverses ? 5 : 2) + Q * (backward ? 2 : 1));
+    const int64_t dual = D * H * (S + Q) * (backward ? 2 : 1) + D * S * (S + 2 * Q) +
+                         H * (K * S * (reverses ? 3 * S + Q : S) + Q * S);
+    return dual < direct;
+  }
+
   METAFAST_HD int64_t tasks_per_item() const {
-    constexpr int64_t kMaxItems = 256;
-    const int64_t unit = task_by_task() ? 1 : kGroup;
+    const int64_t max_items = lanes() == Lanes::features ? 64 : 256;  // each leaves a row of sums
+    const int64_t unit = lanes() == Lanes::tasks ? kGroup : 1;
     const int64_t units = (tasks + unit - 1) / unit;
-    return (units + kMaxItems - 1) / kMaxItems * unit;
+    return (units + max_items - 1) / max_items * unit;
   }
   int64_t items() const { return tasks == 0 ? 0 : (tasks + tasks_per_item() - 1) / tasks_per_item(); }
   int64_t item_cost() const {
@@ -151,5 +194,17 @@ struct SgdUpdate {
 
 METAFAST_DECLARE_KERNEL(InnerLoop)
 METAFAST_DECLARE_KERNEL(SgdUpdate)
+
+namespace cuda {
+
+// What the CUDA kernel asks of its caller: how many rows of sums, and how many elements of workspace. It
+// follows from all but the addresses, and from the current device.
+struct Needs {
+  int64_t items, workspace;
+};
+template <typename T>
+Needs needs(const InnerLoop<T>& params);
+
+}  // namespace cuda
 
 }  // namespace metafast
