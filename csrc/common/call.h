@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -59,6 +60,12 @@ inline void autocast_to_float32(const c10::OperatorHandle& op, c10::DispatchKeyS
     }
   }
   op.callBoxed(stack);
+}
+
+// Most backwards begin with a gradient of 1, which changes nothing. Reading it is free on the CPU, and would
+// wait for a GPU.
+inline bool is_one(const at::Tensor& grad) {
+  return grad.is_cpu() && !at::isTensorSubclassLike(grad) && grad.item<double>() == 1;
 }
 
 // The backward of a double backward: a third derivative is refused, not returned wrong.

@@ -86,7 +86,8 @@ inline at::ScalarType compute_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The tensor itself where it has the dtype: `Tensor::to` costs a call through the dispatcher to find that out.
+// The tensor itself where it has the dtype: `Tensor::to` costs a call through the dispatcher to find that
+// out.
 inline at::Tensor to_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }

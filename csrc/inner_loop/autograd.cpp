@@ -1,6 +1,7 @@
 // First derivatives of the inner loop ops. The backward of inner_sgd and of maml_loss is an op, which refuses
 // to be differentiated again; that of sgd_update can be, to any order.
 #include <ATen/ExpandUtils.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <functional>
@@ -104,19 +105,28 @@ struct Options {
   std::string activation;
   double momentum;
   bool first_order;
+};
 
-  void save(AutogradContext* ctx) const {
-    ctx->saved_data["loss"] = loss;
-    ctx->saved_data["steps"] = steps;
-    ctx->saved_data["activation"] = activation;
-    ctx->saved_data["momentum"] = momentum;
-    ctx->saved_data["first_order"] = first_order;
+// What a graph keeps of a call besides its tensors, as one object, since every entry of saved_data costs an
+// allocation or two.
+struct Call : torch::CustomClassHolder {
+  Options options;
+  int64_t params, lr;
+  bool mean;
+  variable_list of_one;  // gradients of a mean whose gradient is 1, until the backward takes them
+
+  Call(Options options, const Inputs& in, bool mean = false)
+      : options(std::move(options)), params(in.params), lr(in.lr), mean(mean) {}
+
+  static Call& save(AutogradContext* ctx, c10::intrusive_ptr<Call> call) {
+    Call& saved = *call;
+    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+    return saved;
   }
-  static Options restore(AutogradContext* ctx) {
-    auto& data = ctx->saved_data;
-    return {data["loss"].toStringRef(), data["steps"].toInt(), data["activation"].toStringRef(),
-            data["momentum"].toDouble(), data["first_order"].toBool()};
+  static Call& restore(AutogradContext* ctx) {
+    return static_cast<Call&>(*ctx->saved_data["call"].toCapsule());
   }
+  Inputs inputs(AutogradContext* ctx) const { return {ctx->get_saved_variables(), params, lr}; }
 };
 
 // Gradients as compute() gives them, which raise when they are differentiated by any of `inputs`.
@@ -165,16 +175,14 @@ struct InnerSgdFunction : Function<InnerSgdFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList, const Inputs& in, const Options& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward(in.tensors);
-    ctx->saved_data["params"] = in.params;
-    ctx->saved_data["lr"] = in.lr;
-    o.save(ctx);
+    Call::save(ctx, c10::make_intrusive<Call>(o, in));
     return inner_sgd(in.params_list(), in.example(0), in.example(1), in.lr_list(), o.loss, o.steps,
                      o.activation, o.momentum, o.first_order);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Inputs in(ctx->get_saved_variables(), ctx->saved_data["params"].toInt(),
-                    ctx->saved_data["lr"].toInt());
-    const Options o = Options::restore(ctx);
+    const Call& call = Call::restore(ctx);
+    const Inputs in = call.inputs(ctx);
+    const Options& o = call.options;
     const auto wanted = in.any<4>([&](int64_t i) { return ctx->needs_input_grad(i); });
     return gradients(inner_sgd_backward(grads, in.params_list(), in.example(0), in.example(1), in.lr_list(),
                                         o.loss, o.steps, o.activation, o.momentum, o.first_order, wanted),
@@ -223,64 +231,62 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_autograd(
 }
 
 // The mean over tasks has one gradient but for a factor, so the forward finds it on its way, and the backward
-// scales it. The loss of every task is differentiated in the backward, when it is known how much each of them
-// counts.
+// scales it; a second backward computes it anew. The loss of every task is differentiated in the backward,
+// when it is known how much each of them counts.
 struct MamlLossFunction : Function<MamlLossFunction> {
   static Tensor forward(AutogradContext* ctx, at::TensorList, const Inputs& in, const Options& o, bool mean) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const OptionalTensor step_weights = step_weights_of(in);
-    ctx->saved_data["params"] = in.params;
-    ctx->saved_data["lr"] = in.lr;
-    ctx->saved_data["mean"] = mean;
-    o.save(ctx);
+    ctx->save_for_backward(in.tensors);
+    Call& call = Call::save(ctx, c10::make_intrusive<Call>(o, in, mean));
     if (!mean) {
-      ctx->save_for_backward(in.tensors);
       return maml_loss(in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3),
-                       in.lr_list(), step_weights, o.loss, o.steps, o.activation, o.momentum, o.first_order,
-                       mean);
+                       in.lr_list(), step_weights_of(in), o.loss, o.steps, o.activation, o.momentum,
+                       o.first_order, mean);
     }
     const auto wanted = in.any<7>([&](int64_t i) { return in.tensors[i].requires_grad(); });
-    auto [value, grads] = maml_loss_backward(at::ones({}, in.tensors[0].options().requires_grad(false)),
-                                             in.params_list(), in.example(0), in.example(1), in.example(2),
-                                             in.example(3), in.lr_list(), step_weights, o.loss, o.steps,
-                                             o.activation, o.momentum, o.first_order, mean, wanted);
-    grads.resize(in.tensors.size());  // without step_weights, without theirs
-    variable_list saved = in.tensors;
-    saved.insert(saved.end(), grads.begin(), grads.end());
-    ctx->save_for_backward(saved);
+    auto [value, grads] =
+        differentiate(call, in, at::ones({}, in.tensors[0].options().requires_grad(false)), wanted);
+    call.of_one = std::move(grads);
     return value;
   }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    Call& call = Call::restore(ctx);
+    const Tensor& grad = grads[0];
+    variable_list result;
+    if (call.of_one.empty() || at::GradMode::is_enabled()) {
+      const Inputs in = call.inputs(ctx);
+      const auto wanted = in.any<7>([&](int64_t i) { return ctx->needs_input_grad(i); });
+      result = std::get<1>(differentiate(call, in, grad, wanted));
+    } else {
+      result = std::exchange(call.of_one, {});
+      if (!is_one(grad)) {
+        for (Tensor& of_one : result) {
+          if (of_one.defined()) of_one = of_one * grad;
+        }
+      }
+    }
+    constexpr size_t kOptions = 3;  // arguments of forward behind the list of tensors
+    result.resize(result.size() + kOptions);
+    return result;
+  }
+
+ private:
+  // The result, and the gradients of the inputs where they are wanted.
+  static std::tuple<Tensor, variable_list> differentiate(const Call& call, const Inputs& in,
+                                                         const Tensor& grad,
+                                                         const std::array<bool, 7>& wanted) {
+    const Options& o = call.options;
+    auto [value, grads] = maml_loss_backward(
+        grad, in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3), in.lr_list(),
+        step_weights_of(in), o.loss, o.steps, o.activation, o.momentum, o.first_order, call.mean, wanted);
+    grads.resize(in.tensors.size());  // without step_weights, without theirs
+    return {value, gradients(std::move(grads), in, 0)};
+  }
+
   // Behind the examples, if there are any.
   static OptionalTensor step_weights_of(const Inputs& in) {
     return in.params + in.lr + 4 < static_cast<int64_t>(in.tensors.size()) ? OptionalTensor(in.example(4))
                                                                            : std::nullopt;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    auto& data = ctx->saved_data;
-    variable_list saved = ctx->get_saved_variables();
-    constexpr size_t kOptions = 3;  // arguments of forward behind the list of tensors
-    if (data["mean"].toBool()) {
-      const size_t count = saved.size() / 2;
-      const Inputs in(variable_list(saved.begin(), saved.begin() + count), data["params"].toInt(),
-                      data["lr"].toInt());
-      const variable_list of_one(saved.begin() + count, saved.end());
-      const auto scale = [&] { return at::_foreach_mul(of_one, grads[0]); };
-      variable_list inputs = in.tensors;
-      inputs.push_back(grads[0]);
-      if (!needs_graph_of("maml_loss", inputs)) return gradients(scale(), in, kOptions);
-      return gradients(
-          LastDerivative::apply(at::TensorList(inputs), std::function<variable_list()>(scale), "maml_loss"),
-          in, kOptions);
-    }
-    const Inputs in(std::move(saved), data["params"].toInt(), data["lr"].toInt());
-    const Options o = Options::restore(ctx);
-    const auto wanted = in.any<7>([&](int64_t i) { return ctx->needs_input_grad(i); });
-    auto of_tasks = std::get<1>(maml_loss_backward(grads[0], in.params_list(), in.example(0), in.example(1),
-                                                   in.example(2), in.example(3), in.lr_list(),
-                                                   step_weights_of(in), o.loss, o.steps, o.activation,
-                                                   o.momentum, o.first_order, /*mean=*/false, wanted));
-    of_tasks.resize(in.tensors.size());
-    return gradients(std::move(of_tasks), in, kOptions);
   }
 };
 

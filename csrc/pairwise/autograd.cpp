@@ -1,7 +1,6 @@
 // First and second derivatives of the pairwise ops. Each op's backward is an op, so it is differentiated like
 // one: op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its
 // backward are linear and transposes of each other, so they are differentiable without end.
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -371,12 +370,6 @@ struct ClassifyFunction : Function<ClassifyFunction> {
                             o.num_classes, o.method, o.metric, o.scale, o.reduction);
     }
     return {gs, Tensor(), gq, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
-  }
-
-  // Most backwards begin with a gradient of 1, which changes nothing. Reading it is free on the CPU, and
-  // would wait for a GPU.
-  static bool is_one(const Tensor& grad) {
-    return grad.is_cpu() && !at::isTensorSubclassLike(grad) && grad.item<double>() == 1;
   }
 };
 
