@@ -77,6 +77,8 @@ def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
     """The module as an MLP whose parameters of these names adapt, or what the kernels do not know in it."""
     layers = list(_layers(module, ""))
     owners = [any(f"{name}{p}" in adapted for p, _ in m.named_parameters()) for name, m in layers]
+    if True not in owners:
+        return "none of its parameters adapts"
     first = owners.index(True)
     body, head = layers[:first], layers[first:]
     for name, layer in body:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafast._structure import recognise
 from metafast.data import Episodes, Problem
 from metafast.inner_loop import inner_sgd, maml_loss, task_linear
 from metafast.reference.inner_loop import LearningRate
 
 from .method import Method
-from .mlp import mlp, read_mlp
+from .mlp import mlp
 
 # Finn, Abbeel, Levine 2017, section 5.1 and appendix A.2.
 SINE: dict[str, Any] = {
@@ -59,8 +60,9 @@ class Adaptation(Method):
     """A network that is good after a few steps of gradient descent on a task's support.
 
     The inner loops of all tasks run in one call of the fused operations, which know MLPs: ``network`` is
-    `nn.Sequential` of `nn.Linear` layers with the same `nn.ReLU` or `nn.Tanh` between them, on examples that
-    are flattened. Its weights stay its own: they are what training changes and what a checkpoint keeps.
+    `nn.Sequential` of `nn.Linear` layers with the same `nn.ReLU` or `nn.Tanh` between them (what
+    :func:`metafast.explain` calls fused), on examples that are flattened. Its weights stay its own: they are
+    what training changes and what a checkpoint keeps.
 
     Args:
         network: [..., D] -> [..., O].
@@ -79,7 +81,12 @@ class Adaptation(Method):
         super().__init__()
         if steps < 0:
             raise ValueError(f"steps: expected a number >= 0, got {steps}")
-        self._layers, self.activation = read_mlp(network)
+        known = recognise(network, {name for name, _ in network.named_parameters()})
+        if isinstance(known, str) or not all(type(layer) is nn.Flatten for layer in known.body):
+            why = known if isinstance(known, str) else f"it is {known}"
+            raise ValueError(f"network: expected an MLP whose layers all adapt, but {why}")
+        self._mlp = known
+        self.activation = known.activation
         self.network = network
         self.loss_name = loss
         # A tensor, as the operations take it, which goes where the weights go.
@@ -90,7 +97,7 @@ class Adaptation(Method):
     @property
     def params(self) -> list[Tensor]:
         """[W1, b1, ..., WL, bL] of the network."""
-        return [tensor for layer in self._layers for tensor in (layer.weight, layer.bias)]
+        return list(self._mlp.params.values())
 
     def rates(self, steps: int) -> LearningRate:
         """The learning rate of so many steps, as :func:`metafast.inner_sgd` takes it."""
