@@ -47,7 +47,8 @@ def test_parity_under_every_schedule(
     args = make(row, sizes, dtype=dtype, device=backend)
     set_seed(seed)
     assert_parity(row, args, dtype)
-    assert_second_order_parity(row, args, dtype)
+    if row.derivatives > 1:
+        assert_second_order_parity(row, args, dtype)
 
 
 @EVERY_ROW
@@ -60,7 +61,8 @@ def test_every_schedule_gives_the_same_bits(
     results = []
     for seed in SEEDS:
         set_seed(seed)
-        results.append([*value_and_grads(row, function, args), *second_order(row, function, args)])
+        second = second_order(row, function, args) if row.derivatives > 1 else ()
+        results.append([*value_and_grads(row, function, args), *second])
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
 
