@@ -34,10 +34,17 @@ struct Strides {
   int64_t col, depth;  // of the parameters, in scalars
 };
 
-template <class Layout, int kRows, int kCols, int kFactors, typename T>
+template <class Layout, int kRows, int kCols, int kFactors, bool kAdds = false, typename T>
 METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_t row, int64_t col, T* out,
                                int64_t out_pitch) {
   Vec<T> sums[kRows][kCols] = {};
+  if constexpr (kAdds) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) sums[r][c] = load(out + ((row + r) * out_pitch + col + c) * kLanes<T>);
+    }
+  }
 #pragma GCC unroll 2
   for (int f = 0; f < kFactors; ++f) {
     const T* w = factors[f].parameters + col * strides.col;
@@ -62,6 +69,33 @@ METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_
   }
 }
 
+// Whether the activations of a factor stay in the first-level cache beside a tile of parameters.
+template <typename T>
+bool stays_near(const Factor<T>& factor, int64_t rows) {
+  constexpr int64_t kCacheBytes = 28 << 10;
+  return rows * factor.pitch * kLanes<T> * static_cast<int64_t>(sizeof(T)) <= kCacheBytes;
+}
+
+// multiply() for several tiles of rows whose activations stay near: the parameters, one factor after the
+// other, come from the second-level cache once instead of once for each tile of rows.
+template <class Layout, int kFactors, typename T>
+void multiply_near(const Factor<T>* factors, Strides strides, int64_t rows, int64_t cols, T* out,
+                   int64_t out_pitch) {
+  const auto tile = [&]<int kCols, bool kAdds>(const Factor<T>* factor,
+                                               int64_t col) __attribute__((always_inline)) {
+    for (int64_t row = 0; row < rows; row += 5) {
+      multiply_tile<Layout, 5, kCols, 1, kAdds>(factor, strides, row, col, out, out_pitch);
+    }
+  };
+  const auto pass = [&]<bool kAdds>(const Factor<T>* factor) __attribute__((always_inline)) {
+    int64_t col = 0;
+    for (; col + 4 <= cols; col += 4) tile.template operator()<4, kAdds>(factor, col);
+    for (; col < cols; ++col) tile.template operator()<1, kAdds>(factor, col);
+  };
+  pass.template operator()<false>(factors);
+  for (int f = 1; f < kFactors; ++f) pass.template operator()<true>(factors + f);
+}
+
 // out[r][c] = sum over factors and k of parameters[c][k] * activations[r][k]. FeaturesInLanes: c counts
 // vectors.
 template <class Layout, int kFactors, typename T>
@@ -79,6 +113,10 @@ void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t c
   };
   int64_t row = 0;
   if constexpr (kMany) {
+    if (rows >= 10 && stays_near(factors[0], rows)) {
+      row = rows / 5 * 5;
+      multiply_near<Layout, kFactors>(factors, strides, row, cols, out, out_pitch);
+    }
     for (; row + 5 <= rows; row += 5) tiles.template operator()<5, 4>(row);
     if (rows - row >= 3) {
       tiles.template operator()<3, 8>(row);
