@@ -1,0 +1,172 @@
+"""Reference of the learned optimizer family: an LSTM shared by all coordinates that moves parameters.
+
+The functions have the signatures of `metafast.learned_optimizer`, which states the shapes, and can be
+differentiated to any order, by autograd and by every transform of ``torch.func``. Under autocast they run in
+float32, as the compiled operations do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .inner_loop import float32_under_autocast
+
+BLOCK = 64  # coordinates of a block of state
+
+
+class StateViews(NamedTuple):
+    hidden: Tensor  # [L, B, 64, H]
+    cell: Tensor  # [L, B, 64, H]
+    gates: Tensor  # [B, 64, 2], the input and the forget gate; [B, 64, 0] without them
+
+
+def blocks(size: int) -> int:
+    """How many blocks of state a tensor of so many elements has."""
+    return -(-size // BLOCK)
+
+
+def state_views(state: Tensor, *, hidden: int, layers: int) -> StateViews:
+    rows = state.transpose(1, 2)  # [B, 64, R]
+    lstm = rows[..., : 2 * layers * hidden].unflatten(2, (layers, 2, hidden)).permute(2, 3, 0, 1, 4)
+    return StateViews(lstm[:, 0], lstm[:, 1], rows[..., 2 * layers * hidden :])
+
+
+def _unpack(state: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[B, R, 64] -> [P, R], the rows of the tensors' coordinates."""
+    rows = state.transpose(1, 2).split([blocks(size) for size in sizes])
+    return torch.cat([r.flatten(0, 1)[:size] for r, size in zip(rows, sizes, strict=True)])
+
+
+def _pack(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[P, R] -> [B, R, 64], 0 behind each tensor's last coordinate."""
+    padded = [F.pad(r, (0, 0, 0, -r.shape[0] % BLOCK)) for r in rows.split(list(sizes))]
+    return torch.cat(padded).unflatten(0, (-1, BLOCK)).transpose(1, 2)
+
+
+def log_sign(x: Tensor, p: float) -> Tensor:
+    """[...] -> [..., 2]: log(|x|) / p and sign(x) where |x| >= exp(-p), else -1 and exp(p) x."""
+    exp_p = torch.tensor(p, dtype=x.dtype).exp().item()
+    magnitude = x.abs().clamp(max=torch.finfo(x.dtype).max)
+    small = magnitude * exp_p < 1
+    # where() alone would let the logarithm's infinite slope at 0 into the gradient
+    size = torch.where(small, -1.0, torch.where(small, 1.0, magnitude).log() / p)
+    return torch.stack((size, torch.where(small, x * exp_p, torch.where(x < 0, -1.0, 1.0).to(x.dtype))), -1)
+
+
+def _lstm(x: Tensor, state: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Layers of an LSTM: x [P, I], state [P, 2LH], weights [W_ih, W_hh, b, ...] -> h [P, H], new state."""
+    parts = []
+    for layer in range(len(weights) // 3):
+        weight_ih, weight_hh, bias = weights[3 * layer : 3 * layer + 3]
+        h, c = state[:, 2 * layer * weight_hh.shape[1] :][:, : 2 * weight_hh.shape[1]].chunk(2, 1)
+        i, f, g, o = F.linear(x, weight_ih, bias).add(h @ weight_hh.T).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        x = o.sigmoid() * c.tanh()
+        parts += [x, c]
+    return x, torch.cat(parts, 1) if parts else state[:, :0]
+
+
+def _flat(tensors: Sequence[Tensor], steps: int) -> Tensor:
+    """Tensors [K, ...] as one [K, P]."""
+    return torch.cat([t.reshape(steps, -1) for t in tensors], 1)
+
+
+def _unflat(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """[K, P] as tensors of the shapes of `like` [K, ...]."""
+    parts = flat.split([t[0].numel() for t in like], 1)
+    return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+@float32_under_autocast
+def lstm_optimizer_unroll(
+    grads: Sequence[Tensor],
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    params: Sequence[Tensor] | None = None,
+    preprocess: str = "log_sign",
+    p: float = 10.0,
+    scale: float = 0.1,
+) -> tuple[list[Tensor], Tensor]:
+    if preprocess not in ("log_sign", "none"):
+        raise ValueError(f"preprocess: expected log_sign or none, got {preprocess}")
+    sizes = [g[0].numel() for g in grads]
+    rows = _unpack(state.to(grads[0].dtype), sizes)
+    theta = None if params is None else _flat([t.unsqueeze(0) for t in params], 1)[0]
+    results = []
+    for g in _flat(grads, grads[0].shape[0]):
+        x = log_sign(g, p) if preprocess == "log_sign" else g.unsqueeze(1)
+        h, rows = _lstm(x, rows, weights[:-2])
+        update = scale * F.linear(h, weights[-2], weights[-1])[:, 0]
+        theta = None if theta is None else theta + update
+        results.append(update if theta is None else theta)
+    return _unflat(torch.stack(results), grads), _pack(rows, sizes).to(state.dtype)
+
+
+def lstm_optimizer_step(
+    grads: Sequence[Tensor],
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    params: Sequence[Tensor] | None = None,
+    preprocess: str = "log_sign",
+    p: float = 10.0,
+    scale: float = 0.1,
+) -> tuple[list[Tensor], Tensor]:
+    results, state = lstm_optimizer_unroll(
+        [g.unsqueeze(0) for g in grads],
+        state,
+        weights,
+        params=params,
+        preprocess=preprocess,
+        p=p,
+        scale=scale,
+    )
+    return [r[0] for r in results], state
+
+
+@float32_under_autocast
+def meta_lstm_unroll(
+    theta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    losses: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    p: float = 10.0,
+) -> tuple[list[Tensor], Tensor]:
+    sizes = [t.numel() for t in theta]
+    rows = _unpack(state.to(theta[0].dtype), sizes)
+    flat = _flat([t.unsqueeze(0) for t in theta], 1)[0]
+    head, bias = weights[-2:]
+    results = []
+    for g, loss in zip(_flat(grads, losses.shape[0]), losses, strict=True):
+        x = torch.cat((log_sign(g, p), log_sign(loss, p).expand(g.shape[0], 2)), 1)
+        lstm, gates = rows[:, :-2], rows[:, -2:]
+        h, lstm = _lstm(x, lstm, weights[:-2])
+        known = F.linear(torch.cat((h, flat.unsqueeze(1)), 1), head[:, :-1], bias)
+        gates = (known + gates * head[:, -1]).sigmoid()  # [P, 2]: i and f
+        flat = gates[:, 1] * flat - gates[:, 0] * g
+        rows = torch.cat((lstm, gates), 1)
+        results.append(flat)
+    return _unflat(torch.stack(results), grads), _pack(rows, sizes).to(state.dtype)
+
+
+def meta_lstm_step(
+    theta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    loss: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    p: float = 10.0,
+) -> tuple[list[Tensor], Tensor]:
+    results, state = meta_lstm_unroll(
+        theta, [g.unsqueeze(0) for g in grads], loss.unsqueeze(0), state, weights, p=p
+    )
+    return [r[0] for r in results], state
