@@ -113,4 +113,35 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   // x [T, B, C, H, W], weight [T, O, C, kh, kw], bias [T, O] -> [T, B, O, H', W'].
   m.def(
       "task_conv2d(Tensor x, Tensor weight, Tensor bias, SymInt[2] stride=1, SymInt[2] padding=0) -> Tensor");
+
+  // ---- learned optimizer ----
+  //
+  // An LSTM that all coordinates (elements) of a list of tensors share. weights = [W_ih [4H, I], W_hh [4H,
+  // H], b [4H]] of each of L layers, gates in torch's order i f g o, then W, b of the head:
+  //   head update  theta_k = theta_{k-1} + scale (W h + b), W [1, H]; without params the steps alone
+  //   head gates   theta_k = f theta_{k-1} - i grad, (i, f) = sigmoid(W [h; theta_{k-1}; own gate before] +
+  //   b),
+  //                W [2, H + 2]; params required, L may be 0: h is then the inputs
+  // Inputs: with preprocess log_sign (log(|g|) / p, sign(g)) where |g| >= exp(-p), else (-1, exp(p) g), I =
+  // 2; with none g, I = 1. state [B, R, 64]: coordinate i of a tensor is place i % 64 of the tensor's block i
+  // / 64, each tensor beginning a block of its own; rows h, c [H] of each layer, with gates then i, f; 0
+  // behind a tensor's last coordinate. It may be bfloat16 beside float32.
+
+  // One step, grads of the shapes of params; or unrolled: grads [K, ...], results [K, ...], and the first
+  // bias may be [K, ...], one for each step. -> results, the new state.
+  m.def(
+      "lstm_unroll(Tensor[] grads, Tensor[] params, Tensor state, Tensor[] weights, str head, str "
+      "preprocess, "
+      "float p, float scale, bool unrolled) -> (Tensor[], Tensor)");
+  // -> gradients of grads, params, state, weights, in one list; of size 0 where not wanted. It cannot be
+  // differentiated.
+  m.def(
+      "lstm_unroll_backward(Tensor[] grad_out, Tensor? grad_state, Tensor[] grads, Tensor[] params, Tensor "
+      "state, "
+      "Tensor[] weights, str head, str preprocess, float p, float scale, bool unrolled, bool[4] wanted) -> "
+      "Tensor[]");
+  // One step in place.
+  m.def(
+      "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor[] weights, str head, str "
+      "preprocess, float p, float scale) -> ()");
 }

@@ -52,8 +52,9 @@ class Op:
 
 Results = tuple[Tensor, ...]
 Dims = tuple[int | None, ...]
-# Arguments with the vmapped dimension folded into another, and how their results and its place come back.
-Folding = tuple[list[Any], Callable[[Results], tuple[Results, Dims]]]
+# The chain for the arguments with the vmapped dimension folded into another, these arguments, and how their
+# results and its place come back.
+Folding = tuple["Chain", list[Any], Callable[[Results], tuple[Results, Dims]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ class Chain:
             names = zip(op.outputs, results, strict=True)
             return results, tuple(0 if self._has_leading(*pair) else None for pair in names)
 
-        return [join(name, *pair) for name, pair in named.items()], split
+        return self, [join(name, *pair) for name, pair in named.items()], split
 
     def _has_leading(self, name: str, tensor: Tensor) -> bool:
         """May the tensor have leading dimensions? (One of too few dimensions stands for no tensor.)"""
@@ -234,7 +235,7 @@ class _Derivative(torch.autograd.Function):
             _record(chain.ops[order].name, "reference")
             found = torch.vmap(lambda *args: _reference(chain, order, args), in_dims[3:])(*args)
             return found, (0,) * len(found)
-        folded, split = folding
+        chain, folded, split = folding
         return split(_Derivative.apply(chain, order, wanted, *folded))
 
 

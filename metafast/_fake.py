@@ -146,6 +146,34 @@ def _sgd_update(
     return [_gradient(p) for p in params], [_gradient(p) for p in params] if momentum else []
 
 
+def _lstm_unroll(
+    grads: Sequence[Tensor], params: Sequence[Tensor], state: Tensor, *args: Any
+) -> tuple[list[Tensor], Tensor]:
+    return [_gradient(g) for g in grads], _gradient(state)
+
+
+def _lstm_unroll_backward(
+    grad_out: Sequence[Tensor],
+    grad_state: Tensor | None,
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *args: Any,
+) -> list[Tensor]:
+    *_, wanted = args
+    groups = (grads, params, [state], weights)
+    return [
+        tensor.new_empty(tensor.shape if flag else 0)
+        for group, flag in zip(groups, wanted, strict=True)
+        for tensor in group
+    ]
+
+
+def _lstm_step_(*args: Any) -> None:
+    return None
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "prototypes": _prototypes,
     "prototypes_backward": _prototypes_backward,
@@ -161,6 +189,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "maml_loss": _maml_loss,
     "maml_loss_backward": _maml_loss_backward,
     "sgd_update": _sgd_update,
+    "lstm_unroll": _lstm_unroll,
+    "lstm_unroll_backward": _lstm_unroll_backward,
+    "lstm_step_": _lstm_step_,
 }
 
 

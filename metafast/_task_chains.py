@@ -95,7 +95,7 @@ class _TaskChain(Chain):
                 places.append(0 if folded else None)
             return tuple(found), tuple(places)
 
-        return [join(name) for name in op.names], split
+        return self, [join(name) for name in op.names], split
 
     @staticmethod
     def _tasks(data: Tensor, dim: int | None) -> int:

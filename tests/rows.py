@@ -313,6 +313,87 @@ def _conv2d(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, generator=g) for shape in shapes)
 
 
+HIDDEN = 3
+
+
+def _optimizer_shapes(sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+    return (sizes.support, sizes.features), (sizes.features,)
+
+
+def _blocks(sizes: Sizes) -> int:
+    return sum(-(-torch.Size(shape).numel() // 64) for shape in _optimizer_shapes(sizes))
+
+
+def _optimizer(
+    layers: int, *, gates: bool, steps: int = 0
+) -> Callable[[Sizes, Generator], tuple[Tensor, ...]]:
+    """Gradients and parameters [S, D] and [D] of each task, state, with gates the losses, and the weights."""
+
+    def make(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+        shapes = _optimizer_shapes(sizes)
+        rows = 2 * layers * HIDDEN + 2 * gates
+        times = (steps,) if steps else ()
+        inputs = 4 if gates else 2
+        weights = []
+        for layer in range(layers):
+            weights += [normal(4 * HIDDEN, HIDDEN if layer else inputs), normal(4 * HIDDEN, HIDDEN)]
+            weights += [normal(4 * HIDDEN)]
+        top = (HIDDEN if layers else inputs) + 2 * gates
+        weights += [normal(1 + gates, top), normal(1 + gates)]
+        return (
+            *(normal(sizes.tasks, *times, *shape) for shape in shapes),
+            *(normal(sizes.tasks, *shape) for shape in shapes),
+            0.5 * normal(sizes.tasks, _blocks(sizes), rows, 64),
+            *([torch.rand(times, dtype=torch.float64, generator=g)] if gates else []),
+            *(0.5 * weight for weight in weights),
+        )
+
+    return make
+
+
+def _optimizer_row(
+    name: str, function: str, layers: int, *, gates: bool, steps: int = 0, **options: str
+) -> Row:
+    """The lists have the tensors of one task after the other."""
+
+    def call(m: ModuleType) -> Callable[..., Tensor]:
+        def run(*tensors: Tensor) -> Tensor:
+            tasks = tensors[0].shape[0]
+            grads = [t for task in zip(tensors[0], tensors[1], strict=True) for t in task]
+            params = [t for task in zip(tensors[2], tensors[3], strict=True) for t in task]
+            state = tensors[4].flatten(0, 1)
+            if not tasks:
+                unused = sum(t.sum() for t in tensors)  # no list of tensors, no call
+                return torch.cat([t.flatten(1) for t in tensors[2:5]], 1) + unused
+            if gates:
+                loss, *weights = tensors[5:]
+                out, state = getattr(m, function)(params, grads, loss, state, weights, **options)
+            else:
+                out, state = getattr(m, function)(grads, state, list(tensors[5:]), params=params, **options)
+            rows = [torch.cat([t.flatten() for t in out[i : i + 2]]) for i in range(0, 2 * tasks, 2)]
+            return torch.cat((torch.stack(rows), state.unflatten(0, (tasks, -1)).flatten(1)), 1)
+
+        return run
+
+    weights = 5 + gates + 3 * layers + 2
+    return Row(
+        f"{function}[{name}]",
+        call,
+        _optimizer(layers, gates=gates, steps=steps),
+        tuple(range(weights)),
+        shared=tuple(range(5, weights)),
+        op="lstm_unroll",
+        half=False,
+        derivatives=1,
+        kernels=2,
+        leading=False,
+        one_task=True,
+    )
+
+
 ROWS = (
     Row(
         "prototypes",
@@ -354,6 +435,10 @@ ROWS = (
         leading=False,
         transform_door="reference",
     ),
+    _optimizer_row("2 layers", "lstm_optimizer_step", 2, gates=False),
+    _optimizer_row("1 layer", "lstm_optimizer_unroll", 1, gates=False, steps=4),
+    _optimizer_row("no layer", "meta_lstm_step", 0, gates=True),
+    _optimizer_row("1 layer", "meta_lstm_unroll", 1, gates=True, steps=3),
     _layer("task_linear", _linear),
     _layer("task_conv2d", _conv2d),
 )

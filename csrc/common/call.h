@@ -7,6 +7,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <functional>
+
 namespace metafast {
 
 #define METAFAST_STRING_(x) #x
@@ -33,6 +35,12 @@ bool needs_graph(const char* op, const Tensors&... inputs) {
       ": forward-mode automatic differentiation is not implemented in the compiled op; "
       "call it through the metafast package, which uses the reference there");
   return at::GradMode::is_enabled() && ((inputs.defined() && inputs.requires_grad()) || ...);
+}
+
+inline bool needs_graph_of(const char* op, at::TensorList inputs) {
+  bool needs = false;
+  for (const at::Tensor& input : inputs) needs |= needs_graph(op, input);
+  return needs;
 }
 
 inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& tensor) {
@@ -73,5 +81,22 @@ inline torch::autograd::variable_list no_third_derivative(const char* op) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": third derivatives are not implemented in the compiled op; ",
                               "metafast.reference differentiates to any order");
 }
+
+// Gradients as compute() gives them, which raise when they are differentiated by any of `inputs`.
+struct LastDerivative : torch::autograd::Function<LastDerivative> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx, at::TensorList,
+      const std::function<torch::autograd::variable_list()>& compute, const char* op) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["op"] = std::string(op);
+    return compute();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, ctx->saved_data["op"].toStringRef(),
+                                ": derivatives of its gradient are not implemented in the compiled op; "
+                                "metafast.reference differentiates to any order");
+  }
+};
 
 }  // namespace metafast

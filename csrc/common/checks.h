@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <initializer_list>
+#include <string>
 
 namespace metafast {
 
@@ -12,11 +13,21 @@ struct Arg {
   const char* name;
 };
 
+// How a tensor of a list is called.
+inline std::string indexed(const char* name, size_t i) { return c10::str(name, '[', i, ']'); }
+
 inline void check_floating(const Arg& arg) {
   const auto type = arg.tensor.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
                    arg.name, ": expected a tensor of dtype float32, float64, float16 or bfloat16, got ",
                    type);
+}
+
+// Of an op that computes in the dtype of its arguments alone.
+inline void check_real(const Arg& arg) {
+  const auto type = arg.tensor.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, arg.name,
+                   ": expected a tensor of dtype float32 or float64, got ", type);
 }
 
 inline void check_labels_dtype(const Arg& arg) {

@@ -92,12 +92,6 @@ struct Inputs {
   }
 };
 
-bool needs_graph_of(const char* op, at::TensorList inputs) {
-  bool needs = false;
-  for (const Tensor& input : inputs) needs |= needs_graph(op, input);
-  return needs;
-}
-
 // All that is no tensor.
 struct Options {
   std::string loss;
@@ -127,21 +121,6 @@ struct Call : torch::CustomClassHolder {
     return static_cast<Call&>(*ctx->saved_data["call"].toCapsule());
   }
   Inputs inputs(AutogradContext* ctx) const { return {ctx->get_saved_variables(), params, lr}; }
-};
-
-// Gradients as compute() gives them, which raise when they are differentiated by any of `inputs`.
-struct LastDerivative : Function<LastDerivative> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList,
-                               const std::function<variable_list()>& compute, const char* op) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->saved_data["op"] = std::string(op);
-    return compute();
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, ctx->saved_data["op"].toStringRef(),
-                                ": derivatives of its gradient are not implemented in the compiled op; "
-                                "metafast.reference differentiates to any order");
-  }
 };
 
 // What a backward returns: gradients of size 0 were not wanted, and what is no tensor has none.

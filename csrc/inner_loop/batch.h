@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "inner_loop/arena.h"
+#include "common/arena.h"
 #include "inner_loop/gemm.h"
 #include "inner_loop/lanes.h"
 #include "inner_loop/params.h"

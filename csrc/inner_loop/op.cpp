@@ -20,17 +20,9 @@
 namespace metafast {
 namespace {
 
-std::string indexed(const char* name, size_t i) { return c10::str(name, '[', i, ']'); }
-
 constexpr const char* kOtherNetworks = "; other networks adapt with metafast.adapt";
 
 std::atomic<int64_t> g_trajectory_bytes{32 << 20};
-
-void check_real(const Arg& arg) {
-  const auto type = arg.tensor.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, arg.name,
-                   ": expected a tensor of dtype float32 or float64, got ", type);
-}
 
 Loss loss_of(std::string_view name) {
   if (name == "mse") return Loss::mse;

@@ -8,6 +8,13 @@ example gives NaN where the compiled operation raises.
 from __future__ import annotations
 
 from .inner_loop import inner_sgd, maml_loss, sgd_update, task_conv2d, task_linear
+from .learned_optimizer import (
+    lstm_optimizer_step,
+    lstm_optimizer_step_,
+    lstm_optimizer_unroll,
+    meta_lstm_step,
+    meta_lstm_unroll,
+)
 from .pairwise import (
     matching_log_probs,
     matching_loss,
@@ -20,9 +27,14 @@ from .pairwise import (
 
 __all__ = [
     "inner_sgd",
+    "lstm_optimizer_step",
+    "lstm_optimizer_step_",
+    "lstm_optimizer_unroll",
     "maml_loss",
     "matching_log_probs",
     "matching_loss",
+    "meta_lstm_step",
+    "meta_lstm_unroll",
     "pairwise_distance",
     "prototypes",
     "prototypical_log_probs",

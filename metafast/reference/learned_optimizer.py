@@ -72,17 +72,57 @@ def _lstm(x: Tensor, state: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 def _flat(tensors: Sequence[Tensor], steps: int) -> Tensor:
-    """Tensors [K, ...] as one [K, P]."""
-    return torch.cat([t.reshape(steps, -1) for t in tensors], 1)
+    """Tensors [K, ...], or with K = 1 [...], as one [K, P]."""
+    return torch.cat(
+        [t.reshape(steps, t.numel() // steps if steps else t.shape[1:].numel()) for t in tensors], 1
+    )
 
 
 def _unflat(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """[K, P] as tensors of the shapes of `like` [K, ...]."""
-    parts = flat.split([t[0].numel() for t in like], 1)
+    parts = flat.split([t.shape[1:].numel() for t in like], 1)
     return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
 @float32_under_autocast
+def unroll(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    state: Tensor,
+    weights: Sequence[Tensor],
+    head: str,
+    preprocess: str,
+    p: float,
+    scale: float,
+    unrolled: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """What the compiled op computes, for either head (csrc/library.cpp)."""
+    if preprocess not in ("log_sign", "none"):
+        raise ValueError(f"preprocess: expected log_sign or none, got {preprocess}")
+    steps = grads[0].shape[0] if unrolled else 1
+    stacked = grads if unrolled else [g.unsqueeze(0) for g in grads]
+    sizes = [g.shape[1:].numel() for g in stacked]
+    rows = _unpack(state.to(grads[0].dtype), sizes)
+    theta = _flat(params, 1)[0] if len(params) else None
+    first = 2 if len(weights) > 2 else 1  # the bias that may be one for each step
+    results = []
+    for k, g in enumerate(_flat(stacked, steps)):
+        w = list(weights)
+        w[first] = w[first][k] if w[first].dim() == 2 else w[first]
+        x = log_sign(g, p) if preprocess == "log_sign" else g.unsqueeze(1)
+        if head == "update":
+            h, rows = _lstm(x, rows, w[:-2])
+            update = scale * F.linear(h, w[-2], w[-1])[:, 0]
+            theta = None if theta is None else theta + update
+            results.append(update if theta is None else theta)
+        else:
+            theta, rows = _meta_step(theta, g, x, rows, w)
+            results.append(theta)
+    found = torch.stack(results) if results else _flat(stacked, steps)
+    out = _unflat(found, stacked)
+    return [o if unrolled else o[0] for o in out], _pack(rows, sizes).to(state.dtype)
+
+
 def lstm_optimizer_unroll(
     grads: Sequence[Tensor],
     state: Tensor,
@@ -93,19 +133,7 @@ def lstm_optimizer_unroll(
     p: float = 10.0,
     scale: float = 0.1,
 ) -> tuple[list[Tensor], Tensor]:
-    if preprocess not in ("log_sign", "none"):
-        raise ValueError(f"preprocess: expected log_sign or none, got {preprocess}")
-    sizes = [g[0].numel() for g in grads]
-    rows = _unpack(state.to(grads[0].dtype), sizes)
-    theta = None if params is None else _flat([t.unsqueeze(0) for t in params], 1)[0]
-    results = []
-    for g in _flat(grads, grads[0].shape[0]):
-        x = log_sign(g, p) if preprocess == "log_sign" else g.unsqueeze(1)
-        h, rows = _lstm(x, rows, weights[:-2])
-        update = scale * F.linear(h, weights[-2], weights[-1])[:, 0]
-        theta = None if theta is None else theta + update
-        results.append(update if theta is None else theta)
-    return _unflat(torch.stack(results), grads), _pack(rows, sizes).to(state.dtype)
+    return unroll(grads, params or [], state, weights, "update", preprocess, p, scale, True)
 
 
 def lstm_optimizer_step(
@@ -118,16 +146,36 @@ def lstm_optimizer_step(
     p: float = 10.0,
     scale: float = 0.1,
 ) -> tuple[list[Tensor], Tensor]:
-    results, state = lstm_optimizer_unroll(
-        [g.unsqueeze(0) for g in grads],
-        state,
-        weights,
-        params=params,
-        preprocess=preprocess,
-        p=p,
-        scale=scale,
-    )
-    return [r[0] for r in results], state
+    return unroll(grads, params or [], state, weights, "update", preprocess, p, scale, False)
+
+
+@torch.no_grad()
+def lstm_optimizer_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    preprocess: str = "log_sign",
+    p: float = 10.0,
+    scale: float = 0.1,
+) -> None:
+    new, new_state = unroll(grads, params, state, weights, "update", preprocess, p, scale, False)
+    for param, value in zip(params, new, strict=True):
+        param.copy_(value)
+    state.copy_(new_state)
+
+
+def _meta_step(
+    theta: Tensor, grad: Tensor, x: Tensor, rows: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """theta, grad [P], the inputs x [P, I], state [P, R] -> the new theta and state."""
+    head, bias = weights[-2:]
+    lstm, gates = rows[:, :-2], rows[:, -2:]
+    h, lstm = _lstm(x, lstm, weights[:-2])
+    known = F.linear(torch.cat((h, theta.unsqueeze(1)), 1), head[:, :-1], bias)
+    gates = (known + gates * head[:, -1]).sigmoid()  # [P, 2]: i and f
+    return gates[:, 1] * theta - gates[:, 0] * grad, torch.cat((lstm, gates), 1)
 
 
 @float32_under_autocast
@@ -142,19 +190,14 @@ def meta_lstm_unroll(
 ) -> tuple[list[Tensor], Tensor]:
     sizes = [t.numel() for t in theta]
     rows = _unpack(state.to(theta[0].dtype), sizes)
-    flat = _flat([t.unsqueeze(0) for t in theta], 1)[0]
-    head, bias = weights[-2:]
+    flat = _flat(theta, 1)[0]
     results = []
     for g, loss in zip(_flat(grads, losses.shape[0]), losses, strict=True):
         x = torch.cat((log_sign(g, p), log_sign(loss, p).expand(g.shape[0], 2)), 1)
-        lstm, gates = rows[:, :-2], rows[:, -2:]
-        h, lstm = _lstm(x, lstm, weights[:-2])
-        known = F.linear(torch.cat((h, flat.unsqueeze(1)), 1), head[:, :-1], bias)
-        gates = (known + gates * head[:, -1]).sigmoid()  # [P, 2]: i and f
-        flat = gates[:, 1] * flat - gates[:, 0] * g
-        rows = torch.cat((lstm, gates), 1)
+        flat, rows = _meta_step(flat, g, x, rows, weights)
         results.append(flat)
-    return _unflat(torch.stack(results), grads), _pack(rows, sizes).to(state.dtype)
+    found = torch.stack(results) if results else _flat(grads, 0)
+    return _unflat(found, grads), _pack(rows, sizes).to(state.dtype)
 
 
 def meta_lstm_step(

@@ -1,0 +1,325 @@
+// The backward of the steps that slots keep (cell.h), for a group of coordinates, and the gradient of the
+// weights. Sums over coordinates stay in vectors, a partial sum in each lane, until a work item is done.
+#pragma once
+
+#include "learned_optimizer/cell.h"
+
+namespace metafast::METAFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kInputRows = 12;                       // of a register tile: kInputRows x kVecs sums
+constexpr int kWeightUnits = 2, kWeightColumns = 2;  // kWeightUnits x 4 gates x kWeightColumns sums
+#else
+constexpr int kInputRows = 4;
+constexpr int kWeightUnits = 1, kWeightColumns = 2;
+#endif
+
+// The gradient of the weights, a vector for each, with a partial sum in each lane.
+template <typename T>
+struct WeightGradient {
+  T* layer[kMaxLstmLayers];  // [I + H, H, 4]
+  T* bias[kMaxLstmLayers];   // [H, 4], of the first layer perhaps for every step
+  T* head;                   // [rows, columns]
+  T* head_bias;              // [rows], or [K, rows]
+
+  WeightGradient(Arena<T>& arena, const Lstm<T>& lstm, int64_t steps)
+      : blocks_((lstm.columns(steps) + kLanes<T> - 1) / kLanes<T>),
+        vectors_(arena.take(blocks_ * kLanes<T>)),
+        totals_(arena.take(blocks_)) {
+    if (arena.counts()) return;
+    T* next = vectors_;
+    const auto deal = [&next](int64_t count) {
+      T* dealt = next;
+      next += count * kLanes<T>;
+      return dealt;
+    };
+    const int64_t H = lstm.hidden;
+    for (int l = 0; l < lstm.layers; ++l) {
+      layer[l] = deal(4 * H * (lstm.layer_inputs(l) + H));
+      bias[l] = deal(lstm.bias_size(4 * H, l == 0, steps));
+    }
+    head = deal(lstm.head_rows() * lstm.head_columns());
+    head_bias = deal(lstm.bias_size(lstm.head_rows(), lstm.layers == 0, steps));
+  }
+
+  void clear() { std::fill_n(vectors_, blocks_ * kLanes<T> * kLanes<T>, T(0)); }
+
+  // The sums over the lanes, in the order of a row of sums (params.h).
+  void finish(const Lstm<T>& lstm, int64_t steps, T* out) const {
+    for (int64_t block = 0; block < blocks_; ++block) {
+      Vec<T> lanes[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) lanes[i] = load(vectors_ + (block * kLanes<T> + i) * kLanes<T>);
+      store(totals_ + block * kLanes<T>, sum_lanes<T>(lanes));
+    }
+    const int64_t H = lstm.hidden;
+    const T* next = totals_;
+    for (int l = 0; l < lstm.layers; ++l) {
+      const int64_t I = lstm.layer_inputs(l), biases = lstm.bias_size(4 * H, l == 0, steps);
+      const auto columns = [&](int64_t count) {
+        for (int64_t row = 0; row < 4 * H; ++row) {  // row = q H + u
+          const T* from = next + row % H * 4 + row / H;
+          for (int64_t k = 0; k < count; ++k) *out++ = from[k * 4 * H];
+        }
+        next += count * 4 * H;
+      };
+      columns(I);
+      columns(H);
+      for (int64_t step = 0; step < biases / (4 * H); ++step) columns(1);
+    }
+    std::copy_n(next, totals_ + lstm.columns(steps) - next, out);
+  }
+
+ private:
+  int64_t blocks_;  // of kLanes vectors
+  T* vectors_;
+  T* totals_;
+};
+
+template <typename T>
+METAFAST_HD void add_to(T* p, Vec<T> v) {
+  store(p, load(p) + v);
+}
+
+// kRows rows of W^T dgates from row `k` of [x; h] on. dgates is [H, 4].
+template <int kRows, typename T>
+METAFAST_HD void input_rows(const T* weights, int64_t depth, int64_t hidden, int64_t k, const T* dgates,
+                            T* out) {
+  Vec<T> sums[kRows][kVecs] = {};
+  for (int64_t u = 0; u < hidden; ++u) {
+    const T* w = weights + (u * depth + k) * 4;
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      Vec<T> d[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) d[v] = load(dgates + (u * 4 + q) * kGroup<T> + v * kLanes<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> weight = broadcast(w[r * 4 + q]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sums[r][v] += weight * d[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(out + (k + r) * kGroup<T> + v * kLanes<T>, sums[r][v]);
+  }
+}
+
+// Runs of slots: `runs` of them, `run_stride` apart, `steps` slots in each.
+template <typename T>
+struct SlotRuns {
+  const T* slots;
+  int64_t runs, run_stride, steps, slot_stride;
+};
+
+// kUnitCount units x 4 gates against kColumns inputs, over all slots: dgates x inputs^T.
+template <int kUnitCount, int kColumns, typename T>
+METAFAST_HD void weight_tile(const SlotRuns<T>& over, int64_t dgates, int64_t inputs, int64_t hidden,
+                             T* out) {
+  Vec<T> sums[kUnitCount * 4][kColumns] = {};
+  for (int64_t run = 0; run < over.runs; ++run) {
+    const T* slot = over.slots + run * over.run_stride;
+    for (int64_t t = 0; t < over.steps; ++t, slot += over.slot_stride) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        Vec<T> x[kColumns];
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c) x[c] = load(slot + inputs + c * kGroup<T> + v * kLanes<T>);
+#pragma GCC unroll 16
+        for (int r = 0; r < kUnitCount * 4; ++r) {
+          const Vec<T> d = load(slot + dgates + r * kGroup<T> + v * kLanes<T>);
+#pragma GCC unroll 8
+          for (int c = 0; c < kColumns; ++c) sums[r][c] += d * x[c];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kUnitCount * 4; ++r) add_to(out + (c * hidden * 4 + r) * kLanes<T>, sums[r][c]);
+  }
+}
+
+// The gradient of a layer's columns [column, column + count), whose inputs are at row `inputs` of each slot.
+template <typename T>
+void weight_columns(const SlotRuns<T>& over, int64_t dgates, int64_t inputs, int64_t count, int64_t hidden,
+                    T* out) {
+  const auto tile = [&]<int kUnitCount, int kColumns>(int64_t u, int64_t k) __attribute__((always_inline)) {
+    weight_tile<kUnitCount, kColumns>(over, (dgates + u * 4) * kGroup<T>, (inputs + k) * kGroup<T>, hidden,
+                                      out + (k * hidden + u) * 4 * kLanes<T>);
+  };
+  const auto columns = [&]<int kUnitCount>(int64_t u) __attribute__((always_inline)) {
+    int64_t k = 0;
+    for (; k + kWeightColumns <= count; k += kWeightColumns) {
+      tile.template operator()<kUnitCount, kWeightColumns>(u, k);
+    }
+    for (; k < count; ++k) tile.template operator()<kUnitCount, 1>(u, k);
+  };
+  int64_t u = 0;
+  for (; u + kWeightUnits <= hidden; u += kWeightUnits) columns.template operator()<kWeightUnits>(u);
+  for (; u < hidden; ++u) columns.template operator()<1>(u);
+}
+
+// All layers' weights, when the slots' gates have become their gradients.
+template <typename T>
+void layer_weights(const Lstm<T>& lstm, const SlotRuns<T>& over, WeightGradient<T>& sums) {
+  const Slot<T> rows{lstm};
+  const int64_t next = rows.rows();  // what comes after a step is the next slot's
+  for (int l = 0; l < lstm.layers; ++l) {
+    const int64_t I = lstm.layer_inputs(l), H = lstm.hidden;
+    const int64_t inputs = l == 0 ? rows.inputs() : next + lstm.h_row(l - 1);
+    weight_columns(over, rows.gates(l), inputs, I, H, sums.layer[l]);
+    weight_columns(over, rows.gates(l), lstm.h_row(l), H, H, sums.layer[l] + I * 4 * H * kLanes<T>);
+  }
+}
+
+// The gradients on their way back through the steps of one group, rows of a group.
+template <typename T>
+struct Adjoint {
+  T* carried;   // of what goes from step to step (Slot); of theta with params, else of the update
+  T* top;       // [H or I] of the head's inputs
+  T* inputs;    // [I + H] of a layer's inputs
+  T* gradient;  // [1] of the given gradient
+
+  Adjoint(Arena<T>& arena, const Lstm<T>& lstm)
+      : carried(arena.take(Slot<T>{lstm}.carried() * kVecs)),
+        top(arena.take(lstm.top() * kVecs)),
+        inputs(arena.take((std::max(lstm.inputs(), lstm.hidden) + lstm.hidden) * kVecs)),
+        gradient(arena.take(kVecs)) {}
+};
+
+// Through the head: `carried` has the gradient of what is there after the step; theta's and the gates' become
+// those of before, and `top` and, with Head::gates, `gradient` are set.
+template <typename T>
+void head_backward(const Weights<T>& weights, int64_t step, const T* slot, const T* after, const T* top,
+                   Adjoint<T>& adjoint, WeightGradient<T>* sums) {
+  const Lstm<T>& lstm = weights.lstm;
+  const int64_t columns = lstm.head_columns(), inputs = lstm.top();
+  const int64_t theta = lstm.state_rows() * kGroup<T>;
+  const Slot<T> rows{lstm};
+  const int64_t bias = lstm.layers == 0 && lstm.bias_per_step ? step * lstm.head_rows() : 0;
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t at = v * kLanes<T>;
+    Vec<T> d[2] = {};  // of the head's sums
+    const Vec<T> grad_theta = load(adjoint.carried + theta + at), old = load(slot + theta + at);
+    if (lstm.head == Head::update) {
+      d[0] = lstm.scale * grad_theta;
+      store(adjoint.gradient + at, Vec<T>{});
+    } else {
+      const Vec<T> g = load(slot + rows.gradient() * kGroup<T> + at);
+      Vec<T> before = Vec<T>{};
+      for (int row = 0; row < 2; ++row) {
+        const T* w = lstm.head_weight + row * columns + inputs;
+        const int64_t own = (lstm.gate_row() + row) * kGroup<T> + at;
+        const Vec<T> gate = load(after + own);
+        const Vec<T> grad = load(adjoint.carried + own) + (row == 0 ? -g : old) * grad_theta;
+        d[row] = grad * gate * (1 - gate);
+        before += w[0] * d[row];
+        if (row == 0) {
+          store(adjoint.gradient + at, -gate * grad_theta);
+        } else {
+          before += gate * grad_theta;
+        }
+        store(adjoint.carried + own, w[1] * d[row]);
+        if (sums == nullptr) continue;
+        T* total = sums->head + (row * columns + inputs) * kLanes<T>;
+        add_to(total, d[row] * old);
+        add_to(total + kLanes<T>, d[row] * load(slot + own));
+      }
+      store(adjoint.carried + theta + at, before);
+    }
+    for (int64_t k = 0; k < inputs; ++k) {
+      const Vec<T> x = load(top + k * kGroup<T> + at);
+      Vec<T> grad = Vec<T>{};
+      for (int row = 0; row < lstm.head_rows(); ++row) {
+        grad += lstm.head_weight[row * columns + k] * d[row];
+        if (sums != nullptr) add_to(sums->head + (row * columns + k) * kLanes<T>, d[row] * x);
+      }
+      store(adjoint.top + k * kGroup<T> + at, grad);
+    }
+    if (sums == nullptr) continue;
+    for (int row = 0; row < lstm.head_rows(); ++row)
+      add_to(sums->head_bias + (bias + row) * kLanes<T>, d[row]);
+  }
+}
+
+// Through layer l: the gates become their gradients; `carried` has the gradient of h and c after the step and
+// gets that of before; `above` is the gradient that h gets from above in the same step; `inputs` is set, of
+// the first layer only if wanted.
+template <typename T>
+void layer_backward(const Weights<T>& weights, int l, int64_t step, T* slot, const T* after, const T* above,
+                    Adjoint<T>& adjoint, bool wants_inputs, WeightGradient<T>* sums) {
+  const Lstm<T>& lstm = weights.lstm;
+  const int64_t H = lstm.hidden, I = lstm.layer_inputs(l);
+  T* gates = slot + Slot<T>{lstm}.gates(l) * kGroup<T>;
+  T* grad_h = adjoint.carried + lstm.h_row(l) * kGroup<T>;
+  T* grad_c = adjoint.carried + lstm.c_row(l) * kGroup<T>;
+  T* bias = sums == nullptr ? nullptr
+                            : sums->bias[l] + (l == 0 && lstm.bias_per_step ? step * 4 * H : 0) * kLanes<T>;
+  for (int64_t u = 0; u < H; ++u) {
+    Vec<T> totals[4] = {};
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = u * kGroup<T> + v * kLanes<T>;
+      T* gate = gates + u * 4 * kGroup<T> + v * kLanes<T>;
+      const LstmGates<Vec<T>> values{load(gate), load(gate + kGroup<T>), load(gate + 2 * kGroup<T>),
+                                     load(gate + 3 * kGroup<T>)};
+      const Vec<T> c = load(after + lstm.c_row(l) * kGroup<T> + at);
+      const auto [d, c_before] =
+          lstm_backward<Vec<T>>(load(grad_h + at) + load(above + at), load(grad_c + at), values,
+                                load(slot + lstm.c_row(l) * kGroup<T> + at), Nonlinear<T>::tanh(c));
+      store(gate, d.i);
+      store(gate + kGroup<T>, d.f);
+      store(gate + 2 * kGroup<T>, d.g);
+      store(gate + 3 * kGroup<T>, d.o);
+      store(grad_c + at, c_before);
+      totals[0] += d.i;
+      totals[1] += d.f;
+      totals[2] += d.g;
+      totals[3] += d.o;
+    }
+    if (bias == nullptr) continue;
+    for (int q = 0; q < 4; ++q) add_to(bias + (u * 4 + q) * kLanes<T>, totals[q]);
+  }
+  int64_t k = wants_inputs ? 0 : I;
+  for (; k + kInputRows <= I + H; k += kInputRows) {
+    input_rows<kInputRows>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
+  }
+  if constexpr (kInputRows > 4) {
+    for (; k + 4 <= I + H; k += 4) input_rows<4>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
+  }
+  for (; k < I + H; ++k) input_rows<1>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
+  std::copy_n(adjoint.inputs + I * kGroup<T>, H * kGroup<T>, grad_h);
+}
+
+// Back through the step of `slot`, `after` it what the next slot has. Where `wants_gradient`,
+// adjoint.gradient becomes the gradient of the given gradient.
+template <typename T>
+void step_backward(const Weights<T>& weights, int64_t step, T* slot, const T* after, Adjoint<T>& adjoint,
+                   bool wants_gradient, WeightGradient<T>* sums) {
+  const Lstm<T>& lstm = weights.lstm;
+  const Slot<T> rows{lstm};
+  const T* top =
+      lstm.layers == 0 ? slot + rows.inputs() * kGroup<T> : after + lstm.h_row(lstm.layers - 1) * kGroup<T>;
+  head_backward(weights, step, slot, after, top, adjoint, sums);
+  const T* above = adjoint.top;
+  for (int l = lstm.layers - 1; l >= 0; --l) {
+    layer_backward(weights, l, step, slot, after, above, adjoint, l > 0 || wants_gradient, sums);
+    above = adjoint.inputs;
+  }
+  if (!wants_gradient) return;
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t at = v * kLanes<T>;
+    Vec<T> grad = load(above + at);
+    if (lstm.preprocess == Preprocess::log_sign) {
+      const Vec<T> g = load(slot + rows.gradient() * kGroup<T> + at);
+      grad = log_sign_backward<Vec<T>>({grad, load(above + kGroup<T> + at)}, g, lstm.p, weights.exp_p,
+                                       std::numeric_limits<T>::max());
+    }
+    add_to(adjoint.gradient + at, grad);
+  }
+}
+
+}  // namespace metafast::METAFAST_ISA

@@ -1,0 +1,181 @@
+// First derivatives of the learned optimizer ops. The backward is an op, which refuses to be differentiated
+// again.
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include "common/call.h"
+#include "learned_optimizer/ops.h"
+
+namespace metafast {
+
+// ---- the ops, through the dispatcher ----
+
+#define METAFAST_CALL(op, ...)                                     \
+  static const auto handle = find_op<decltype(metafast::op)>(#op); \
+  return handle.call(__VA_ARGS__)
+
+std::tuple<std::vector<Tensor>, Tensor> lstm_unroll(at::TensorList grads, at::TensorList params,
+                                                    const Tensor& state, at::TensorList weights,
+                                                    std::string_view head, std::string_view preprocess,
+                                                    double p, double scale, bool unrolled) {
+  METAFAST_CALL(lstm_unroll, grads, params, state, weights, head, preprocess, p, scale, unrolled);
+}
+
+std::vector<Tensor> lstm_unroll_backward(at::TensorList grad_out, const OptionalTensor& grad_state,
+                                         at::TensorList grads, at::TensorList params, const Tensor& state,
+                                         at::TensorList weights, std::string_view head,
+                                         std::string_view preprocess, double p, double scale, bool unrolled,
+                                         std::array<bool, 4> wanted) {
+  METAFAST_CALL(lstm_unroll_backward, grad_out, grad_state, grads, params, state, weights, head, preprocess,
+                p, scale, unrolled, wanted);
+}
+
+void lstm_step_(at::TensorList params, at::TensorList grads, const Tensor& state, at::TensorList weights,
+                std::string_view head, std::string_view preprocess, double p, double scale) {
+  METAFAST_CALL(lstm_step_, params, grads, state, weights, head, preprocess, p, scale);
+}
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+struct Options {
+  std::string head, preprocess;
+  double p, scale;
+  bool unrolled;
+};
+
+// What a graph keeps of a call besides its tensors: grads, params, state and weights in one list.
+struct Call : torch::CustomClassHolder {
+  Options options;
+  size_t grads, params;
+
+  Call(Options options, size_t grads, size_t params)
+      : options(std::move(options)), grads(grads), params(params) {}
+
+  // Which of the four groups an input belongs to.
+  size_t group(size_t i) const {
+    return i < grads ? 0 : (i < grads + params ? 1 : (i == grads + params ? 2 : 3));
+  }
+};
+
+struct LstmUnrollFunction : Function<LstmUnrollFunction> {
+  // -> the results, then the new state
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, c10::intrusive_ptr<Call> call) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward(inputs.vec());
+    ctx->set_materialize_grads(false);
+    const Options& o = call->options;
+    const size_t state = call->grads + call->params;
+    auto [out, new_state] =
+        lstm_unroll(inputs.slice(0, call->grads), inputs.slice(call->grads, call->params), inputs[state],
+                    inputs.slice(state + 1), o.head, o.preprocess, o.p, o.scale, o.unrolled);
+    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+    out.push_back(new_state);
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
+    const Call& call = static_cast<Call&>(*ctx->saved_data["call"].toCapsule());
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList inputs(saved);
+    const Options& o = call.options;
+    std::array<bool, 4> wanted{};
+    for (size_t i = 0; i < inputs.size(); ++i) wanted[call.group(i)] |= ctx->needs_input_grad(i);
+    const OptionalTensor grad_state = optional_of(grad_out.back());
+    grad_out.pop_back();
+    for (size_t i = 0; i < grad_out.size(); ++i) {
+      if (!grad_out[i].defined()) grad_out[i] = at::zeros_like(inputs[i]);
+    }
+    const size_t state = call.grads + call.params;
+    variable_list found = lstm_unroll_backward(
+        grad_out, grad_state, inputs.slice(0, call.grads), inputs.slice(call.grads, call.params),
+        inputs[state], inputs.slice(state + 1), o.head, o.preprocess, o.p, o.scale, o.unrolled, wanted);
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (!wanted[call.group(i)]) found[i] = Tensor();
+    }
+    found.emplace_back();  // of the call, which has none
+    return found;
+  }
+};
+
+variable_list joined(at::TensorList grads, at::TensorList params, const Tensor& state,
+                     at::TensorList weights) {
+  variable_list inputs = grads.vec();
+  inputs.insert(inputs.end(), params.begin(), params.end());
+  inputs.push_back(state);
+  inputs.insert(inputs.end(), weights.begin(), weights.end());
+  return inputs;
+}
+
+std::tuple<std::vector<Tensor>, Tensor> lstm_unroll_autograd(at::TensorList grads, at::TensorList params,
+                                                             const Tensor& state, at::TensorList weights,
+                                                             std::string_view head,
+                                                             std::string_view preprocess, double p,
+                                                             double scale, bool unrolled) {
+  const variable_list inputs = joined(grads, params, state, weights);
+  if (needs_graph_of("lstm_unroll", inputs)) {
+    variable_list results = LstmUnrollFunction::apply(
+        at::TensorList(inputs),
+        c10::make_intrusive<Call>(Options{std::string(head), std::string(preprocess), p, scale, unrolled},
+                                  grads.size(), params.size()));
+    const Tensor new_state = results.back();
+    results.pop_back();
+    return {results, new_state};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return lstm_unroll(grads, params, state, weights, head, preprocess, p, scale, unrolled);
+}
+
+std::vector<Tensor> lstm_unroll_backward_autograd(at::TensorList grad_out, const OptionalTensor& grad_state,
+                                                  at::TensorList grads, at::TensorList params,
+                                                  const Tensor& state, at::TensorList weights,
+                                                  std::string_view head, std::string_view preprocess,
+                                                  double p, double scale, bool unrolled,
+                                                  std::array<bool, 4> wanted) {
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return lstm_unroll_backward(grad_out, grad_state, grads, params, state, weights, head, preprocess, p,
+                                scale, unrolled, wanted);
+  };
+  variable_list inputs = joined(grads, params, state, weights);
+  inputs.insert(inputs.end(), grad_out.begin(), grad_out.end());
+  if (grad_state) inputs.push_back(*grad_state);
+  if (!needs_graph_of("lstm_unroll_backward", inputs)) return compute();
+  return LastDerivative::apply(at::TensorList(inputs), std::function<variable_list()>(compute),
+                               "lstm_unroll");
+}
+
+void lstm_step_autograd(at::TensorList params, at::TensorList grads, const Tensor& state,
+                        at::TensorList weights, std::string_view head, std::string_view preprocess, double p,
+                        double scale) {
+  const variable_list inputs = joined(grads, params, state, weights);
+  TORCH_CHECK(
+      !needs_graph_of("lstm_step_", inputs),
+      "lstm_optimizer_step_: works in place, so it has no derivative; call it under torch.no_grad(), or "
+      "lstm_optimizer_step");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  lstm_step_(params, grads, state, weights, head, preprocess, p, scale);
+  for (const Tensor& param : params) param.unsafeGetTensorImpl()->bump_version();
+  state.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
+  m.impl("lstm_unroll", lstm_unroll_autograd);
+  m.impl("lstm_unroll_backward", lstm_unroll_backward_autograd);
+  m.impl("lstm_step_", lstm_step_autograd);
+}
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) {
+  m.impl("lstm_unroll", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+}
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCUDA, m) {
+  m.impl("lstm_unroll", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+}
+
+}  // namespace metafast

@@ -1,0 +1,197 @@
+// CPU kernels of the learned optimizer family.
+#include "learned_optimizer/adjoint.h"
+
+namespace metafast::METAFAST_ISA {
+
+// Calls f(arena) twice: to count the memory it takes, and, with that, to work.
+template <typename T, class F>
+void with_memory(F&& f) {
+  Arena<T> count;
+  f(count);
+  const ThreadMemory memory(count.bytes());
+  Arena<T> arena(static_cast<T*>(memory.get()));
+  f(arena);
+}
+
+template <typename T>
+void load_theta(const T* params, const Span& span, T* row) {
+  if (params != nullptr) return load_row(params, span, row);
+  std::fill_n(row, kGroup<T>, T(0));
+}
+
+template <typename T>
+void run(const LstmUnroll<T>& p, int64_t begin, int64_t end) {
+  const Slot<T> rows{p.lstm};
+  with_memory<T>([&](Arena<T>& arena) {
+    const Weights<T> weights(arena, p.lstm, p.steps);
+    T* now = arena.take(rows.gates(0) * kVecs);
+    T* next = arena.take(rows.gates(0) * kVecs);
+    T* update = arena.take(kVecs);
+    if (arena.counts()) return;
+    for_groups(p, begin, end, [&](const Span& span) {
+      const auto& item = p.list[span.item];
+      load_state(p, p.state, span, now);
+      load_theta(item.params, span, now + rows.theta() * kGroup<T>);
+      for (int64_t k = 0; k < p.steps && span.count > 0; ++k) {
+        load_row(item.grads + k * item.size, span, now + rows.gradient() * kGroup<T>);
+        lstm_step<false>(weights, k, now, next, update);
+        std::swap(now, next);
+        if (item.out == nullptr) continue;
+        store_row(item.params == nullptr ? update : now + rows.theta() * kGroup<T>, span,
+                  item.out + k * item.size);
+      }
+      if (p.new_state != nullptr) store_state(p, now, span, p.new_state);
+    });
+  });
+}
+
+// A thread's backward: the steps of as many groups as its memory holds, then the weights' gradient over all
+// of them at once; of a long unroll, parts of the steps of one group, each run again from its first state.
+template <typename T>
+class Backward {
+ public:
+  Backward(Arena<T>& arena, const LstmUnrollBackward<T>& p)
+      : p_(p),
+        forward_(p.forward),
+        lstm_(p.forward.lstm),
+        rows_{lstm_},
+        part_(std::max<int64_t>(1, std::min(forward_.steps, slots_in_memory() - 1))),
+        parts_((forward_.steps + part_ - 1) / part_),
+        max_runs_(std::max<int64_t>(1, parts_ > 1 ? 1 : slots_in_memory() / (part_ + 1))),
+        weights_(arena, lstm_, forward_.steps),
+        sums_(arena, lstm_, p.sums == nullptr ? 0 : forward_.steps),
+        adjoint_(arena, lstm_),
+        slots_(arena.take(max_runs_ * (part_ + 1) * rows_.vectors())),
+        starts_(arena.take((parts_ + 1) * carried())) {}
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item * p_.blocks_per_item();
+      const int64_t last = std::min(first + p_.blocks_per_item(), forward_.blocks());
+      if (wants_weights()) sums_.clear();
+      for_groups(forward_, first, last, [&](const Span& span) { run_group(span); });
+      if (!wants_weights()) continue;
+      finish_runs();
+      sums_.finish(lstm_, forward_.steps, p_.sums + item * p_.columns());
+    }
+  }
+
+ private:
+  bool wants_weights() const { return p_.sums != nullptr; }
+  WeightGradient<T>* sums() { return wants_weights() ? &sums_ : nullptr; }
+  int64_t carried() const { return rows_.carried() * kVecs; }     // in vectors
+  int64_t slot_size() const { return rows_.rows() * kGroup<T>; }  // in elements
+  int64_t slots_in_memory() const {
+    constexpr int64_t kCacheBytes = 3 << 18;  // of a second-level cache
+    return kCacheBytes / (slot_size() * static_cast<int64_t>(sizeof(T)));
+  }
+  T* slot(int64_t run, int64_t step) { return slots_ + (run * (part_ + 1) + step) * slot_size(); }
+  T* start(int64_t part) { return starts_ + part * rows_.carried() * kGroup<T>; }
+
+  void load_gradient(const Span& span, int64_t k, T* slot) const {
+    const auto& item = forward_.list[span.item];
+    load_row(item.grads + k * item.size, span, slot + rows_.gradient() * kGroup<T>);
+  }
+
+  void find_starts(const Span& span) {
+    load_state(forward_, forward_.state, span, start(0));
+    load_theta(forward_.list[span.item].params, span, start(0) + rows_.theta() * kGroup<T>);
+    T *now = slot(0, 0), *next = slot(0, 1);
+    for (int64_t part = 0; part + 1 < parts_; ++part) {
+      std::copy_n(start(part), rows_.carried() * kGroup<T>, now);
+      for (int64_t k = part * part_; k < (part + 1) * part_; ++k) {
+        load_gradient(span, k, now);
+        lstm_step<false>(weights_, k, now, next, static_cast<T*>(nullptr));
+        std::swap(now, next);
+      }
+      std::copy_n(now, rows_.carried() * kGroup<T>, start(part + 1));
+    }
+  }
+
+  void run_group(const Span& span) {
+    const auto& item = p_.list[span.item];
+    if (span.count > 0) {
+      find_starts(span);
+      load_end(span);
+      for (int64_t part = parts_ - 1; part >= 0; --part) run_part(span, part);
+    } else {
+      std::fill_n(adjoint_.carried, rows_.carried() * kGroup<T>, T(0));
+    }
+    if (p_.grad_state != nullptr) {
+      store_state<StateOf<T>>(adjoint_.carried, lstm_.state_rows(), span, p_.grad_state);
+    }
+    if (item.grad_params != nullptr && span.count > 0) {
+      store_row(adjoint_.carried + rows_.theta() * kGroup<T>, span, item.grad_params);
+    }
+  }
+
+  // The gradient of what is there after all steps.
+  void load_end(const Span& span) {
+    std::fill_n(adjoint_.carried, rows_.carried() * kGroup<T>, T(0));
+    if (p_.grad_new_state == nullptr) return;
+    load_state<StateOf<T>>(p_.grad_new_state, lstm_.state_rows(), span, adjoint_.carried);
+  }
+
+  void run_part(const Span& span, int64_t part) {
+    const int64_t first = part * part_, count = std::min(part_, forward_.steps - first);
+    std::copy_n(start(part), rows_.carried() * kGroup<T>, slot(runs_, 0));
+    for (int64_t t = 0; t < count; ++t) {
+      load_gradient(span, first + t, slot(runs_, t));
+      lstm_step<true>(weights_, first + t, slot(runs_, t), slot(runs_, t + 1), static_cast<T*>(nullptr));
+    }
+    for (int64_t t = count - 1; t >= 0; --t) step(span, first + t, slot(runs_, t), slot(runs_, t + 1));
+    if (!wants_weights()) return;
+    steps_ = count;
+    if (++runs_ == max_runs_) finish_runs();
+  }
+
+  void step(const Span& span, int64_t k, T* slot, const T* after) {
+    const auto& item = p_.list[span.item];
+    const int64_t size = forward_.list[span.item].size;
+    T* theta = adjoint_.carried + rows_.theta() * kGroup<T>;
+    const bool keeps = forward_.list[span.item].params != nullptr;  // else the update of one step alone
+    if (!keeps) std::fill_n(theta, kGroup<T>, T(0));
+    if (item.grad_out != nullptr) {
+      load_row(item.grad_out + k * size, span, adjoint_.gradient);
+      for (int v = 0; v < kVecs; ++v) {
+        add_to(theta + v * kLanes<T>, load(adjoint_.gradient + v * kLanes<T>));
+      }
+    }
+    step_backward(weights_, k, slot, after, adjoint_, item.grad_grads != nullptr, sums());
+    if (item.grad_grads != nullptr) store_row(adjoint_.gradient, span, item.grad_grads + k * size);
+  }
+
+  void finish_runs() {
+    layer_weights(lstm_, {slots_, runs_, (part_ + 1) * slot_size(), steps_, slot_size()}, sums_);
+    runs_ = 0;
+  }
+
+  const LstmUnrollBackward<T>& p_;
+  const LstmUnroll<T>& forward_;
+  const Lstm<T>& lstm_;
+  Slot<T> rows_;
+  int64_t part_, parts_, max_runs_;  // steps of a part; parts; groups before the weights' gradient
+  Weights<T> weights_;
+  WeightGradient<T> sums_;
+  Adjoint<T> adjoint_;
+  T* slots_;   // [max_runs, part + 1]
+  T* starts_;  // [parts], what was there before each
+  int64_t runs_ = 0, steps_ = 0;
+};
+
+template <typename T>
+void run(const LstmUnrollBackward<T>& p, int64_t begin, int64_t end) {
+  with_memory<T>([&](Arena<T>& arena) {
+    Backward<T> backward(arena, p);
+    if (!arena.counts()) backward.run(begin, end);
+  });
+}
+
+#define METAFAST_INSTANTIATE(Params)                         \
+  template void run(const Params<float>&, int64_t, int64_t); \
+  template void run(const Params<double>&, int64_t, int64_t);
+METAFAST_INSTANTIATE(LstmUnroll)
+METAFAST_INSTANTIATE(LstmUnrollBackward)
+#undef METAFAST_INSTANTIATE
+
+}  // namespace metafast::METAFAST_ISA
