@@ -1,0 +1,448 @@
+// A chunk of coordinates: their numbers in memory, and one step of the LSTM on them. Part of cuda.cu.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "learned_optimizer/cuda_plan.h"
+#include "learned_optimizer/math.h"
+
+namespace metafast::cuda {
+namespace {
+
+// ---- four coordinates at once ----
+
+template <typename T>
+struct Quad {
+  T values[kQuad];
+};
+
+template <typename T, typename S>
+__device__ __forceinline__ T converted(S value) {
+  return static_cast<T>(to_accumulate(value));
+}
+
+template <typename T, typename S>
+__device__ __forceinline__ void convert(T value, S& out) {
+  from_accumulate(static_cast<accumulate_t<S>>(value), out);
+}
+
+template <typename T>
+constexpr int kQuadLength = kVectorLength<T> < kQuad ? kVectorLength<T> : kQuad;  // of one load
+
+// `aligned`: to 16 bytes, or less for numbers of less than 4 bytes.
+template <typename T, typename S>
+__device__ __forceinline__ Quad<T> load_quad(const S* address, bool aligned = true) {
+  constexpr int kLength = kQuadLength<S>;
+  Quad<T> quad;
+  if (!aligned) {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) quad.values[i] = converted<T>(address[i]);
+    return quad;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuad; i += kLength) {
+    const Vector<S, kLength> vector = load_vector<kLength>(address + i);
+#pragma unroll
+    for (int v = 0; v < kLength; ++v) quad.values[i + v] = converted<T>(vector.values[v]);
+  }
+  return quad;
+}
+
+template <typename T, typename S>
+__device__ __forceinline__ void store_quad(S* address, const Quad<T>& quad, bool aligned = true) {
+  constexpr int kLength = kQuadLength<S>;
+  if (!aligned) {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) convert(quad.values[i], address[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kQuad; i += kLength) {
+    Vector<S, kLength> vector;
+#pragma unroll
+    for (int v = 0; v < kLength; ++v) convert(quad.values[i + v], vector.values[v]);
+    store_vector(address + i, vector);
+  }
+}
+
+// ---- nonlinearities ----
+
+// In float the argument of the exponential is rounded once, a relative error of |x| 2^-24 that the sum before
+// has already; two further operations are good to 2 units in the last place.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+
+// A unit of four coordinates: its gates, its cell, and what comes out.
+template <typename T>
+struct Unit {
+  Quad<T> gates[kGates], c, h;
+};
+
+template <typename T>
+__device__ __forceinline__ Unit<T> finish_unit(const T (&sums)[kGates][kQuad], const Quad<T>& c_before) {
+  Unit<T> unit;
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    const T in = sigmoid(sums[0][i]), forget = sigmoid(sums[1][i]);
+    const T cell = Math<T>::tanh(sums[2][i]), out = sigmoid(sums[3][i]);
+    unit.gates[0].values[i] = in;
+    unit.gates[1].values[i] = forget;
+    unit.gates[2].values[i] = cell;
+    unit.gates[3].values[i] = out;
+    unit.c.values[i] = forget * c_before.values[i] + in * cell;
+    unit.h.values[i] = out * Math<T>::tanh(unit.c.values[i]);
+  }
+  return unit;
+}
+
+// ---- weights ----
+
+// Columns of a weight matrix, of which each gives a unit's four gates. Units behind the last give anything.
+template <typename T>
+struct SharedMatrix {
+  const T* first;
+  int column_pitch;
+
+  __device__ __forceinline__ Quad<T> gates(int column, int unit) const {
+    return load_quad<T>(first + column * column_pitch + unit * kGates);
+  }
+};
+
+template <typename T>
+struct GivenMatrix {
+  const T* first;  // [4H, columns]
+  int hidden, columns;
+
+  __device__ __forceinline__ Quad<T> gates(int column, int unit) const {
+    const int row = unit < hidden ? unit : hidden - 1;
+    Quad<T> quad;
+#pragma unroll
+    for (int q = 0; q < kGates; ++q) {
+      quad.values[q] = first[(static_cast<int64_t>(q) * hidden + row) * columns + column];
+    }
+    return quad;
+  }
+};
+
+// Adds the products of `count` rows with the weights of kUnits units.
+template <int kUnits, class Matrix, typename T>
+__device__ __forceinline__ void add_products(const T* rows, int pitch, int count, const Matrix& matrix,
+                                             int first_unit, T (&sums)[kUnits][kGates][kQuad]) {
+#pragma unroll 1
+  for (int j = 0; j < count; ++j) {
+    const Quad<T> row = load_quad<T>(rows + j * pitch);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const Quad<T> weights = matrix.gates(j, first_unit + u);
+#pragma unroll
+      for (int q = 0; q < kGates; ++q) {
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) sums[u][q][i] += weights.values[q] * row.values[i];
+      }
+    }
+  }
+}
+
+// ---- the chunk ----
+
+// What the head gives for a coordinate: theta, or the step where there are no parameters; and its gates.
+template <typename T>
+struct HeadValues {
+  T theta, gates[2];
+};
+
+struct Coordinate {
+  bool inside;
+  int item;
+  int64_t index;  // in its tensor
+};
+
+template <Memory kMemory, typename T>
+class Chunk {
+ public:
+  using Matrix = std::conditional_t<kMemory == Memory::all, SharedMatrix<T>, GivenMatrix<T>>;
+
+  // `workspace`: of the rows, with Memory::none.
+  __device__ __forceinline__ Chunk(const LstmUnroll<T>& p, const Plan<T>& plan, unsigned char* shared,
+                                   T* workspace)
+      : p_(p), plan_(plan), at_(plan.at), slots_(reinterpret_cast<Slot*>(shared)) {
+    T* const behind = reinterpret_cast<T*>(shared + kSlotBytes);
+    weights_ = behind;
+    if constexpr (kMemory == Memory::none) {
+      rows_ = workspace;
+    } else {
+      rows_ = behind + (kMemory == Memory::all ? at_.weight_elements : 0);
+    }
+  }
+
+  // Shared memory behind the weights and rows.
+  __device__ __forceinline__ T* behind() const { return rows_ + at_.row_elements; }
+
+  // f(i) for i < count, by the threads of the block in turn.
+  template <class F>
+  static __device__ __forceinline__ void for_each(int count, const F& f) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) f(i);
+  }
+
+  // Before the first chunk. The caller waits.
+  __device__ __forceinline__ void copy_weights() const {
+    if constexpr (kMemory == Memory::all) {
+      for (int l = 0; l < at_.layers; ++l) {
+        const int inputs = layer_inputs(l), pitch = at_.padded_units * kGates;
+        const auto copy = [&](const T* from, int columns, int first_column) {
+          for_each(kGates * at_.hidden * columns, [&](int i) {
+            const int row = i / columns, column = first_column + i % columns;
+            weights_[at_.weights[l] + column * pitch + row % at_.hidden * kGates + row / at_.hidden] =
+                from[i];
+          });
+        };
+        copy(p_.lstm.layer[l].weight_ih, inputs, 0);
+        copy(p_.lstm.layer[l].weight_hh, at_.hidden, inputs);
+      }
+    }
+  }
+
+  // Every thread calls it when all are done with the chunk before.
+  __device__ __forceinline__ void begin(int64_t chunk) {
+    const int64_t first = chunk * at_.width;
+    first_block_ = first / kStateBlock;
+    offset_ = static_cast<int>(first % kStateBlock);
+    for_each(kMostSlots, [&](int s) {
+      const int64_t block = first_block_ + s;
+      Slot slot{0, -1, 0};
+      if (block < p_.blocks()) {
+        int low = 0, high = p_.count;  // the tensor is in [low, high)
+        while (high - low > 1) {
+          const int middle = (low + high) / 2;
+          (p_.first_block[middle] <= block ? low : high) = middle;
+        }
+        slot.item = low;
+        slot.first = (block - p_.first_block[low]) * kStateBlock;
+        slot.coordinates = static_cast<int>(min(kStateBlock, p_.list[low].size - slot.first));
+      }
+      slots_[s] = slot;
+    });
+    __syncthreads();
+  }
+
+  // ---- where things are ----
+
+  __device__ __forceinline__ int layer_inputs(int l) const { return l == 0 ? at_.inputs : at_.hidden; }
+  __device__ __forceinline__ Matrix input_weights(int l) const { return matrix(l, false); }
+  __device__ __forceinline__ Matrix hidden_weights(int l) const { return matrix(l, true); }
+
+  __device__ __forceinline__ T* row(int first, int index = 0) const {
+    return rows_ + first + index * at_.pitch;
+  }
+  __device__ __forceinline__ T* h_before(int l, int shift) const {
+    return row(at_.h, (l + shift) % at_.buffers * at_.hidden);
+  }
+  __device__ __forceinline__ T* h_after(int l, int shift) const { return h_before(l, shift + at_.layers); }
+  __device__ __forceinline__ int next_shift(int shift) const { return (shift + at_.layers) % at_.buffers; }
+  // The rows that layer l or, for l = layers, the head takes.
+  __device__ __forceinline__ T* inputs_of(int l, int shift) const {
+    return l == 0 ? row(at_.x) : h_after(l - 1, shift);
+  }
+
+  __device__ __forceinline__ Coordinate coordinate(int c) const {
+    const int place = offset_ + c;
+    const Slot& slot = slots_[place / kStateBlock];
+    const int within = place % kStateBlock;
+    return {within < slot.coordinates, slot.item, slot.first + within};
+  }
+
+  // ---- packed states ----
+
+  // Four coordinates of a row; 0 for those that are padding.
+  template <typename S>
+  __device__ __forceinline__ Quad<T> load_packed(const S* state, int64_t row, int c) const {
+    Quad<T> quad{};
+    const int place = offset_ + c, within = place % kStateBlock;
+    const int count = slots_[place / kStateBlock].coordinates - within;
+    if (count <= 0) return quad;
+    quad = load_quad<T>(state + packed_index(row, c), plan_.aligned);
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      if (i >= count) quad.values[i] = 0;
+    }
+    return quad;
+  }
+
+  template <typename S>
+  __device__ __forceinline__ void store_packed(S* state, int64_t row, int c, Quad<T> quad) const {
+    const int place = offset_ + c, within = place % kStateBlock;
+    const Slot& slot = slots_[place / kStateBlock];
+    if (slot.item < 0) return;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      if (within + i >= slot.coordinates) quad.values[i] = 0;
+    }
+    store_quad(state + packed_index(row, c), quad, plan_.aligned);
+  }
+
+  __device__ __forceinline__ Quad<T> load_state(int64_t row, int c) const {
+    if (p_.bfloat16_state) return load_packed(static_cast<const __nv_bfloat16*>(p_.state), row, c);
+    return load_packed(static_cast<const T*>(p_.state), row, c);
+  }
+
+  // f(row of a packed state, row of memory, c) for rows of h and gates, four coordinates at a time.
+  template <class F>
+  __device__ __forceinline__ void for_each_h(const F& f) const {
+    const int units = at_.layers * at_.hidden;
+    for_each(units * at_.quads, [&](int i) {
+      const int unit = i / at_.quads, c = i % at_.quads * kQuad;
+      f(unit / at_.hidden, unit % at_.hidden, c);
+    });
+  }
+
+  // ---- a step ----
+
+  // The inputs that stand for the gradient of a coordinate.
+  __device__ __forceinline__ void fill_inputs(int64_t k, int c) const {
+    const T g = gradient(coordinate(c), k);
+    T* const x = row(at_.x) + c;
+    if (p_.lstm.preprocess == Preprocess::none) {
+      x[0] = g;
+      return;
+    }
+    const LogSign<T> inputs = log_sign(g, p_.lstm.p, plan_.exp_p, std::numeric_limits<T>::max());
+    x[0] = inputs.size;
+    x[at_.pitch] = inputs.sign;
+  }
+
+  __device__ __forceinline__ T gradient(const Coordinate& coordinate, int64_t k) const {
+    if (!coordinate.inside) return 0;
+    const auto& item = p_.list[coordinate.item];
+    return item.grads[k * item.size + coordinate.index];
+  }
+
+  // Layer l of step k. cells(l, unit, c) gives c before; consume(l, unit, c, Unit) takes what it becomes.
+  template <int kUnits, class Cells, class Consume>
+  __device__ __forceinline__ void layer(int l, int64_t k, int shift, const Cells& cells,
+                                        const Consume& consume) const {
+    const LstmLayer<T>& layer = p_.lstm.layer[l];
+    const T* const bias = layer.bias + (l == 0 && p_.lstm.bias_per_step ? k * kGates * at_.hidden : 0);
+    const T *const inputs = inputs_of(l, shift), *const before = h_before(l, shift);
+    for_each(at_.quads * div_up(at_.hidden, kUnits), [&](int tile) {
+      const int c = tile % at_.quads * kQuad, first = tile / at_.quads * kUnits;
+      T sums[kUnits][kGates][kQuad];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int unit = min(first + u, at_.hidden - 1);
+#pragma unroll
+        for (int q = 0; q < kGates; ++q) {
+          const T value = bias[q * at_.hidden + unit];
+#pragma unroll
+          for (int i = 0; i < kQuad; ++i) sums[u][q][i] = value;
+        }
+      }
+      add_products(inputs + c, at_.pitch, layer_inputs(l), input_weights(l), first, sums);
+      add_products(before + c, at_.pitch, at_.hidden, hidden_weights(l), first, sums);
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int unit = first + u;
+        if (unit < at_.hidden) consume(l, unit, c, finish_unit(sums[u], cells(l, unit, c)));
+      }
+    });
+  }
+
+  // What the head's rows say of a coordinate in step k, before their nonlinearities: the product with
+  // `inputs`, from theta and gates before.
+  __device__ __forceinline__ void head_sums(int64_t k, int c, int shift, T (&sums)[2]) const {
+    const Lstm<T>& lstm = p_.lstm;
+    const T* const inputs = inputs_of(at_.layers, shift) + c;
+    const int columns = static_cast<int>(lstm.head_columns());
+    const bool has_gates = lstm.head == Head::gates;
+    const T* const bias = head_bias(k);
+    sums[0] = bias[0];
+    sums[1] = has_gates ? bias[1] : T(0);
+    for (int u = 0; u < at_.top; ++u) {
+      const T input = inputs[u * at_.pitch];
+      sums[0] += lstm.head_weight[u] * input;
+      if (has_gates) sums[1] += lstm.head_weight[columns + u] * input;
+    }
+    if (!has_gates) return;
+    const T theta = row(at_.theta)[c];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const T* const own = lstm.head_weight + r * columns + at_.top;
+      sums[r] += own[0] * theta + own[1] * row(at_.gates, r)[c];
+    }
+  }
+  __device__ __forceinline__ const T* head_bias(int64_t k) const {
+    return p_.lstm.head_bias + (at_.layers == 0 && p_.lstm.bias_per_step ? k * at_.head_rows : 0);
+  }
+
+  // Step k of a coordinate behind the layers: theta and gates become what they are after it.
+  __device__ __forceinline__ HeadValues<T> head(int64_t k, int c, int shift, const Coordinate& where) const {
+    T sums[2];
+    head_sums(k, c, shift, sums);
+    HeadValues<T> values{};
+    const T before = row(at_.theta)[c];
+    if (p_.lstm.head == Head::update) {
+      values.theta = before + p_.lstm.scale * sums[0];
+      if (has_params(where)) row(at_.theta)[c] = values.theta;
+      return values;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row(at_.gates, r)[c] = values.gates[r] = sigmoid(sums[r]);
+    values.theta = values.gates[1] * before - values.gates[0] * gradient(where, k);
+    row(at_.theta)[c] = values.theta;
+    return values;
+  }
+
+  __device__ __forceinline__ bool has_params(const Coordinate& where) const {
+    return where.inside && p_.list[where.item].params != nullptr;
+  }
+
+  // theta_0, and the gates of the state, of a coordinate.
+  __device__ __forceinline__ void fill_head(int c) const {
+    const Coordinate where = coordinate(c);
+    row(at_.theta)[c] = has_params(where) ? p_.list[where.item].params[where.index] : T(0);
+    if (p_.lstm.head != Head::gates) return;
+    for (int r = 0; r < 2; ++r) {
+      row(at_.gates, r)[c] = where.inside ? load_state_element(p_.lstm.gate_row() + r, c) : T(0);
+    }
+  }
+
+  // One element of a packed state; the place of coordinate c of a row.
+  __device__ __forceinline__ int64_t packed_index(int64_t row, int c) const {
+    const int place = offset_ + c;
+    const int64_t block = first_block_ + place / kStateBlock;
+    return (block * p_.lstm.state_rows() + row) * kStateBlock + place % kStateBlock;
+  }
+  __device__ __forceinline__ T load_state_element(int64_t row, int c) const {
+    const int64_t index = packed_index(row, c);
+    return p_.bfloat16_state ? converted<T>(static_cast<const __nv_bfloat16*>(p_.state)[index])
+                             : static_cast<const T*>(p_.state)[index];
+  }
+  // Whether coordinate c has a place in a packed state, if only as padding.
+  __device__ __forceinline__ bool has_place(int c) const {
+    return slots_[(offset_ + c) / kStateBlock].item >= 0;
+  }
+
+ private:
+  const LstmUnroll<T>& p_;
+  const Plan<T>& plan_;
+  const Layout<T>& at_;
+  Slot* slots_;
+  T *weights_, *rows_;
+  int64_t first_block_ = 0;
+  int offset_ = 0;  // of the chunk in its first block of state
+
+  __device__ __forceinline__ Matrix matrix(int l, bool of_hidden) const {
+    if constexpr (kMemory == Memory::all) {
+      const int pitch = at_.padded_units * kGates;
+      return {weights_ + at_.weights[l] + (of_hidden ? layer_inputs(l) * pitch : 0), pitch};
+    } else {
+      const LstmLayer<T>& layer = p_.lstm.layer[l];
+      return of_hidden ? Matrix{layer.weight_hh, at_.hidden, at_.hidden}
+                       : Matrix{layer.weight_ih, at_.hidden, layer_inputs(l)};
+    }
+  }
+};
+
+}  // namespace
+
+}  // namespace metafast::cuda
