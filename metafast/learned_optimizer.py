@@ -48,6 +48,7 @@ from torch import Tensor
 from metafast import _doors
 from metafast._unroll_chain import unroll_chain
 from metafast.reference import learned_optimizer as reference
+from metafast.reference.inner_loop import float32_under_autocast
 from metafast.reference.learned_optimizer import BLOCK, StateViews, blocks, log_sign
 
 
@@ -218,12 +219,15 @@ def meta_lstm_step(
     """
     if not len(theta) and not len(grads):
         return [], state
+    if loss.dim() != 0:
+        raise ValueError(f"loss: expected shape [], got {list(loss.shape)}")
     unrolled, state = meta_lstm_unroll(
         theta, [g.unsqueeze(0) for g in grads], loss.unsqueeze(0), state, weights, p=p
     )
     return [t.squeeze(0) for t in unrolled], state
 
 
+@float32_under_autocast
 def meta_lstm_unroll(
     theta: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -259,12 +263,11 @@ def meta_lstm_unroll(
     """
     if not len(theta) and not len(grads):
         return [], state
-    _check_meta_weights(weights, losses)
+    place = 2 if len(weights) > 2 else 1  # of the first bias
+    _check_loss_inputs(theta, losses, weights, place)
     # The loss is the same for all coordinates: its inputs are no more than another bias in each step.
-    weight = weights[0]
-    of_losses = log_sign(losses, p) @ weight[:, 2:4].mT  # [K, 4H], without layers [K, 2]
-    per_coordinate = torch.cat((weight[:, :2], weight[:, 4:]), 1)
-    place = 2 if len(weights) > 2 else 1
+    of_losses = log_sign(losses, p) @ weights[0][:, 2:4].mT  # [K, 4H], without layers [K, 2]
+    per_coordinate = torch.cat((weights[0][:, :2], weights[0][:, 4:]), 1)
     biased = [*weights[1:place], weights[place] + of_losses, *weights[place + 1 :]]
     return _unroll(grads, theta, state, [per_coordinate, *biased], "gates", "log_sign", p, 1.0, True)
 
@@ -323,13 +326,31 @@ def _zeros(params: Sequence[Tensor], rows: int, dtype: torch.dtype | None) -> Te
     return torch.zeros(count, rows, BLOCK, dtype=dtype or params[0].dtype, device=params[0].device)
 
 
-def _check_meta_weights(weights: Sequence[Tensor], losses: Tensor) -> None:
-    if losses.dim() != 1:
-        raise ValueError(f"losses: expected shape [K], got {list(losses.shape)}")
-    if len(weights) < 2 or weights[0].dim() != 2 or weights[0].shape[1] != (4 if len(weights) > 2 else 6):
-        shape = "[4H, 4]" if len(weights) > 2 else "[2, 6]"
-        got = list(weights[0].shape) if len(weights) else "no tensors"
-        raise ValueError(f"weights[0]: expected shape {shape}, got {got}")
+def _check_loss_inputs(
+    theta: Sequence[Tensor], losses: Tensor, weights: Sequence[Tensor], place: int
+) -> None:
+    """What is computed of the losses before the op sees its arguments. `place` is that of the first bias."""
+    layers = place == 2
+    if len(weights) <= place:
+        raise ValueError(f"weights: expected at least W and b of the head, got {len(weights)} tensors")
+    columns = 4 if layers else 6
+    rows = weights[0].shape[0] if layers and weights[0].dim() else 2
+    checks = (
+        ("losses", losses, (losses.numel(),), "[K]"),
+        ("weights[0]", weights[0], (rows, columns), "[4H, 4]" if layers else "[2, 6]"),
+        (f"weights[{place}]", weights[place], (rows,), "[4H]" if layers else "[2]"),
+    )
+    like = theta[0] if len(theta) else losses
+    for name, tensor, shape, meaning in checks:
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{name}: expected the dtype of theta[0], {like.dtype}, got {tensor.dtype}")
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{name}: expected a tensor on the device of theta[0], {like.device}, "
+                f"got one on {tensor.device}"
+            )
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {meaning} = {list(shape)}, got {list(tensor.shape)}")
 
 
 def _unroll(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -362,9 +363,11 @@ def _optimizer_row(
     def call(m: ModuleType) -> Callable[..., Tensor]:
         def run(*tensors: Tensor) -> Tensor:
             tasks = tensors[0].shape[0]
-            grads = [t for task in zip(tensors[0], tensors[1], strict=True) for t in task]
-            params = [t for task in zip(tensors[2], tensors[3], strict=True) for t in task]
-            state = tensors[4].flatten(0, 1)
+            grads, params = (
+                [t for task in itertools.zip_longest(*pair) for t in task if t is not None]
+                for pair in (tensors[:2], tensors[2:4])
+            )
+            state = tensors[4].reshape(-1, *tensors[4].shape[2:])
             if not tasks:
                 unused = sum(t.sum() for t in tensors)  # no list of tensors, no call
                 return torch.cat([t.flatten(1) for t in tensors[2:5]], 1) + unused
