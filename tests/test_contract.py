@@ -496,7 +496,7 @@ def test_wrong_arguments_raise_and_name_the_argument(row: Row) -> None:
         with pytest.raises(ValueError, match="device"):
             function(*with_argument(i, arg.to("meta")))
         with pytest.raises(ValueError, match="expected"):
-            function(*with_argument(i, torch.cat([arg, arg[:1]])))
+            function(*with_argument(i, torch.cat([arg, arg[:1]]) if arg.dim() else arg.expand(2)))
         if arg.dim() > 1:
             with pytest.raises(ValueError, match="expected"):
                 function(*with_argument(i, arg.flatten()[:1]))
