@@ -61,7 +61,7 @@ def test_every_schedule_gives_the_same_bits(
     results = []
     for seed in SEEDS:
         set_seed(seed)
-        second = second_order(row, function, args) if row.derivatives > 1 else ()
+        second = second_order(row, function, args) if row.derivatives != 1 else ()
         results.append([*value_and_grads(row, function, args), *second])
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
