@@ -30,7 +30,7 @@ under `vmap`, `jvp`, `hessian` and forward-mode AD the pure-PyTorch twin in `met
 (`metafast.trace_doors` tells).
 
 CPU and CUDA, float32 and float64; on one device the same bits in every run, on the CPU with any number of
-threads. Nonlinearities are within 5e-7 of tanh and sigmoid in float32 on the CPU. Under autocast all but the
+threads. Nonlinearities are within 4e-7 of tanh and sigmoid in float32 on the CPU. Under autocast all but the
 in-place step runs in float32. A gradient that is infinite counts as the largest finite number, NaN stays in
 its coordinate, though the gradient of the weights, a sum over coordinates, is NaN then.
 

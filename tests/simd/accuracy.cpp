@@ -1,12 +1,13 @@
 // Prints the largest error of exp, log and tanh of common/simd.h over the floats, in units in the last place
-// of the C library's double result, and whether special values and sum_lanes() come out right: "exp 0.9\nlog
-// ...".
+// of the C library's double result, the largest absolute error of an LSTM's nonlinearities, and whether
+// special values and sum_lanes() come out right: "exp 0.9\nlog ...".
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 
 #include "common/simd.h"
+#include "learned_optimizer/nonlinear.h"
 
 using metafast::Math;
 using namespace metafast::METAFAST_ISA;
@@ -45,8 +46,24 @@ void report(const char* name, bool negative, F vector, G exact) {
   std::printf("%s %g\n", name, worst);
 }
 
+V all(float x) { return V{} + x; }
+
+template <class F, class G>
+void report_absolute(const char* name, F vector, G exact) {
+  double worst = 0;
+  for (float x = -20; x <= 20; x += 1.0f / 4096)
+    worst = std::fmax(worst, std::fabs(vector(all(x))[0] - exact(x)));
+  std::printf("%s %g\n", name, worst);
+}
+
+// Saturated exactly, so that their slopes are 0 there; NaN passes.
+bool saturates() {
+  using N = Nonlinear<float>;
+  return N::tanh(all(9))[0] == 1 && N::tanh(all(-kInfinity))[0] == -1 && N::sigmoid(all(18))[0] == 1 &&
+         N::sigmoid(all(-18))[0] == 0 && std::isnan(N::tanh(all(std::nanf("")))[0]);
+}
+
 bool specials() {
-  const auto all = [](float x) { return V{} + x; };
   const float nan = std::nanf("");
   return Math<V>::exp(all(-kInfinity))[0] == 0 && Math<V>::exp(all(kInfinity))[0] == kInfinity &&
          Math<V>::exp(all(0))[0] == 1 && std::isnan(Math<V>::exp(all(nan))[0]) &&
@@ -94,6 +111,9 @@ int main() {
   report("exp", true, [](V x) { return Math<V>::exp(x); }, [](double x) { return std::exp(x); });
   report("log", false, [](V x) { return Math<V>::log(x); }, [](double x) { return std::log(x); });
   report("tanh", true, [](V x) { return Math<V>::tanh(x); }, [](double x) { return std::tanh(x); });
+  report_absolute("lstm_tanh", Nonlinear<float>::tanh, [](double x) { return std::tanh(x); });
+  report_absolute("lstm_sigmoid", Nonlinear<float>::sigmoid, [](double x) { return 1 / (1 + std::exp(-x)); });
+  std::printf("saturates %d\n", saturates());
   std::printf("specials %d\n", specials());
   std::printf("sums %d\n", sums_lanes<float>() && sums_lanes<double>());
   std::printf("parts %d\n", loads_parts<float>() && loads_parts<double>());
