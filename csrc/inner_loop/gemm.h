@@ -50,6 +50,7 @@ METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_
     const T* w = factors[f].parameters + col * strides.col;
     const T* a = factors[f].activations + row * factors[f].pitch * kLanes<T>;
     const int64_t pitch = factors[f].pitch * kLanes<T>, depth = factors[f].depth;
+#pragma GCC unroll 4
     for (int64_t k = 0; k < depth; ++k, w += strides.depth, a += kStep<Layout, T>) {
       Vec<T> parameters[kCols];
 #pragma GCC unroll 8
