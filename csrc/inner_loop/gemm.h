@@ -256,6 +256,11 @@ void outer(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int
       outer_tile<Layout, kTileOutputs, kCols, kFactors>(factors, pitch, samples, output, col, first, cols,
                                                         consume);
     }
+    if (cols - col == 3) {  // the rows of 41 numbers of SamplesInLanes
+      outer_tile<Layout, kTileOutputs, 3, kFactors>(factors, pitch, samples, output, col, first, cols,
+                                                    consume);
+      col += 3;
+    }
     for (; col + 2 <= cols; col += 2) {
       outer_tile<Layout, kTileOutputs, 2, kFactors>(factors, pitch, samples, output, col, first, cols,
                                                     consume);
