@@ -224,7 +224,7 @@ struct MamlLossFunction : Function<MamlLossFunction> {
     }
     const auto wanted = in.any<7>([&](int64_t i) { return in.tensors[i].requires_grad(); });
     auto [value, grads] =
-        differentiate(call, in, at::ones({}, in.tensors[0].options().requires_grad(false)), wanted);
+        differentiate(call, in, at::scalar_tensor(1, in.tensors[0].options().requires_grad(false)), wanted);
     call.of_one = std::move(grads);
     return value;
   }

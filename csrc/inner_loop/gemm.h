@@ -50,6 +50,7 @@ METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_
     const T* w = factors[f].parameters + col * strides.col;
     const T* a = factors[f].activations + row * factors[f].pitch * kLanes<T>;
     const int64_t pitch = factors[f].pitch * kLanes<T>, depth = factors[f].depth;
+#pragma GCC unroll 4
     for (int64_t k = 0; k < depth; ++k, w += strides.depth, a += kStep<Layout, T>) {
       Vec<T> parameters[kCols];
 #pragma GCC unroll 8
@@ -254,6 +255,11 @@ void outer(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int
     for (; col + kCols <= cols; col += kCols) {
       outer_tile<Layout, kTileOutputs, kCols, kFactors>(factors, pitch, samples, output, col, first, cols,
                                                         consume);
+    }
+    if (cols - col == 3) {  // the rows of 41 numbers of SamplesInLanes
+      outer_tile<Layout, kTileOutputs, 3, kFactors>(factors, pitch, samples, output, col, first, cols,
+                                                    consume);
+      col += 3;
     }
     for (; col + 2 <= cols; col += 2) {
       outer_tile<Layout, kTileOutputs, 2, kFactors>(factors, pitch, samples, output, col, first, cols,

@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <string>
@@ -42,6 +43,16 @@ template <typename T>
 T* present(T* data) {
   static std::remove_const_t<T> nothing;
   return data ? data : &nothing;
+}
+
+// A copy of the numbers from `first` on: results of an op may not share memory. On the CPU without the three
+// calls of the library that this takes elsewhere, which cost a small network more than its numbers.
+template <typename T>
+Tensor copy_of(const Tensor& numbers, int64_t first, at::IntArrayRef sizes) {
+  if (!numbers.is_cpu()) return numbers.narrow(0, first, c10::multiply_integers(sizes)).view(sizes).clone();
+  const Tensor copy = empty(sizes, numbers.options());
+  std::copy_n(numbers.const_data_ptr<T>() + first, copy.numel(), copy.mutable_data_ptr<T>());
+  return copy;
 }
 
 struct Set {  // of examples of every task
@@ -286,8 +297,11 @@ class Gradients {
     for (size_t i = 0; i < problem_.params().size(); ++i) {
       const bool by_kernel = want_params_ && !(dual_.used() && i < 2);
       const bool of_tasks = by_kernel && !problem_.shared();
-      params_.push_back(of_tasks ? empty(problem_.task_shape(i), problem_.options())
-                                 : at::empty({0}, problem_.options()));
+      if (of_tasks) {
+        params_.push_back(empty(problem_.task_shape(i), problem_.options()));
+      } else {  // what is wanted of shared ones, finish() finds
+        params_.push_back(want_params_ ? Tensor() : at::empty({0}, problem_.options()));
+      }
       p.grad_params[i] = of_tasks ? present(params_[i].mutable_data_ptr<T>()) : nullptr;
       if (by_kernel && problem_.shared()) {
         if (p.sums.params < 0) p.sums.params = p.sums.columns;
@@ -300,7 +314,7 @@ class Gradients {
   template <typename T>
   std::vector<Tensor> finish(const InnerLoop<T>& p, const Tensor& sums) {
     const size_t first = dual_.used() ? 2 : 0;  // parameter that the kernel knows
-    if (p.sums.params >= 0) split(sums, p.sums.params, params_, first);
+    if (p.sums.params >= 0) split<T>(sums, p.sums.params, params_, first);
     if (want_params_ && dual_.used()) {
       auto [weight, bias] = dual_.template gradients<T>(problem_.params()[0]);
       params_[0] = weight;
@@ -309,17 +323,17 @@ class Gradients {
     std::vector<Tensor> lr;
     for (size_t i = 0; i < problem_.lr().size(); ++i) lr.push_back(at::empty({0}, problem_.options()));
     if (p.sums.lr >= 0 && lr.size() > 1) {
-      split(sums, p.sums.lr, lr, 0);
+      split<T>(sums, p.sums.lr, lr, 0);
     } else if (p.sums.lr >= 0) {
-      const Tensor rates = sums.narrow(0, p.sums.lr, problem_.lr_columns());
-      lr[0] = problem_.lr()[0].dim() == 0 ? rates.sum() : rates.view(problem_.lr()[0].sizes()).clone();
+      lr[0] = problem_.lr()[0].dim() == 0 ? sums.narrow(0, p.sums.lr, problem_.lr_columns()).sum()
+                                          : copy_of<T>(sums, p.sums.lr, problem_.lr()[0].sizes());
     }
     std::vector<Tensor> all = params_;
     all.insert(all.end(), lr.begin(), lr.end());
     all.insert(all.end(), {support_.x, support_.y});
     if (query_.x.defined()) {
       all.insert(all.end(), {query_.x, query_.y});
-      all.push_back(want_step_weights_ ? sums.narrow(0, p.sums.step_weights, p.sgd.steps).clone()
+      all.push_back(want_step_weights_ ? copy_of<T>(sums, p.sums.step_weights, {p.sgd.steps})
                                        : at::empty({0}, problem_.options()));
     }
     return all;
@@ -332,13 +346,12 @@ class Gradients {
   Set support_, query_;
   DualForm dual_;
 
-  // The parts from `first` on, of the shapes of parameters, from columns one after the other. Copies: results
-  // of an op may not share memory.
+  // The parts from `first` on, of the shapes of parameters, from columns one after the other.
+  template <typename T>
   void split(const Tensor& sums, int64_t column, std::vector<Tensor>& parts, size_t first) const {
     for (size_t i = first; i < parts.size(); ++i) {
-      const int64_t size = c10::multiply_integers(problem_.shape(i));
-      parts[i] = sums.narrow(0, column, size).view(problem_.shape(i)).clone();
-      column += size;
+      parts[i] = copy_of<T>(sums, column, problem_.shape(i));
+      column += parts[i].numel();
     }
   }
 };
@@ -430,7 +443,7 @@ Tensor finish_loss(const InnerLoop<T>& p, const Tensor& losses, const Tensor& su
   if (p.sums.loss < 0) return losses;
   if (p.tasks == 0)
     return at::full({}, std::numeric_limits<T>::quiet_NaN(), sums.options());  // as torch's mean
-  return sums.select(0, p.sums.loss).clone();
+  return copy_of<T>(sums, p.sums.loss, {});
 }
 
 Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
