@@ -47,8 +47,8 @@ constexpr int kBackwardUnits = 2;
 // Offsets in elements: of weights from where those begin, of rows from where these begin.
 template <typename T>
 struct Layout {
-  int width, pitch;  // coordinates of a chunk, and elements of a row
-  int quads;         // width / kQuad
+  int width, pitch;      // coordinates of a chunk, and elements of a row
+  int quads, quad_bits;  // width / kQuad = 2^quad_bits
   int hidden, inputs, layers, head_rows, top;
   int padded_units;  // in shared memory
   int weights[kMaxLstmLayers];
@@ -63,7 +63,11 @@ struct Layout {
   int deltas, grad_h, grad_c, grad_theta, grad_gates, grad_head, grad_x, grad_direct, ones;
 
   Layout(const LstmUnroll<T>& p, bool backward, int chunk_width)
-      : width(chunk_width), pitch(chunk_width + (backward ? kQuad : 0)), quads(chunk_width / kQuad) {
+      : width(chunk_width),
+        pitch(chunk_width + (backward ? kQuad : 0)),
+        quads(chunk_width / kQuad),
+        quad_bits(0) {
+    while (1 << quad_bits < quads) ++quad_bits;
     const Lstm<T>& lstm = p.lstm;
     constexpr int64_t kMostHidden = 1 << 16;
     if (lstm.hidden > kMostHidden) {
