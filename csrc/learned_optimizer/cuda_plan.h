@@ -148,7 +148,7 @@ struct Plan {
   int64_t columns[kMaxLstmLayers + 1];  // where the gradients of a layer's weights, or the head's, begin
   bool wants_grads;                     // the gradients of gradients
 
-  // `sums`: elements of the gradient of the weights where it is wanted; backward alone.
+  // `sums`: elements of the gradient of the weights; backward alone.
   Plan(const LstmUnroll<T>& p, bool backward, int64_t sums)
       : at(p, backward, starting_width(p)), exp_p(static_cast<T>(std::exp(static_cast<double>(p.lstm.p)))) {
     const int64_t limit = static_cast<int64_t>(max_shared_bytes());
