@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import test_inner_loop as inner_loop
@@ -24,6 +26,7 @@ from test_contract import (
 )
 
 import metafast
+from metafast import reference
 
 SEEDS = (0, 1, 2)
 ON_THE_EMULATOR = pytest.mark.parametrize("backend", ["emulated"], indirect=True)
@@ -102,6 +105,74 @@ def test_inner_loop_under_every_schedule(
         assert all(map(torch.equal, other, results[0]))
 
 
+class Unroll(NamedTuple):
+    """K steps of an LSTM optimizer or, with `gates`, a meta-LSTM, on tensors of so many coordinates."""
+
+    hidden: int
+    layers: int
+    steps: int
+    sizes: tuple[int, ...]
+    gates: bool = False
+
+
+# For each way that the unroll runs on the smallest GPU: all in shared memory; weights, or in the backward
+# everything, in global memory; more chunks of coordinates than blocks, which take turns.
+UNROLL_CASES = pytest.mark.parametrize(
+    "case",
+    [
+        Unroll(hidden=5, layers=3, steps=7, sizes=(130, 0, 12)),
+        Unroll(hidden=6, layers=2, steps=5, sizes=(70, 3), gates=True),
+        Unroll(hidden=48, layers=2, steps=2, sizes=(70,)),
+        Unroll(hidden=150, layers=3, steps=1, sizes=(30,), gates=True),
+        Unroll(hidden=80, layers=1, steps=1, sizes=(8500,)),
+    ],
+    ids=["shared", "shared, gates", "given weights", "workspace", "turns"],
+)
+
+
+def unroll_with_gradients(module: ModuleType, case: Unroll, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The results and, weighed by numbers of their own, their gradients. The same numbers for both dtypes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
+
+    hidden, heads = case.hidden, 1 + case.gates
+    weights = []
+    for layer in range(case.layers):
+        inputs = hidden if layer else 4 if case.gates else 2
+        weights += [leaf(4 * hidden, inputs, scale=inputs**-0.5)]
+        weights += [leaf(4 * hidden, hidden, scale=hidden**-0.5), leaf(4 * hidden)]
+    weights += [leaf(heads, hidden + 2 * case.gates, scale=hidden**-0.5), leaf(heads)]
+    grads = [leaf(case.steps, size) for size in case.sizes]
+    params = [leaf(size) for size in case.sizes]
+    blocks, rows = sum(-(-size // 64) for size in case.sizes), 2 * case.layers * hidden + 2 * case.gates
+    state = leaf(blocks, rows, 64, scale=0.5)
+    leaves = [*weights, *params, *grads, state]
+    if case.gates:
+        losses = leaf(case.steps).detach().abs()
+        out, state = module.meta_lstm_unroll(params, grads, losses, state, weights)
+    else:
+        out, state = module.lstm_optimizer_unroll(grads, state, weights, params=params)
+    results = [*out, state]
+    total = sum((t * torch.randn(t.shape, generator=generator).to(dtype)).sum() for t in results)
+    return [t.detach() for t in (*results, *torch.autograd.grad(total, leaves))]
+
+
+@UNROLL_CASES
+@pytest.mark.parametrize("dtype", inner_loop.TOLERANCE, ids=str)
+@ON_THE_EMULATOR
+def test_lstm_unroll_under_every_schedule(case: Unroll, dtype: torch.dtype, backend: torch.device) -> None:
+    expected = unroll_with_gradients(reference, case, torch.float64)
+    results = []
+    for seed in SEEDS:
+        set_seed(seed)
+        results.append(unroll_with_gradients(metafast, case, dtype))
+    inner_loop.assert_near(results[0], expected, dtype)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
 def sanitizer_runtimes(library: Path) -> list[str]:
     """Those that a library needs. They must come first in a process, so Python is to be started with them."""
     needed = subprocess.run(["ldd", str(library)], check=True, capture_output=True, text=True).stdout
@@ -125,6 +196,7 @@ def test_sanitizers_report_nothing() -> None:
         "tests/test_contract.py",
         "tests/test_pairwise.py",
         "tests/test_emulated.py::test_inner_loop_under_every_schedule",
+        "tests/test_emulated.py::test_lstm_unroll_under_every_schedule",
         *("-k", "emulated"),
     ]
     result = subprocess.run(

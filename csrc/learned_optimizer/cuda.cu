@@ -40,7 +40,7 @@ void launch_planned(const char* name, void (*kernel)(Planned<Params, T>), const 
 
 template <typename T>
 Plan<T> plan_of(const LstmUnrollBackward<T>& p) {
-  Plan<T> plan(p.forward, /*backward=*/true, p.sums == nullptr ? 0 : p.columns());
+  Plan<T> plan(p.forward, /*backward=*/true, p.columns());
   plan.aligned = plan.aligned && is_aligned(p.grad_new_state) && is_aligned(p.grad_state);
   plan.wants_grads = std::any_of(p.list, p.list + p.forward.count,
                                  [](const auto& item) { return item.grad_grads != nullptr; });

@@ -42,6 +42,8 @@ class UnrollBackward {
   }
 
  private:
+  using Place = typename Chunk<kMemory, T>::Place;
+
   const LstmUnrollBackward<T>& p_;
   const Plan<T>& plan_;
   const Layout<T>& at_;
@@ -77,19 +79,24 @@ class UnrollBackward {
   }
   __device__ __forceinline__ int64_t theta_row() const { return lstm().state_rows(); }
 
+  // Gate r of coordinate c in a packed state.
+  __device__ __forceinline__ int64_t gate_index(int r, int c) const {
+    return chunk_.place(c).first + (lstm().gate_row() + r) * kStateBlock;
+  }
+
   // The state before the first step, and the gradients of what the last one leaves.
   __device__ __forceinline__ void load_start() const {
-    chunk_.for_each_h([&](int l, int u, int c) {
-      const int64_t h = lstm().h_row(l) + u, cell = lstm().c_row(l) + u;
-      store_quad(snapshot(0, h) + c, chunk_.load_state(h, c));
-      store_quad(snapshot(0, cell) + c, chunk_.load_state(cell, c));
-      Quad<T> grad_h{}, grad_c{};
-      if (p_.grad_new_state != nullptr) {
-        grad_h = chunk_.template load_packed<T>(p_.grad_new_state, h, c);
-        grad_c = chunk_.template load_packed<T>(p_.grad_new_state, cell, c);
+    chunk_.for_each_unit([&](int l, int unit, int c) {
+      const Place place = chunk_.place(c);
+      const int64_t rows[2] = {lstm().h_row(l) + unit, lstm().c_row(l) + unit};
+      T* const grads[2] = {grad_h(l, unit), grad_c(l, unit)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        store_quad(snapshot(0, rows[i]) + c, chunk_.load_state(rows[i], place));
+        Quad<T> grad{};
+        if (p_.grad_new_state != nullptr) grad = chunk_.load_packed(p_.grad_new_state, rows[i], place);
+        store_quad(grads[i] + c, grad);
       }
-      store_quad(chunk_.row(at_.grad_h, l * at_.hidden + u) + c, grad_h);
-      store_quad(chunk_.row(at_.grad_c, l * at_.hidden + u) + c, grad_c);
     });
     chunk_.for_each(at_.width, [&](int c) {
       chunk_.row(at_.grad_theta)[c] = 0;
@@ -99,8 +106,7 @@ class UnrollBackward {
       const bool given = p_.grad_new_state != nullptr && chunk_.coordinate(c).inside;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        chunk_.row(at_.grad_gates, r)[c] =
-            given ? p_.grad_new_state[chunk_.packed_index(lstm().gate_row() + r, c)] : T(0);
+        chunk_.row(at_.grad_gates, r)[c] = given ? p_.grad_new_state[gate_index(r, c)] : T(0);
       }
     });
     __syncthreads();
@@ -114,9 +120,9 @@ class UnrollBackward {
 
   // What a step begins with: its h, theta and gates before, and its inputs.
   __device__ __forceinline__ void load_step(int64_t k) const {
-    chunk_.for_each_h([&](int l, int u, int c) {
-      store_quad(chunk_.h_before(l, 0) + u * at_.pitch + c,
-                 load_quad<T>(snapshot(k, lstm().h_row(l) + u) + c));
+    chunk_.for_each_unit([&](int l, int unit, int c) {
+      store_quad(chunk_.h_before(l, 0) + unit * at_.pitch + c,
+                 load_quad<T>(snapshot(k, lstm().h_row(l) + unit) + c));
     });
     chunk_.for_each(at_.width, [&](int c) {
       chunk_.fill_inputs(k, c);
@@ -135,10 +141,12 @@ class UnrollBackward {
     int shift = 0;
     for (int64_t k = begin; k < end; ++k) {
       for (int l = 0; l < at_.layers; ++l) {
-        run_layer(l, k, shift, [&](int l, int unit, int c, const Unit<T>& result) {
-          store_quad(chunk_.h_after(l, shift) + unit * at_.pitch + c, result.h);
-          store_quad(snapshot(k + 1, lstm().h_row(l) + unit) + c, result.h);
-          store_quad(snapshot(k + 1, lstm().c_row(l) + unit) + c, result.c);
+        T *const h = chunk_.h_after(l, shift), *const next_h = snapshot(k + 1, lstm().h_row(l)),
+                 *const next_c = snapshot(k + 1, lstm().c_row(l));
+        run_layer(l, k, shift, [&](int unit, int c, const Place&, const Unit<T>& result) {
+          store_quad(h + unit * at_.pitch + c, result.h);
+          store_quad(next_h + unit * at_.width + c, result.h);
+          store_quad(next_c + unit * at_.width + c, result.c);
         });
         __syncthreads();
       }
@@ -156,8 +164,9 @@ class UnrollBackward {
 
   template <class Consume>
   __device__ __forceinline__ void run_layer(int l, int64_t k, int shift, const Consume& consume) const {
-    const auto cells = [&](int l, int unit, int c) {
-      return load_quad<T>(snapshot(k, lstm().c_row(l) + unit) + c);
+    const T* const kept = snapshot(k, lstm().c_row(l));
+    const auto cells = [&](int unit, int c, const Place&) {
+      return load_quad<T>(kept + unit * at_.width + c);
     };
     chunk_.template layer<kBackwardUnits>(l, k, shift, cells, consume);
   }
@@ -168,11 +177,19 @@ class UnrollBackward {
     return chunk_.row(at_.deltas, (l * at_.hidden + unit) * kGates + gate);
   }
 
+  __device__ __forceinline__ T* grad_h(int l, int unit) const {
+    return chunk_.row(at_.grad_h, l * at_.hidden + unit);
+  }
+  __device__ __forceinline__ T* grad_c(int l, int unit) const {
+    return chunk_.row(at_.grad_c, l * at_.hidden + unit);
+  }
+
   __device__ __forceinline__ void step_back(int64_t k) const {
     load_step(k);
     for (int l = 0; l < at_.layers; ++l) {
-      run_layer(l, k, 0, [&](int l, int unit, int c, const Unit<T>& result) {
-        store_quad(chunk_.h_after(l, 0) + unit * at_.pitch + c, result.h);
+      T* const h = chunk_.h_after(l, 0);
+      run_layer(l, k, 0, [&](int unit, int c, const Place&, const Unit<T>& result) {
+        store_quad(h + unit * at_.pitch + c, result.h);
 #pragma unroll
         for (int q = 0; q < kGates; ++q) store_quad(delta(l, unit, q) + c, result.gates[q]);
       });
@@ -237,33 +254,33 @@ class UnrollBackward {
 
   // Turns the gates of layer l into deltas, by the threads that made them.
   __device__ __forceinline__ void gates_back(int l, int64_t k) const {
-    chunk_.for_each(at_.quads * at_.hidden, [&](int i) {
-      const int unit = i / at_.quads, c = i % at_.quads * kQuad;
+    const T* const kept = snapshot(k, lstm().c_row(l));
+    chunk_.for_each(at_.hidden << at_.quad_bits, [&](int i) {
+      const int unit = i >> at_.quad_bits, c = chunk_.quad_of(i);
       Quad<T> gates[kGates];
 #pragma unroll
       for (int q = 0; q < kGates; ++q) gates[q] = load_quad<T>(delta(l, unit, q) + c);
-      const Quad<T> before = load_quad<T>(snapshot(k, lstm().c_row(l) + unit) + c);
-      const Quad<T> grad_h = load_quad<T>(chunk_.row(at_.grad_h, l * at_.hidden + unit) + c);
-      T* const grad_c_at = chunk_.row(at_.grad_c, l * at_.hidden + unit) + c;
-      Quad<T> grad_c = load_quad<T>(grad_c_at);
+      const Quad<T> before = load_quad<T>(kept + unit * at_.width + c);
+      const Quad<T> of_h = load_quad<T>(grad_h(l, unit) + c);
+      Quad<T> of_c = load_quad<T>(grad_c(l, unit) + c);
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
-        T grad = grad_h.values[j];
+        T grad = of_h.values[j];
         if (l + 1 == at_.layers) grad += from_head(unit, chunk_.row(at_.grad_head) + c + j);
         const LstmGates<T> values{gates[0].values[j], gates[1].values[j], gates[2].values[j],
                                   gates[3].values[j]};
         const T tanh_c = Math<T>::tanh(values.f * before.values[j] + values.i * values.g);
         const LstmGatesBackward<T> back =
-            lstm_backward(grad, grad_c.values[j], values, before.values[j], tanh_c);
+            lstm_backward(grad, of_c.values[j], values, before.values[j], tanh_c);
         gates[0].values[j] = back.gates.i;
         gates[1].values[j] = back.gates.f;
         gates[2].values[j] = back.gates.g;
         gates[3].values[j] = back.gates.o;
-        grad_c.values[j] = back.c_before;
+        of_c.values[j] = back.c_before;
       }
 #pragma unroll
       for (int q = 0; q < kGates; ++q) store_quad(delta(l, unit, q) + c, gates[q]);
-      store_quad(grad_c_at, grad_c);
+      store_quad(grad_c(l, unit) + c, of_c);
     });
   }
 
@@ -273,12 +290,13 @@ class UnrollBackward {
     constexpr int kColumns = 4;
     const int inputs = l == 0 && !plan_.wants_grads ? 0 : chunk_.layer_inputs(l);
     const int input_tiles = div_up(inputs, kColumns), tiles = input_tiles + div_up(at_.hidden, kColumns);
-    chunk_.for_each(tiles * at_.quads, [&](int i) {
-      const int c = i % at_.quads * kQuad, tile = i / at_.quads;
+    chunk_.for_each(tiles << at_.quad_bits, [&](int i) {
+      const int c = chunk_.quad_of(i), tile = i >> at_.quad_bits;
       const bool recurrent = tile >= input_tiles;
       const int first = (recurrent ? tile - input_tiles : tile) * kColumns;
       const int columns = recurrent ? at_.hidden : inputs;
-      const auto weights = recurrent ? chunk_.hidden_weights(l) : chunk_.input_weights(l);
+      auto weights = chunk_.weights(l, recurrent, 0);
+      weights.skip(first);
       T sums[kColumns][kQuad] = {};
       for (int unit = 0; unit < at_.hidden; ++unit) {
         Quad<T> deltas[kGates];
@@ -286,7 +304,7 @@ class UnrollBackward {
         for (int q = 0; q < kGates; ++q) deltas[q] = load_quad<T>(delta(l, unit, q) + c);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          const Quad<T> weight = weights.gates(min(first + j, columns - 1), unit);
+          const Quad<T> weight = weights.gates(min(j, columns - 1 - first), unit);
 #pragma unroll
           for (int q = 0; q < kGates; ++q) {
 #pragma unroll
@@ -295,9 +313,7 @@ class UnrollBackward {
         }
       }
       const bool adds = !recurrent && l > 0;
-      T* const to = recurrent ? chunk_.row(at_.grad_h, l * at_.hidden)
-                    : l == 0  ? chunk_.row(at_.grad_x)
-                              : chunk_.row(at_.grad_h, (l - 1) * at_.hidden);
+      T* const to = recurrent ? grad_h(l, 0) : l == 0 ? chunk_.row(at_.grad_x) : grad_h(l - 1, 0);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         if (first + j >= columns) continue;
@@ -418,21 +434,18 @@ class UnrollBackward {
 
   __device__ __forceinline__ void store_end() const {
     if (p_.grad_state != nullptr) {
-      chunk_.for_each_h([&](int l, int u, int c) {
-        const int unit = l * at_.hidden + u;
-        chunk_.store_packed(p_.grad_state, lstm().h_row(l) + u, c,
-                            load_quad<T>(chunk_.row(at_.grad_h, unit) + c));
-        chunk_.store_packed(p_.grad_state, lstm().c_row(l) + u, c,
-                            load_quad<T>(chunk_.row(at_.grad_c, unit) + c));
+      chunk_.for_each_unit([&](int l, int unit, int c) {
+        const Place place = chunk_.place(c);
+        chunk_.store_packed(p_.grad_state, lstm().h_row(l) + unit, place, load_quad<T>(grad_h(l, unit) + c));
+        chunk_.store_packed(p_.grad_state, lstm().c_row(l) + unit, place, load_quad<T>(grad_c(l, unit) + c));
       });
     }
     chunk_.for_each(at_.width, [&](int c) {
       const Coordinate where = chunk_.coordinate(c);
-      if (p_.grad_state != nullptr && has_gates() && chunk_.has_place(c)) {
+      if (p_.grad_state != nullptr && has_gates() && chunk_.place(c).first >= 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          p_.grad_state[chunk_.packed_index(lstm().gate_row() + r, c)] =
-              where.inside ? chunk_.row(at_.grad_gates, r)[c] : T(0);
+          p_.grad_state[gate_index(r, c)] = where.inside ? chunk_.row(at_.grad_gates, r)[c] : T(0);
         }
       }
       if (!where.inside) return;

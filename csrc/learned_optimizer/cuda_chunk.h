@@ -98,24 +98,26 @@ __device__ __forceinline__ Unit<T> finish_unit(const T (&sums)[kGates][kQuad], c
 
 // ---- weights ----
 
-// Columns of a weight matrix, of which each gives a unit's four gates. Units behind the last give anything.
+// Columns of a weight matrix, each of which gives a unit's four gates. Columns and units are counted from the
+// ones that it was made for; units behind the last give anything.
 template <typename T>
-struct SharedMatrix {
+struct SharedColumns {
   const T* first;
-  int column_pitch;
+  int pitch;
 
   __device__ __forceinline__ Quad<T> gates(int column, int unit) const {
-    return load_quad<T>(first + column * column_pitch + unit * kGates);
+    return load_quad<T>(first + column * pitch + unit * kGates);
   }
+  __device__ __forceinline__ void skip(int columns) { first += columns * pitch; }
 };
 
 template <typename T>
-struct GivenMatrix {
-  const T* first;  // [4H, columns]
-  int hidden, columns;
+struct GivenColumns {
+  const T* first;  // of [4H, columns]
+  int hidden, columns, first_unit;
 
   __device__ __forceinline__ Quad<T> gates(int column, int unit) const {
-    const int row = unit < hidden ? unit : hidden - 1;
+    const int row = min(first_unit + unit, hidden - 1);
     Quad<T> quad;
 #pragma unroll
     for (int q = 0; q < kGates; ++q) {
@@ -123,18 +125,19 @@ struct GivenMatrix {
     }
     return quad;
   }
+  __device__ __forceinline__ void skip(int count) { first += count; }
 };
 
 // Adds the products of `count` rows with the weights of kUnits units.
-template <int kUnits, class Matrix, typename T>
-__device__ __forceinline__ void add_products(const T* rows, int pitch, int count, const Matrix& matrix,
-                                             int first_unit, T (&sums)[kUnits][kGates][kQuad]) {
+template <int kUnits, class Columns, typename T>
+__device__ __forceinline__ void add_products(const T* rows, int pitch, int count, Columns columns,
+                                             T (&sums)[kUnits][kGates][kQuad]) {
 #pragma unroll 1
-  for (int j = 0; j < count; ++j) {
-    const Quad<T> row = load_quad<T>(rows + j * pitch);
+  for (const T* const end = rows + count * pitch; rows != end; rows += pitch, columns.skip(1)) {
+    const Quad<T> row = load_quad<T>(rows);
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const Quad<T> weights = matrix.gates(j, first_unit + u);
+      const Quad<T> weights = columns.gates(0, u);
 #pragma unroll
       for (int q = 0; q < kGates; ++q) {
 #pragma unroll
@@ -161,7 +164,8 @@ struct Coordinate {
 template <Memory kMemory, typename T>
 class Chunk {
  public:
-  using Matrix = std::conditional_t<kMemory == Memory::all, SharedMatrix<T>, GivenMatrix<T>>;
+  static constexpr int kBlock = kStateBlock;  // in 32 bits
+  using Columns = std::conditional_t<kMemory == Memory::all, SharedColumns<T>, GivenColumns<T>>;
 
   // `workspace`: of the rows, with Memory::none.
   __device__ __forceinline__ Chunk(const LstmUnroll<T>& p, const Plan<T>& plan, unsigned char* shared,
@@ -229,8 +233,17 @@ class Chunk {
   // ---- where things are ----
 
   __device__ __forceinline__ int layer_inputs(int l) const { return l == 0 ? at_.inputs : at_.hidden; }
-  __device__ __forceinline__ Matrix input_weights(int l) const { return matrix(l, false); }
-  __device__ __forceinline__ Matrix hidden_weights(int l) const { return matrix(l, true); }
+  // A layer's weights of its inputs, or of its h before, for units from first_unit on.
+  __device__ __forceinline__ Columns weights(int l, bool of_h, int first_unit) const {
+    if constexpr (kMemory == Memory::all) {
+      const int pitch = at_.padded_units * kGates, skipped = of_h ? layer_inputs(l) * pitch : 0;
+      return {weights_ + (at_.weights[l] + skipped + first_unit * kGates), pitch};
+    } else {
+      const LstmLayer<T>& layer = p_.lstm.layer[l];
+      return of_h ? Columns{layer.weight_hh, at_.hidden, at_.hidden, first_unit}
+                  : Columns{layer.weight_ih, at_.hidden, layer_inputs(l), first_unit};
+    }
+  }
 
   __device__ __forceinline__ T* row(int first, int index = 0) const {
     return rows_ + first + index * at_.pitch;
@@ -246,55 +259,61 @@ class Chunk {
   }
 
   __device__ __forceinline__ Coordinate coordinate(int c) const {
-    const int place = offset_ + c;
-    const Slot& slot = slots_[place / kStateBlock];
-    const int within = place % kStateBlock;
+    const Slot& slot = slots_[(offset_ + c) / kBlock];
+    const int within = (offset_ + c) % kBlock;
     return {within < slot.coordinates, slot.item, slot.first + within};
   }
 
   // ---- packed states ----
 
-  // Four coordinates of a row; 0 for those that are padding.
+  // Where coordinates c and behind it lie in row 0 of a packed state.
+  struct Place {
+    int64_t first;    // -1: nowhere, behind the last block
+    int coordinates;  // that are no padding; negative numbers are none
+  };
+  __device__ __forceinline__ Place place(int c) const {
+    const int block = (offset_ + c) / kBlock, within = (offset_ + c) % kBlock;
+    const Slot& slot = slots_[block];
+    const int64_t first = (first_block_ + block) * p_.lstm.state_rows() * kStateBlock + within;
+    return {slot.item < 0 ? -1 : first, slot.coordinates - within};
+  }
+
+  // Four coordinates of a row; 0 for padding.
   template <typename S>
-  __device__ __forceinline__ Quad<T> load_packed(const S* state, int64_t row, int c) const {
-    Quad<T> quad{};
-    const int place = offset_ + c, within = place % kStateBlock;
-    const int count = slots_[place / kStateBlock].coordinates - within;
-    if (count <= 0) return quad;
-    quad = load_quad<T>(state + packed_index(row, c), plan_.aligned);
+  __device__ __forceinline__ Quad<T> load_packed(const S* state, int64_t row, const Place& place) const {
+    if (place.coordinates <= 0) return {};
+    Quad<T> quad = load_quad<T>(state + (place.first + row * kStateBlock), plan_.aligned);
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      if (i >= count) quad.values[i] = 0;
+    for (int i = 1; i < kQuad; ++i) {
+      if (i >= place.coordinates) quad.values[i] = 0;
     }
     return quad;
   }
+  __device__ __forceinline__ Quad<T> load_state(int64_t row, const Place& place) const {
+    if (p_.bfloat16_state) return load_packed(static_cast<const __nv_bfloat16*>(p_.state), row, place);
+    return load_packed(static_cast<const T*>(p_.state), row, place);
+  }
 
   template <typename S>
-  __device__ __forceinline__ void store_packed(S* state, int64_t row, int c, Quad<T> quad) const {
-    const int place = offset_ + c, within = place % kStateBlock;
-    const Slot& slot = slots_[place / kStateBlock];
-    if (slot.item < 0) return;
+  __device__ __forceinline__ void store_packed(S* state, int64_t row, const Place& place,
+                                               Quad<T> quad) const {
+    if (place.first < 0) return;
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      if (within + i >= slot.coordinates) quad.values[i] = 0;
+      if (i >= place.coordinates) quad.values[i] = 0;
     }
-    store_quad(state + packed_index(row, c), quad, plan_.aligned);
+    store_quad(state + (place.first + row * kStateBlock), quad, plan_.aligned);
   }
 
-  __device__ __forceinline__ Quad<T> load_state(int64_t row, int c) const {
-    if (p_.bfloat16_state) return load_packed(static_cast<const __nv_bfloat16*>(p_.state), row, c);
-    return load_packed(static_cast<const T*>(p_.state), row, c);
-  }
-
-  // f(row of a packed state, row of memory, c) for rows of h and gates, four coordinates at a time.
+  // f(l, unit, c) for every unit, four coordinates at a time.
   template <class F>
-  __device__ __forceinline__ void for_each_h(const F& f) const {
-    const int units = at_.layers * at_.hidden;
-    for_each(units * at_.quads, [&](int i) {
-      const int unit = i / at_.quads, c = i % at_.quads * kQuad;
-      f(unit / at_.hidden, unit % at_.hidden, c);
-    });
+  __device__ __forceinline__ void for_each_unit(const F& f) const {
+    for (int l = 0; l < at_.layers; ++l) {
+      for_each(at_.hidden << at_.quad_bits, [&](int i) { f(l, i >> at_.quad_bits, quad_of(i)); });
+    }
   }
+  // The first of the four coordinates of tile i; the quads of a chunk turn fastest.
+  __device__ __forceinline__ int quad_of(int i) const { return (i & (at_.quads - 1)) * kQuad; }
 
   // ---- a step ----
 
@@ -317,15 +336,16 @@ class Chunk {
     return item.grads[k * item.size + coordinate.index];
   }
 
-  // Layer l of step k. cells(l, unit, c) gives c before; consume(l, unit, c, Unit) takes what it becomes.
+  // Layer l of step k. cells(unit, c, place) gives c before; consume(unit, c, place, Unit) takes what it
+  // becomes.
   template <int kUnits, class Cells, class Consume>
   __device__ __forceinline__ void layer(int l, int64_t k, int shift, const Cells& cells,
                                         const Consume& consume) const {
     const LstmLayer<T>& layer = p_.lstm.layer[l];
     const T* const bias = layer.bias + (l == 0 && p_.lstm.bias_per_step ? k * kGates * at_.hidden : 0);
     const T *const inputs = inputs_of(l, shift), *const before = h_before(l, shift);
-    for_each(at_.quads * div_up(at_.hidden, kUnits), [&](int tile) {
-      const int c = tile % at_.quads * kQuad, first = tile / at_.quads * kUnits;
+    for_each(div_up(at_.hidden, kUnits) << at_.quad_bits, [&](int tile) {
+      const int c = quad_of(tile), first = (tile >> at_.quad_bits) * kUnits;
       T sums[kUnits][kGates][kQuad];
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
@@ -337,12 +357,13 @@ class Chunk {
           for (int i = 0; i < kQuad; ++i) sums[u][q][i] = value;
         }
       }
-      add_products(inputs + c, at_.pitch, layer_inputs(l), input_weights(l), first, sums);
-      add_products(before + c, at_.pitch, at_.hidden, hidden_weights(l), first, sums);
+      add_products(inputs + c, at_.pitch, layer_inputs(l), weights(l, false, first), sums);
+      add_products(before + c, at_.pitch, at_.hidden, weights(l, true, first), sums);
+      const Place place = this->place(c);
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         const int unit = first + u;
-        if (unit < at_.hidden) consume(l, unit, c, finish_unit(sums[u], cells(l, unit, c)));
+        if (unit < at_.hidden) consume(unit, c, place, finish_unit(sums[u], cells(unit, c, place)));
       }
     });
   }
@@ -401,25 +422,17 @@ class Chunk {
     const Coordinate where = coordinate(c);
     row(at_.theta)[c] = has_params(where) ? p_.list[where.item].params[where.index] : T(0);
     if (p_.lstm.head != Head::gates) return;
+    const Place place = this->place(c);
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row(at_.gates, r)[c] = where.inside ? load_state_element(p_.lstm.gate_row() + r, c) : T(0);
+      const int64_t index = place.first + (p_.lstm.gate_row() + r) * kStateBlock;
+      T value = 0;
+      if (where.inside) {
+        value = p_.bfloat16_state ? converted<T>(static_cast<const __nv_bfloat16*>(p_.state)[index])
+                                  : static_cast<const T*>(p_.state)[index];
+      }
+      row(at_.gates, r)[c] = value;
     }
-  }
-
-  // One element of a packed state; the place of coordinate c of a row.
-  __device__ __forceinline__ int64_t packed_index(int64_t row, int c) const {
-    const int place = offset_ + c;
-    const int64_t block = first_block_ + place / kStateBlock;
-    return (block * p_.lstm.state_rows() + row) * kStateBlock + place % kStateBlock;
-  }
-  __device__ __forceinline__ T load_state_element(int64_t row, int c) const {
-    const int64_t index = packed_index(row, c);
-    return p_.bfloat16_state ? converted<T>(static_cast<const __nv_bfloat16*>(p_.state)[index])
-                             : static_cast<const T*>(p_.state)[index];
-  }
-  // Whether coordinate c has a place in a packed state, if only as padding.
-  __device__ __forceinline__ bool has_place(int c) const {
-    return slots_[(offset_ + c) / kStateBlock].item >= 0;
   }
 
  private:
@@ -430,17 +443,6 @@ class Chunk {
   T *weights_, *rows_;
   int64_t first_block_ = 0;
   int offset_ = 0;  // of the chunk in its first block of state
-
-  __device__ __forceinline__ Matrix matrix(int l, bool of_hidden) const {
-    if constexpr (kMemory == Memory::all) {
-      const int pitch = at_.padded_units * kGates;
-      return {weights_ + at_.weights[l] + (of_hidden ? layer_inputs(l) * pitch : 0), pitch};
-    } else {
-      const LstmLayer<T>& layer = p_.lstm.layer[l];
-      return of_hidden ? Matrix{layer.weight_hh, at_.hidden, at_.hidden}
-                       : Matrix{layer.weight_ih, at_.hidden, layer_inputs(l)};
-    }
-  }
 };
 
 }  // namespace

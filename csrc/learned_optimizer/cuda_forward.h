@@ -22,14 +22,17 @@ class Unroll {
   }
 
  private:
+  using Place = typename Chunk<kMemory, T>::Place;
+
   const LstmUnroll<T>& p_;
   const Plan<T>& plan_;
   const Layout<T>& at_;
   Chunk<kMemory, T> chunk_;
 
   __device__ __forceinline__ void run_chunk() const {
-    chunk_.for_each_h([&](int l, int u, int c) {
-      store_quad(chunk_.h_before(l, 0) + u * at_.pitch + c, chunk_.load_state(p_.lstm.h_row(l) + u, c));
+    chunk_.for_each_unit([&](int l, int unit, int c) {
+      store_quad(chunk_.h_before(l, 0) + unit * at_.pitch + c,
+                 chunk_.load_state(p_.lstm.h_row(l) + unit, chunk_.place(c)));
     });
     chunk_.for_each(at_.width, [&](int c) {
       chunk_.fill_head(c);
@@ -54,18 +57,21 @@ class Unroll {
   // in rows that nobody else reads.
   __device__ __forceinline__ void run_layer(int l, int64_t k, int shift) const {
     const bool is_first = k == 0, is_last = k + 1 == p_.steps;
-    const auto cells = [&](int l, int unit, int c) {
-      return is_first ? chunk_.load_state(p_.lstm.c_row(l) + unit, c)
-                      : load_quad<T>(chunk_.row(at_.c, l * at_.hidden + unit) + c);
-    };
+    const int64_t h_row = p_.lstm.h_row(l), c_row = p_.lstm.c_row(l);
+    T *const h = chunk_.h_after(l, shift), *const kept = chunk_.row(at_.c, l * at_.hidden);
     chunk_.template layer<kForwardUnits<T>>(
-        l, k, shift, cells, [&](int l, int unit, int c, const Unit<T>& result) {
-          store_quad(chunk_.h_after(l, shift) + unit * at_.pitch + c, result.h);
+        l, k, shift,
+        [&](int unit, int c, const Place& place) {
+          return is_first ? chunk_.load_state(c_row + unit, place)
+                          : load_quad<T>(kept + unit * at_.pitch + c);
+        },
+        [&](int unit, int c, const Place& place, const Unit<T>& result) {
+          store_quad(h + unit * at_.pitch + c, result.h);
           if (!is_last) {
-            store_quad(chunk_.row(at_.c, l * at_.hidden + unit) + c, result.c);
+            store_quad(kept + unit * at_.pitch + c, result.c);
           } else if (p_.new_state != nullptr) {
-            store_state(p_.lstm.h_row(l) + unit, c, result.h);
-            store_state(p_.lstm.c_row(l) + unit, c, result.c);
+            store_state(h_row + unit, place, result.h);
+            store_state(c_row + unit, place, result.c);
           }
         });
   }
@@ -77,11 +83,12 @@ class Unroll {
       const auto& item = p_.list[where.item];
       if (item.out != nullptr) item.out[k * item.size + where.index] = values.theta;
     }
-    const bool stores_gates = p_.lstm.head == Head::gates && k + 1 == p_.steps && p_.new_state != nullptr;
-    if (!stores_gates || !chunk_.has_place(c)) return;
+    if (p_.lstm.head != Head::gates || k + 1 < p_.steps || p_.new_state == nullptr) return;
+    const Place place = chunk_.place(c);
+    if (place.first < 0) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t index = chunk_.packed_index(p_.lstm.gate_row() + r, c);
+      const int64_t index = place.first + (p_.lstm.gate_row() + r) * kStateBlock;
       const T value = where.inside ? values.gates[r] : T(0);
       if (p_.bfloat16_state) {
         convert(value, static_cast<__nv_bfloat16*>(p_.new_state)[index]);
@@ -91,11 +98,11 @@ class Unroll {
     }
   }
 
-  __device__ __forceinline__ void store_state(int64_t row, int c, const Quad<T>& quad) const {
+  __device__ __forceinline__ void store_state(int64_t row, const Place& place, const Quad<T>& quad) const {
     if (p_.bfloat16_state) {
-      chunk_.store_packed(static_cast<__nv_bfloat16*>(p_.new_state), row, c, quad);
+      chunk_.store_packed(static_cast<__nv_bfloat16*>(p_.new_state), row, place, quad);
     } else {
-      chunk_.store_packed(static_cast<T*>(p_.new_state), row, c, quad);
+      chunk_.store_packed(static_cast<T*>(p_.new_state), row, place, quad);
     }
   }
 };

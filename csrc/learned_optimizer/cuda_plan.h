@@ -47,8 +47,8 @@ constexpr int kBackwardUnits = 2;
 // Offsets in elements: of weights from where those begin, of rows from where these begin.
 template <typename T>
 struct Layout {
-  int width, pitch;  // coordinates of a chunk, and elements of a row
-  int quads;         // width / kQuad
+  int width, pitch;      // coordinates of a chunk, and elements of a row
+  int quads, quad_bits;  // width / kQuad = 2^quad_bits
   int hidden, inputs, layers, head_rows, top;
   int padded_units;  // in shared memory
   int weights[kMaxLstmLayers];
@@ -63,7 +63,11 @@ struct Layout {
   int deltas, grad_h, grad_c, grad_theta, grad_gates, grad_head, grad_x, grad_direct, ones;
 
   Layout(const LstmUnroll<T>& p, bool backward, int chunk_width)
-      : width(chunk_width), pitch(chunk_width + (backward ? kQuad : 0)), quads(chunk_width / kQuad) {
+      : width(chunk_width),
+        pitch(chunk_width + (backward ? kQuad : 0)),
+        quads(chunk_width / kQuad),
+        quad_bits(0) {
+    while (1 << quad_bits < quads) ++quad_bits;
     const Lstm<T>& lstm = p.lstm;
     constexpr int64_t kMostHidden = 1 << 16;
     if (lstm.hidden > kMostHidden) {
@@ -144,7 +148,7 @@ struct Plan {
   int64_t columns[kMaxLstmLayers + 1];  // where the gradients of a layer's weights, or the head's, begin
   bool wants_grads;                     // the gradients of gradients
 
-  // `sums`: elements of the gradient of the weights where it is wanted; backward alone.
+  // `sums`: elements of the gradient of the weights; backward alone.
   Plan(const LstmUnroll<T>& p, bool backward, int64_t sums)
       : at(p, backward, starting_width(p)), exp_p(static_cast<T>(std::exp(static_cast<double>(p.lstm.p)))) {
     const int64_t limit = static_cast<int64_t>(max_shared_bytes());
