@@ -31,6 +31,7 @@ from metafast.learned_optimizer import (
     meta_lstm_unroll,
     state_views,
 )
+from metafast.meta_lstm import MetaLSTM
 from metafast.pairwise import (
     matching_log_probs,
     matching_loss,
@@ -48,6 +49,7 @@ _fake.register("metafast")
 __all__ = [
     "Adapted",
     "Explanation",
+    "MetaLSTM",
     "adapt",
     "explain",
     "get_trajectory_bytes",

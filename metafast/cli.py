@@ -164,6 +164,13 @@ def _add_eval_options(parser: ArgumentParser) -> None:
         metavar="K",
         help="steps of adaptation (default: as trained; on sine 1 5 10 32)",
     )
+    parser.add_argument(
+        "--sgd",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="also the same steps of plain SGD at these learning rates, from the same initialisation",
+    )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
     _add_machine_options(parser)
     parser.set_defaults(run=_eval)

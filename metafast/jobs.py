@@ -16,7 +16,7 @@ from metafast.data import Episodes, Problem, omniglot_runs
 from metafast.data.center import center
 from metafast.data.floors import pixel_floor
 from metafast.evaluate import Estimate, evaluate, score
-from metafast.methods import METHODS, Adaptation, Method
+from metafast.methods import MAML, METHODS, Adaptation, Method
 from metafast.sources import describe, load_sampler
 from metafast.train import train
 
@@ -146,6 +146,10 @@ def run_eval(options: Namespace) -> None:
         raise ValueError(f"episodes: expected at least 2 for an interval, got {options.episodes}")
     if options.inner_steps is not None and not isinstance(method, Adaptation):
         raise ValueError(f"inner_steps: {trained.method} has no inner loop")
+    if options.sgd is not None and (not isinstance(method, Adaptation) or trained.data == "sine"):
+        raise ValueError(
+            f"sgd: expected a method with an inner loop on images, got {trained.method} on {trained.data}"
+        )
     with precision:
         if trained.data == "sine":
             _eval_waves(method, trained, options)
@@ -197,14 +201,22 @@ def _eval_split(method: Method, trained: Namespace, options: Namespace) -> None:
         )
         floor = sum(pixel_floor(sampler.batch(step)) for step in range(options.episodes)) / options.episodes
         for steps in options.inner_steps or [None]:
-            predict = method.predict if steps is None else partial(method.predict, steps=steps)
-            batches = (sampler.batch(step) for step in range(options.episodes))
             after = "" if steps is None else f", {steps} inner steps"
-            print(
-                f"{ways}-way {shots}-shot, {options.episodes} episodes of {describe(trained)} "
-                f"{options.split}{after}: {evaluate(method, batches, predict):.2%}   "
-                f"({_FLOOR}: {100 * floor:.2f} %)"
-            )
+            for rate in [None, *(options.sgd or [])]:
+                learner = method if rate is None else _sgd_from(method, rate)
+                predict = learner.predict if steps is None else partial(learner.predict, steps=steps)
+                batches = (sampler.batch(step) for step in range(options.episodes))
+                by = "" if rate is None else f", by SGD at {rate:g}"
+                print(
+                    f"{ways}-way {shots}-shot, {options.episodes} episodes of {describe(trained)} "
+                    f"{options.split}{after}{by}: {evaluate(learner, batches, predict):.2%}   "
+                    f"({_FLOOR}: {100 * floor:.2f} %)"
+                )
+
+
+def _sgd_from(method: Adaptation, lr: float) -> Adaptation:
+    """Plain gradient descent from where a method's inner loop begins, with as many steps."""
+    return MAML(method.network, loss=method.loss_name, lr=lr, steps=method.test_steps)
 
 
 def _eval_runs(method: Method, trained: Namespace, options: Namespace) -> None:

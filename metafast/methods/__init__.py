@@ -10,6 +10,7 @@ from .adaptation import Adaptation
 from .conv4 import conv4
 from .fomaml import FOMAML
 from .maml import MAML
+from .meta_lstm import MetaLSTMLearner
 from .metasgd import MetaSGD
 from .method import Method
 from .mlp import mlp
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "fomaml": FOMAML,
     "reptile": Reptile,
     "metasgd": MetaSGD,
+    "meta-lstm": MetaLSTMLearner,
     "pretrain": Pretrain,
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "MAML",
     "METHODS",
     "Adaptation",
+    "MetaLSTMLearner",
     "MetaSGD",
     "Method",
     "Pretrain",

@@ -130,15 +130,19 @@ class Adaptation(Method):
             first_order=first_order,
         )
 
+    def outputs(self, params: list[Tensor], x: Tensor) -> Tensor:
+        """What the network gives with the parameters of each task: x [T, B, ...] -> [T, B, O]."""
+        out = x.flatten(2)
+        activate = {"relu": torch.relu, "tanh": torch.tanh}.get(self.activation)
+        for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+            out = activate(task_linear(out, weight, bias))
+        return task_linear(out, *params[-2:])
+
     def predict(self, episodes: Episodes, steps: int | None = None) -> Tensor:
         """As :meth:`Method.predict`, after ``steps`` steps on the support."""
         steps = self.test_steps if steps is None else steps
         params = self.adapt(episodes.support, episodes.support_labels, steps)
-        out = episodes.query.flatten(2)
-        activate = {"relu": torch.relu, "tanh": torch.tanh}.get(self.activation)
-        for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
-            out = activate(task_linear(out, weight, bias))
-        out = task_linear(out, *params[-2:])
+        out = self.outputs(params, episodes.query)
         return out.log_softmax(-1) if self.loss_name == "cross_entropy" else out
 
     @abstractmethod

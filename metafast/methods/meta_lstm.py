@@ -1,0 +1,123 @@
+"""The meta-LSTM."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metafast.data import Episodes, Problem
+from metafast.meta_lstm import MetaLSTM
+
+from .adaptation import IMAGES, Adaptation
+from .method import Recipes
+
+
+class MetaLSTMLearner(Adaptation):
+    """The meta-LSTM (Ravi and Larochelle 2017): an LSTM trains the network, whose weights are its cell state.
+
+    The network's own weights are where the cell state begins. Both they and the cell's weights learn from the
+    query loss after the steps, by a meta-gradient that takes the support's gradients and losses on the way as
+    constants (the paper's gradient independence assumption).
+
+    Args:
+        cell: what takes the steps.
+        settings: as :class:`Adaptation`'s, but for ``lr``, which is the cell's first input gate.
+    """
+
+    recipes: ClassVar[Recipes] = {
+        "images": {
+            **IMAGES,
+            "hidden": [32],
+            "activation": "tanh",
+            "inner_lr": 0.3,
+            "inner_steps": 5,
+            "cell_hidden": 20,
+            "cell_layers": 1,
+            "shots": 5,
+            "tasks": 4,
+            "steps": 1000,
+        },
+    }
+
+    def __init__(self, network: nn.Module, cell: MetaLSTM, **settings: Any) -> None:
+        super().__init__(network, lr=cell.first_gates[0], **settings)
+        self.cell = cell
+
+    def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
+        """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...]."""
+        starts = self.params
+        theta = [start.expand(len(x), *start.shape) for start in starts]
+        states = [self.cell.initial_state(starts)] * len(x)
+        grads, losses = [], []
+        with torch.no_grad():
+            for _ in range(steps):
+                grad, loss = self._gradient(theta, x, labels)
+                moved = []
+                for task, state in enumerate(states):
+                    of_task = [p[task] for p in theta], [g[task] for g in grad], loss[task]
+                    end, states[task] = self.cell(*of_task, state)
+                    moved.append(end)
+                theta = _stack(moved)
+                grads.append(grad)
+                losses.append(loss)
+        if not grads or not torch.is_grad_enabled():
+            return theta
+        # The same steps again, in one call for each task, which autograd records.
+        begin = self.cell.initial_state(starts)
+        ends = []
+        for task in range(len(x)):
+            along = [torch.stack([grad[task] for grad in of_param]) for of_param in zip(*grads, strict=True)]
+            thetas, _ = self.cell.unroll(starts, along, torch.stack(losses)[:, task], begin)
+            ends.append([theta[-1] for theta in thetas])
+        return _stack(ends)
+
+    def _gradient(self, theta: list[Tensor], x: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Of each task's loss with its parameters, and that loss: each [T, ...], and [T]."""
+
+        def total(theta: list[Tensor]) -> tuple[Tensor, Tensor]:
+            losses = self.losses(self.outputs(theta, x), labels)
+            return losses.sum(), losses
+
+        return torch.func.grad(total, has_aux=True)(theta)
+
+    def losses(self, out: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of each task: out [T, B, O], labels as in :class:`Episodes` -> [T]."""
+        if self.loss_name == "mse":
+            return (out - labels).square().flatten(1).mean(1)
+        each = F.cross_entropy(out.transpose(1, 2), labels, reduction="none")
+        return each.sum(1) / (labels != -100).sum(1).clamp_min(1)
+
+    def query_loss(self, episodes: Episodes, steps: int) -> Tensor:
+        theta = self.adapt(episodes.support, episodes.support_labels, steps)
+        return self.losses(self.outputs(theta, episodes.query), episodes.query_labels).mean()
+
+    def loss(self, episodes: Episodes) -> Tensor:
+        """The mean query loss after the steps: a scalar (algorithm 1)."""
+        return self.query_loss(episodes, self.steps)
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        super().add_options(parser)
+        parser.add_argument("--cell-hidden", type=int, metavar="H", help="units of a layer of the meta-LSTM")
+        parser.add_argument(
+            "--cell-layers",
+            type=int,
+            metavar="L",
+            help="LSTM layers below its gates; with 0 the gates see the gradient, the loss, the weight and "
+            "themselves alone. --inner-lr is where the input gate begins",
+        )
+
+    @classmethod
+    def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
+        settings = super().settings(options, problem)
+        gate = settings.pop("lr")
+        return {**settings, "cell": MetaLSTM(options.cell_hidden, options.cell_layers, input_gate=gate)}
+
+
+def _stack(tasks: list[list[Tensor]]) -> list[Tensor]:
+    """Of each task its tensors -> the tensors, each [T, ...]."""
+    return [torch.stack(of_tasks) for of_tasks in zip(*tasks, strict=True)]
