@@ -91,7 +91,7 @@ class MetaLSTM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Layers uniform in ±1/sqrt(H), as `nn.LSTM`; gates in ±0.01, as the paper, about the first values."""
+        """Layers uniform in ±1/sqrt(H), as `nn.LSTM`; gates in ±0.01, as in the paper."""
         for weight in self.weights[:-2]:
             nn.init.uniform_(weight, -(self.hidden**-0.5), self.hidden**-0.5)
         nn.init.uniform_(self.weight_gates, -0.01, 0.01)
