@@ -31,15 +31,17 @@ class MetaLSTMLearner(Adaptation):
     recipes: ClassVar[Recipes] = {
         "images": {
             **IMAGES,
-            "hidden": [32],
-            "activation": "tanh",
-            "inner_lr": 0.3,
+            "hidden": [64],
+            "inner_lr": 0.2,
             "inner_steps": 5,
             "cell_hidden": 20,
             "cell_layers": 1,
             "shots": 5,
             "tasks": 4,
-            "steps": 1000,
+            "steps": 600,
+            "lr": 3e-3,
+            "log_every": 20,
+            "checkpoint_every": 100,
         },
     }
 
