@@ -143,6 +143,7 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
         ("train maml --data sine --ways 5", "ways: sine waves have no classes, got 5"),
         ("train maml --data sine --inner-steps -1", "steps: expected a number >= 0, got -1"),
         ("eval {run} --inner-steps 3", "inner_steps: protonet has no inner loop"),
+        ("eval {run} --sgd 0.1", "sgd: expected a method with an inner loop on images, got protonet on"),
         (
             "train protonet --data nowhere",
             "data: expected 'omniglot', 'digits', 'sine' or a folder, got 'nowhere'",
