@@ -39,7 +39,7 @@ class MetaLSTMLearner(Adaptation):
             "shots": 5,
             "tasks": 4,
             "steps": 600,
-            "lr": 3e-3,
+            "lr": 2e-3,
             "log_every": 20,
             "checkpoint_every": 100,
         },
