@@ -1,13 +1,14 @@
 """Learned optimizers written for speed, in PyTorch: in place, without autograd, in chunks that fit a cache.
 
-Coordinates are the last dimension, so that each gate of all units is one piece of memory. A layer is one
-addmm: its inputs and its h lie in one matrix, as do its weights.
+A layer is one addmm: its inputs and its h lie in one matrix, as do its weights. Tensors are written here
+with coordinates last, [rows, n]. Where they lie so in memory too, each gate of all units is one piece of it;
+with `coordinates_first` they lie as [n, rows], as most people have them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ def _swap_last(rows: Tensor) -> Tensor:
     return torch.cat((i, f, o, g))
 
 
-def _layers_of(problem: Problem) -> list[Layer]:
+def layers_of(problem: Problem) -> list[Layer]:
     of = problem.weights[:-2]
     return [
         Layer(_swap_last(torch.cat((weight_ih, weight_hh), 1)), _swap_last(bias.unsqueeze(1)))
@@ -64,14 +65,16 @@ class Chunk:
     gates: Tensor  # [2, n], of the meta-LSTM
 
 
-def _make_chunk(problem: Problem, of: slice) -> Chunk:
-    h, c = (t[:, of].transpose(1, 2).contiguous() for t in (problem.hidden, problem.cell))
+def _make_chunk(problem: Problem, of: slice, coordinates_first: bool) -> Chunk:
+    h, c = (t[:, of].mT.contiguous() for t in (problem.hidden, problem.cell))
     grad = problem.grads[0, of]
     inputs = grad.new_zeros(problem.weights[0].shape[1], grad.numel())
     if problem.is_meta:
         inputs[2:] = log_sign(problem.losses[0]).unsqueeze(1)
-    gates = problem.gates[of].T.contiguous()
-    return Chunk(problem.params[of].clone(), grad, torch.cat((inputs, h.flatten(0, 1))), c, gates)
+    rows = [torch.cat((inputs, h.flatten(0, 1))), c, problem.gates[of].T]
+    clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+    rows = [clone(t.mT).mT if coordinates_first else clone(t) for t in rows]
+    return Chunk(problem.params[of].clone(), grad, *rows)
 
 
 def _advance(
@@ -105,12 +108,14 @@ def _advance(
     theta.mul_(gates[1]).addcmul_(gates[0], grad, value=-1)
 
 
-def step_in_place(problem: Problem, chunk: int | None = None) -> Call:
-    chunks = [_make_chunk(problem, of) for of in _chunks(problem, chunk)]
-    layers = _layers_of(problem)
-    buffer = chunks[0].theta.new_empty(5 * problem.units, chunks[0].theta.numel())
-    buffers = {c.theta.numel(): buffer.flatten()[: 5 * problem.units * c.theta.numel()] for c in chunks}
-    buffers = {size: flat.view(5 * problem.units, size) for size, flat in buffers.items()}
+def step_in_place(problem: Problem, chunk: int | None = None, coordinates_first: bool = False) -> Call:
+    chunks = [_make_chunk(problem, of, coordinates_first) for of in _chunks(problem, chunk)]
+    layers, rows = layers_of(problem), 5 * problem.units
+    largest = chunks[0].theta.new_empty(rows * chunks[0].theta.numel())
+    buffers = []  # of each chunk, all in the same memory
+    for size in (c.theta.numel() for c in chunks):
+        flat = largest[: rows * size]
+        buffers.append(flat.view(size, rows).T if coordinates_first else flat.view(rows, size))
 
     def read() -> Sequence[Tensor]:
         h = torch.cat([c.rows[-problem.layers * problem.units :] for c in chunks], 1)
@@ -121,8 +126,8 @@ def step_in_place(problem: Problem, chunk: int | None = None) -> Call:
 
     @torch.no_grad()
     def call() -> Read:
-        for c in chunks:
-            _advance(layers, *problem.weights[-2:], c, buffers[c.theta.numel()])
+        for c, buffer in zip(chunks, buffers, strict=True):
+            _advance(layers, *problem.weights[-2:], c, buffer)
         return read
 
     return call
@@ -204,7 +209,7 @@ class _GatesHead(_Head):
 
 def unroll(problem: Problem, chunk: int | None = None, compiled: bool = False) -> Call:
     """Coordinates need each other nowhere, so that each chunk goes through all steps and back."""
-    layers, losses, units = _layers_of(problem), problem.losses, problem.units
+    layers, losses, units = layers_of(problem), problem.losses, problem.units
     compile_ = functools.partial(torch.compile, dynamic=False)
     forward, backward = (compile_(f) if compiled else f for f in (_layer_forward, _layer_backward))
 
@@ -253,7 +258,3 @@ def unroll(problem: Problem, chunk: int | None = None, compiled: bool = False) -
         return read
 
     return call
-
-
-STEP_CHUNK, UNROLL_CHUNK = 8192, 2048  # coordinates: the fastest of the powers of two here
-CallOf = Callable[[Problem], Call]

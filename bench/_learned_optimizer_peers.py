@@ -1,4 +1,4 @@
-"""Learned optimizers as people write them today: with torch's LSTMs, as matrix products, and in JAX.
+"""Learned optimizers as people write them today: with torch's LSTMs, as matrix products, compiled.
 
 Parameters are one flat tensor for all of them, with no loop over tensors. Each keeps its state in the layout
 that it likes best. Of an unroll they get the recorded gradients, so that none differentiates through the
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from bench._harness import Skip
 from bench._learned_optimizer_workloads import P_LOG_SIGN, SCALE, Call, Problem, Read
-from bench._peers import import_jax, jax_array
 
 State = tuple[Tensor, ...]  # as each model likes it; the last is gates [P, 2], or [P, 0]
 TINY = math.exp(-P_LOG_SIGN)
@@ -68,9 +67,7 @@ class Model(nn.Module):
         gates = (known + theta.unsqueeze(1) * self.head[:, -2] + gates * self.head[:, -1]).sigmoid()
         return gates[:, 1] * theta - gates[:, 0] * grad, gates
 
-    def forward(
-        self, theta: Tensor, state: State, grad: Tensor, loss: Tensor | None
-    ) -> tuple[Tensor, State]:
+    def forward(self, theta: Tensor, state: State, grad: Tensor, loss: Tensor | None) -> tuple[Tensor, State]:
         h, layers = self.layers(self.inputs(grad, loss), state)
         theta, gates = self.move(h, theta, grad, state[-1])
         return theta, (*layers, gates)
@@ -136,6 +133,30 @@ class Products(Cells):
             x = o.sigmoid() * c.tanh()
             new += [x, c]
         return x, tuple(new)
+
+
+class Transposed(Products):
+    """With coordinates last in the state: each gate of all units is one piece of memory."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.first_state = (*(t.T.contiguous() for t in self.first_state[:-1]), problem.gates)
+
+    def layers(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        x, new = x.T, []
+        for index in range(self.problem.layers):
+            weight_ih, weight_hh, bias = self.leaves[3 * index : 3 * index + 3]
+            h, c = state[2 * index : 2 * index + 2]
+            gates = torch.addmm(torch.addmm(bias.unsqueeze(1), weight_ih, x), weight_hh, h)
+            i, f, g, o = gates.chunk(4)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            x = o.sigmoid() * c.tanh()
+            new += [x, c]
+        return x.T, tuple(new)
+
+    def read(self, state: State) -> tuple[Tensor, Tensor]:
+        hidden, cell = super().read(state)
+        return hidden.mT, cell.mT
 
 
 class Lstm(Model):
@@ -209,118 +230,51 @@ def step(model: Callable[[Problem], Model], problem: Problem, compiled: bool = F
     return call
 
 
-def unroll(model: Callable[[Problem], Model], problem: Problem, compiled: bool = False) -> Call:
-    """Autograd through all steps. Compiled is the step: all of them at once take minutes to compile."""
-    made = model(problem)
-    advance = _compiled(made) if compiled else made
+def step_graphed(model: Callable[[Problem], Model], problem: Problem) -> Call:
+    """A CUDA graph of the first step, from the same state every time: no launch from Python."""
+    made, loss = model(problem), problem.losses[0] if problem.is_meta else None
+    arguments = (problem.params, made.first_state, problem.grads[0], loss)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                made(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            theta, state = made(*arguments)
 
     def call() -> Read:
-        thetas = made.unroll(advance)
-        grads = torch.autograd.grad(thetas, made.leaves, problem.grad_out)
+        graph.replay()
+        return lambda: (theta, *made.read(state), *state[-1:][: problem.is_meta])
+
+    return call
+
+
+def _forward_backward(made: Model, thetas_of: Callable[[], Tensor]) -> Call:
+    def call() -> Read:
+        thetas = thetas_of()
+        grads = torch.autograd.grad(thetas, made.leaves, made.problem.grad_out)
         return lambda: (thetas, *grads)
 
     return call
 
 
-# --- JAX --------------------------------------------------------------------------------------------------
+def unroll(model: Callable[[Problem], Model], problem: Problem, compiled: bool = False) -> Call:
+    """Autograd through all steps. Compiled is the step: all at once takes ten times as long to compile."""
+    made = model(problem)
+    return _forward_backward(made, functools.partial(made.unroll, _compiled(made) if compiled else made))
 
 
-def _jax_advance(problem: Problem) -> Callable[..., Any]:
-    """(weights, (theta, state), grad, loss) -> (theta, state); state [(h, c) of each layer ..., gates]"""
-    import jax
-    import jax.numpy as jnp
-
-    def log_sign(g: Any) -> Any:
-        size = jnp.maximum(jnp.log(jnp.abs(g)) / P_LOG_SIGN, -1)
-        return jnp.stack((size, jnp.clip(g / TINY, -1, 1)), -1)
-
-    def advance(weights: Any, carry: Any, grad: Any, loss: Any) -> Any:
-        theta, (*layers, gates) = carry
-        x = log_sign(grad)
-        if problem.is_meta:
-            x = jnp.concatenate((x, jnp.broadcast_to(log_sign(loss), x.shape)), 1)
-        new = []
-        for index, (h, c) in enumerate(layers):
-            weight_ih, weight_hh, bias = weights[3 * index : 3 * index + 3]
-            i, f, g, o = jnp.split(x @ weight_ih.T + h @ weight_hh.T + bias, 4, 1)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            x = jax.nn.sigmoid(o) * jnp.tanh(c)
-            new.append((x, c))
-        head, bias = weights[-2:]
-        if problem.is_meta:
-            known = x @ head[:, :-2].T + bias
-            gates = jax.nn.sigmoid(known + theta[:, None] * head[:, -2] + gates * head[:, -1])
-            theta = gates[:, 1] * theta - gates[:, 0] * grad
-        else:
-            theta = theta + SCALE * (x @ head[0] + bias[0])
-        return theta, [*new, gates]
-
-    return advance
-
-
-def _jax_start(problem: Problem) -> Any:
-    layers = zip(problem.hidden, problem.cell, strict=True)
-    state = [*((jax_array(h), jax_array(c)) for h, c in layers), jax_array(problem.gates)]
-    return jax_array(problem.params), state
-
-
-def _tensor(array: Any) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(array))
-
-
-def jax_step(problem: Problem) -> Call:
-    """The old state is donated: its memory is the new one's."""
-    jax = import_jax(problem.params.device)
-    advance = jax.jit(_jax_advance(problem), donate_argnums=1)
-    weights, grad = [jax_array(w) for w in problem.weights], jax_array(problem.grads[0])
-    loss = jax_array(problem.losses[0]) if problem.is_meta else None
-    carry = _jax_start(problem)
-
-    def read() -> tuple[Tensor, ...]:
-        theta, (*layers, gates) = carry
-        rows = [torch.stack([_tensor(t) for t in part]) for part in zip(*layers, strict=True)]
-        return _tensor(theta), *rows, *([_tensor(gates)] if problem.is_meta else [])
-
-    def call() -> Read:
-        nonlocal carry
-        carry = jax.block_until_ready(advance(weights, carry, grad, loss))
-        return read
-
-    return call
-
-
-def jax_unroll(problem: Problem) -> Call:
-    jax = import_jax(problem.params.device)
-    advance = _jax_advance(problem)
-
-    def thetas_of(weights: Any, start: Any, grads: Any, losses: Any) -> Any:
-        def body(carry: Any, step: Any) -> Any:
-            carry = advance(weights, carry, *step)
-            return carry, carry[0]
-
-        return jax.lax.scan(body, start, (grads, losses))[1]
-
-    def forward_backward(weights: Any, *others: Any) -> Any:
-        *others, grad_out = others
-        thetas, pull = jax.vjp(functools.partial(lambda o, w: thetas_of(w, *o), others), weights)
-        return thetas, *pull(grad_out)[0]
-
-    function = jax.jit(forward_backward)
-    losses = jax_array(problem.losses) if problem.is_meta else None
-    arguments = (
-        [jax_array(w) for w in problem.weights],
-        _jax_start(problem),
-        jax_array(problem.grads),
-        losses,
-        jax_array(problem.grad_out),
-    )
-
-    def call() -> Read:
-        result = jax.block_until_ready(function(*arguments))
-        return lambda: [_tensor(r) for r in result]
-
+def lstm_unroll_compiled(problem: Problem) -> Call:
+    """One call of nn.LSTM, whose backward not every torch can compile."""
+    made = Lstm(problem)
+    torch._dynamo.config.allow_rnn = True
+    call = _forward_backward(made, torch.compile(functools.partial(made.unroll, made), dynamic=False))
+    try:
+        call()
+    except Exception as error:  # of dynamo, of inductor, or what they ran into
+        raise Skip(f"torch.compile: {str(error).strip().splitlines()[0][:80]}") from None
     return call
 
 
@@ -328,4 +282,6 @@ def jax_unroll(problem: Problem) -> Call:
 
 
 def pylo_step(problem: Problem) -> Call:
-    raise Skip("the package index has no PyLO (its pylo is another program); it holds MLPs, no such LSTM")
+    raise Skip(
+        "not on the package index, where pylo is another program; and its optimizers are MLPs, not this"
+    )

@@ -25,8 +25,8 @@ Call = Callable[[], Read]  # returns what reads its results: no call pays for an
 class Problem:
     """P coordinates of one tensor, recorded gradients of K steps, and the LSTM.
 
-    The weights are [W_ih_1 [4H, I], W_hh_1 [4H, H], b_1 [4H], ..., and the head's]. LSTM optimizer: I = 2, head
-    [1, H] and [1]. Meta-LSTM: I = 4, head [2, H + 2] and [2].
+    The weights are [W_ih_1 [4H, I], W_hh_1 [4H, H], b_1 [4H], ..., and the head's]. LSTM optimizer: I = 2,
+    head [1, H] and [1]. Meta-LSTM: I = 4, head [2, H + 2] and [2].
     """
 
     weights: Sequence[Tensor]
@@ -266,8 +266,3 @@ class Workload:
         and those of the results are read, the results written, the first state read and the last written."""
         state = 2 * self.layers * self.units + (2 if self.is_meta else 0)
         return 4 * self.coordinates * (2 * state + 1 + (2 if self.steps is None else 3 * self.steps))
-
-    def autograd_bytes(self) -> float:
-        """An estimate of what autograd holds: of each unit and step its four gates before and after, c, tanh c
-        and h."""
-        return 4 * self.coordinates * (self.steps or 1) * self.layers * self.units * 12
