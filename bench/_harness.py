@@ -3,8 +3,8 @@
 Variants are interleaved (A B C A B C ...), so that a disturbance hits all of them alike; medians are
 reported, and beside them the best sample, which a busy machine disturbs least. Each variant's result is
 compared with the expected one before it is timed. A variant that cannot run stays in the table, with the
-reason. The floor is the time of the arithmetic at the measured sgemm peak or of the unavoidable memory
-traffic at the measured bandwidth, whichever is longer.
+reason. The floor is the time of the arithmetic at the measured sgemm peak, with that of the exponentials
+where a case has some, or of the unavoidable memory traffic at the measured bandwidth, whichever is longer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Skip(Exception):
 @dataclass(frozen=True)
 class Variant:
     name: str
-    kind: str  # "metafast", or what a target can be stated against: "eager", "compiled", "jax", "library" ...
+    # "metafast"; "metafast, ..." of another way to call it, without targets; or what a target can be stated
+    # against: "eager", "compiled", "jax", "library" ...
+    kind: str
     build: Callable[[], Callable[[], object]]  # returns the call to time
     collect: Callable[[object], Sequence[Tensor]]  # of what the call returns: as `Case.expected`
     metric: str | None = None  # where the variant computes another metric than the case
@@ -70,6 +72,7 @@ class Case:
     targets: Sequence[Target] = ()
     tolerance: float = TOLERANCE
     other_flops: Mapping[str, float] = field(default_factory=dict)  # of other algorithms for the same result
+    exponentials: float = 0  # which take as long as products of matrices would, and longer
 
 
 @dataclass
@@ -88,9 +91,19 @@ class Row:
 class Peak:
     flops: float  # float32 matrix products, per second
     bandwidth: float  # bytes per second
+    exponentials: float  # float32 torch.exp of what lies in the cache, per second
+
+    def parts(self, case: Case) -> dict[str, float]:
+        """Seconds of what bounds a case."""
+        return {
+            "matrix products": case.flops / self.flops,
+            "exponentials": case.exponentials / self.exponentials,
+            "memory": case.traffic / self.bandwidth,
+        }
 
     def floor(self, case: Case, flops: float | None = None) -> float:
-        return max((flops or case.flops) / self.flops, case.traffic / self.bandwidth)
+        arithmetic = (flops or case.flops) / self.flops + case.exponentials / self.exponentials
+        return max(arithmetic, case.traffic / self.bandwidth)
 
 
 # --- the clock --------------------------------------------------------------------------------------------
@@ -164,7 +177,14 @@ def measure_peak(clock: Clock, quick: bool) -> Peak:
     target = torch.empty_like(source)
     read = min(clock(source.sum) for _ in range(5))
     copy = min(clock(lambda: target.copy_(source)) for _ in range(5))
-    return Peak(2 * size**3 / product, max(source.nbytes / read, 2 * source.nbytes / copy))
+    cached = torch.randn(2**18, device=clock.device)
+    result = torch.empty_like(cached)
+    exponential = min(clock(lambda: torch.exp(cached, out=result), 50) for _ in range(5))
+    return Peak(
+        2 * size**3 / product,
+        max(source.nbytes / read, 2 * source.nbytes / copy),
+        cached.numel() / exponential,
+    )
 
 
 # --- one case ---------------------------------------------------------------------------------------------
@@ -203,11 +223,11 @@ def run_case(case: Case, clock: Clock, plan: Plan, peak: Peak, memory_limit: flo
             rows[variant.name].skipped = str(reason)
             continue
         except torch.OutOfMemoryError:
-            if variant.kind == "metafast":
+            if variant.kind.startswith("metafast"):
                 raise
             rows[variant.name].skipped = "out of memory"
             continue
-        if error > case.tolerance and variant.kind == "metafast":
+        if error > case.tolerance and variant.kind.startswith("metafast"):
             raise RuntimeError(f"{case.name}: {variant.name} is wrong by {error:.1e}")
         if error > case.tolerance:
             rows[variant.name].skipped = f"wrong by {error:.1e}, not timed"
@@ -253,8 +273,11 @@ def judge(case: Case, rows: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def print_case(case: Case, rows: Sequence[Row], verdicts: Sequence[dict[str, object]], peak: Peak) -> None:
-    bound = "arithmetic" if case.flops / peak.flops > case.traffic / peak.bandwidth else "memory"
-    print(f"\n{case.name}   floor {peak.floor(case) * 1e3:.4g} ms ({bound})")
+    parts, floor = peak.parts(case), peak.floor(case)
+    bound = "memory" if floor == parts["memory"] else "arithmetic"
+    print(f"\n{case.name}   floor {floor * 1e3:.4g} ms ({bound})")
+    if case.exponentials:
+        print("  " + ", ".join(f"{name} {seconds * 1e3:.4g} ms" for name, seconds in parts.items()))
     ours = next(row.milliseconds for row in rows if row.kind == "metafast")
     for algorithm, flops in case.other_flops.items():
         floor = peak.floor(case, flops) * 1e3

@@ -8,11 +8,7 @@ prints the bytes that one call takes at its peak, beyond its arguments, in this 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +18,9 @@ import torch
 from bench import _inner_loop_peers as peers
 from bench._harness import Clock, Peak, Plan, Skip, interleave
 from bench._inner_loop_workloads import SINE, Problem, Workload, metafast_call
+from bench._memory import MIB, peak_of_process, peak_on_cuda, print_peak
 from metafast import _C
 
-MIB = 2**20
-SKIPPED = 3  # the exit status of a process whose variant cannot run here
 VARIANTS: dict[str, Callable[[Problem], Callable[[], object]]] = {
     "metafast": metafast_call,
     "bmm, HVP by hand": peers.bmm_by_hand,
@@ -53,46 +48,11 @@ def documented_bytes(workload: Workload, threads: int) -> int:
 # --- peak memory ------------------------------------------------------------------------------------------
 
 
-def _resident(field: str) -> int:
-    """VmRSS or its largest value so far, VmHWM, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def _peak_here(variant: str, workload: Workload) -> int:
-    build = VARIANTS[variant]
-    build(SINE(1, steps=1).problem(torch.device("cpu")))()  # loads the libraries, starts the threads
-    call = build(workload.problem(torch.device("cpu")))
-    if variant == "JAX":
-        call()  # compiles
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    before = _resident("VmRSS")
-    result = call()
-    peak = _resident("VmHWM") - before
-    del result
-    return peak
-
-
 def peak_bytes(variant: str, workload: Workload, device: torch.device, threads: int) -> int:
-    """What one call takes at its peak beyond its arguments: on CUDA from torch's allocator, else of a fresh
-    process."""
+    """What one call takes at its peak beyond its arguments."""
     if device.type == "cuda":
-        call = VARIANTS[variant](workload.problem(device))
-        call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    arguments = [variant, str(workload.tasks), str(workload.steps), str(threads)]
-    command = [sys.executable, "-m", "bench._inner_loop_growth", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode == SKIPPED:
-        raise Skip(done.stdout.strip())
-    done.check_returncode()
-    return int(done.stdout)
+        return peak_on_cuda(VARIANTS[variant](workload.problem(device)))
+    return peak_of_process("bench._inner_loop_growth", variant, workload.tasks, workload.steps, threads)
 
 
 def _variants(device: torch.device) -> list[str]:
@@ -191,15 +151,16 @@ def _draw(rows: list[dict[str, object]], names: list[str], path: Path) -> None:
 def main(arguments: list[str]) -> None:
     variant = arguments[0]
     tasks, steps, threads = map(int, arguments[1:])
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    try:
-        print(_peak_here(variant, SINE(tasks, steps=steps)))
-    except Skip as reason:
-        print(reason)
-        sys.exit(SKIPPED)
+
+    def build() -> Callable[[], object]:
+        make = VARIANTS[variant]
+        make(SINE(1, steps=1).problem(torch.device("cpu")))()
+        call = make(SINE(tasks, steps=steps).problem(torch.device("cpu")))
+        if variant == "JAX":
+            call()  # compiles
+        return call
+
+    print_peak(threads, build)
 
 
 if __name__ == "__main__":
