@@ -12,6 +12,7 @@ from metafast import _fake, reference
 from metafast._doors import trace_doors
 from metafast._info import info
 from metafast.adaptation import Adapted, Explanation, adapt, explain
+from metafast.coordinatewise_lstm import CoordinatewiseLSTM
 from metafast.inner_loop import (
     get_trajectory_bytes,
     inner_sgd,
@@ -31,6 +32,7 @@ from metafast.learned_optimizer import (
     meta_lstm_unroll,
     state_views,
 )
+from metafast.optim import LSTMOptimizer
 from metafast.pairwise import (
     matching_log_probs,
     matching_loss,
@@ -47,7 +49,9 @@ _fake.register("metafast")
 
 __all__ = [
     "Adapted",
+    "CoordinatewiseLSTM",
     "Explanation",
+    "LSTMOptimizer",
     "adapt",
     "explain",
     "get_trajectory_bytes",

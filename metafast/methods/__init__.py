@@ -9,21 +9,23 @@ from __future__ import annotations
 from .adaptation import Adaptation
 from .conv4 import conv4
 from .fomaml import FOMAML
+from .learned_optimizer import LearnedOptimizer
 from .maml import MAML
 from .metasgd import MetaSGD
-from .method import Method
+from .method import Learner, Method
 from .mlp import mlp
 from .pretrain import Pretrain
 from .protonet import ProtoNet
 from .reptile import Reptile
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Learner]] = {
     "protonet": ProtoNet,
     "maml": MAML,
     "fomaml": FOMAML,
     "reptile": Reptile,
     "metasgd": MetaSGD,
     "pretrain": Pretrain,
+    "l2l": LearnedOptimizer,
 }
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "MAML",
     "METHODS",
     "Adaptation",
+    "LearnedOptimizer",
+    "Learner",
     "MetaSGD",
     "Method",
     "Pretrain",

@@ -1,0 +1,135 @@
+"""Meta-training of gradient descent as an LSTM."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from metafast.coordinatewise_lstm import CoordinatewiseLSTM
+from metafast.data import Optimizees
+
+from .method import Learner
+
+_RECIPE: Mapping[str, Any] = {
+    "hidden": 20,
+    "layers": 2,
+    "preprocess": "log_sign",
+    "p": 10.0,
+    "scale": 0.1,
+    "inner_steps": 100,
+    "truncation": 20,
+    "random_scaling": 0.0,
+    "batch_size": 128,
+    "tasks": 8,
+    "steps": 1000,
+    "optimizer": "adam",
+    "lr": 3e-3,
+    "schedule": "cosine",
+    "precision": "float32",
+    "log_every": 50,
+    "checkpoint_every": 100,
+}
+
+
+class LearnedOptimizer(Learner):
+    """Gradient descent as an LSTM (Andrychowicz et al. 2016): learns to optimise, on problems of one kind.
+
+    The meta-gradient is the paper's: of the losses along the trajectory, through the LSTM, its state and the
+    parameters, with the gradients that it sees taken as given (section 2.1), and cut every ``truncation``
+    steps. So the trajectory runs without autograd and its gradients are recorded; then one call of the fused
+    unroll differentiates all its parts at once. All problems of a batch run together, their coordinates in
+    one call. The paper moves the LSTM's weights after each part; here they move once, by the mean over all
+    parts, so that a step depends on its batch alone and a run resumes from the weights.
+
+    Args:
+        cell: what learns.
+        truncation: steps of a part; divides the number of steps of the problems.
+    """
+
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "quadratic": _RECIPE,
+        "digits-mlp": _RECIPE,
+        "omniglot-mlp": _RECIPE,
+    }
+
+    def __init__(self, cell: CoordinatewiseLSTM, *, truncation: int = 20) -> None:
+        super().__init__()
+        if truncation < 1:
+            raise ValueError(f"truncation: expected at least 1, got {truncation}")
+        self.cell = cell
+        self.truncation = truncation
+
+    def loss(self, problems: Optimizees) -> Tensor:
+        """The mean loss after each step, over steps and problems (equation 3, w = 1): a scalar.
+
+        Raises:
+            ValueError: ``truncation`` does not divide the number of steps.
+        """
+        steps, length = problems.steps, self.truncation
+        if steps % length:
+            raise ValueError(f"truncation: expected a divisor of the {steps} steps, got {length}")
+        params = [tensor.clone() for tensor in problems.start]
+        state = self.cell.initial_state(params)
+        begun: list[Tensor] = []  # the parameters, and the states, that the parts begin from
+        states: list[Tensor] = []
+        recorded = [tensor.new_empty(steps + 1, *tensor.shape) for tensor in params]
+        losses = []
+        for step in range(steps + 1):
+            loss, grads = _gradients(problems, params, step)
+            losses.append(loss)
+            for record, grad in zip(recorded, grads, strict=True):
+                record[step] = grad
+            if step == steps:
+                break
+            if step % length == 0:
+                begun += [tensor.clone() for tensor in params]
+                states.append(state.clone())
+            self.cell.step_(params, grads, state)
+
+        # The parts count as parameters of their own, side by side in one unroll. The loss after a step has
+        # the gradient that the next step sees.
+        starts = range(0, steps, length)
+        seen = [record[start : start + length] for start in starts for record in recorded]
+        slopes = [record[start + 1 : start + 1 + length] for start in starts for record in recorded]
+        trajectory, _ = self.cell.unroll(seen, torch.cat(states), begun)
+        linear = sum((theta * slope).sum() for theta, slope in zip(trajectory, slopes, strict=True))
+        value = torch.stack(losses[1:]).mean()
+        return value + (linear - linear.detach()) / (steps * len(problems))
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        parser.add_argument("--hidden", type=int, metavar="H", help="units of a layer")
+        parser.add_argument("--layers", type=int, metavar="L", help="of the LSTM, 1 to 3")
+        parser.add_argument("--preprocess", choices=("log_sign", "none"), help="of the gradients")
+        parser.add_argument("--p", type=float, help="of log_sign: gradients below exp(-p) count as small")
+        parser.add_argument(
+            "--scale", type=float, metavar="X", help="what the LSTM's output is multiplied by"
+        )
+        parser.add_argument("--inner-steps", type=int, metavar="K", help="steps of an optimisation")
+        parser.add_argument(
+            "--truncation", type=int, metavar="K", help="steps that the meta-gradient goes through"
+        )
+
+    @classmethod
+    def from_options(cls, options: Namespace, problem: None = None) -> LearnedOptimizer:
+        cell = CoordinatewiseLSTM(
+            options.hidden,
+            options.layers,
+            preprocess=options.preprocess,
+            p=options.p,
+            scale=options.scale,
+        )
+        return cls(cell, truncation=options.truncation)
+
+
+def _gradients(problems: Optimizees, params: list[Tensor], step: int) -> tuple[Tensor, list[Tensor]]:
+    """The losses of a step [T], and their gradients, each [T, ...]."""
+    leaves = [tensor.detach().requires_grad_() for tensor in params]
+    with torch.enable_grad():
+        losses = problems.losses(leaves, step)
+        grads = torch.autograd.grad(losses.sum(), leaves)
+    return losses.detach(), list(grads)
