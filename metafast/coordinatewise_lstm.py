@@ -171,7 +171,7 @@ class CoordinatewiseLSTM(nn.Module):
             "preprocess": names.get(first[0].shape[1], f"{first[0].shape[1]} inputs"),
         }
         wrong = [
-            f"{name}: expected weights of a cell with {getattr(self, name)!r}, got those of one with {value!r}"
+            f"{name}: expected the weights of a cell with {getattr(self, name)!r}, got {value!r}"
             for name, value in found.items()
             if value != getattr(self, name)
         ]

@@ -34,7 +34,7 @@ Sampler = EpisodeSampler | SineSampler | QuadraticSampler | TrainingSampler | Sc
 
 LOG = "log.jsonl"
 _EPISODES, _WAYS, _SHOTS, _QUERIES = 600, 5, 1, 5  # of an evaluation
-_PROBLEMS, _PROBLEMS_AT_ONCE = 64, 32
+_PROBLEMS, _PROBLEMS_AT_ONCE = 64, 32  # of an optimizer's evaluation
 WAVE_SHOTS, WAVE_STEPS, _WAVE_QUERIES = (5, 10), (1, 5, 10, 32), 100
 _FLOOR = "nearest in raw pixels, by cosine"
 
@@ -212,8 +212,8 @@ def _eval_optimizer(method: LearnedOptimizer, trained: Namespace, options: Names
         batches = [sampler.batch(index) for index in range(-(-count // _PROBLEMS_AT_ONCE))]
         batches[-1] = batches[-1].take(slice(count - sum(map(len, batches[:-1]))))
         print(
-            f"Loss after {steps} steps on {count} new problems, {task} {options.split}; the rivals at the best of "
-            f"{len(RATES)} rates from {RATES[0]:g} to {RATES[-1]:g}:"
+            f"Loss after {steps} steps on {count} new problems, {task} {options.split}; the rivals at the "
+            f"best of {len(RATES)} rates from {RATES[0]:g} to {RATES[-1]:g}:"
         )
         curves = {f"l2l ({trained.task})": learning_curves(batches, learned(method.cell))}
         (ours,) = curves.values()
