@@ -277,7 +277,8 @@ def test_bad_arguments_are_named() -> None:
 
 @pytest.mark.parametrize("truncation", [2, 3, 6])
 @pytest.mark.parametrize("size", [0.0, 1.0])
-def test_learned_optimizer_equals_its_definition(truncation: int, size: float) -> None:
+@pytest.mark.parametrize("objective", ["loss", "log"])
+def test_learned_optimizer_equals_its_definition(truncation: int, size: float, objective: str) -> None:
     """Backpropagation through the unrolled optimisation, whose gradients are given, part by part."""
     torch.manual_seed(0)
     cell = CoordinatewiseLSTM(4, scale=0.3)
@@ -295,11 +296,11 @@ def test_learned_optimizer_equals_its_definition(truncation: int, size: float) -
         )
         theta = theta + updates[0]
         losses.append(problems.losses([theta], step + 1))
-    expected = torch.stack(losses).mean()
+    expected = (torch.stack(losses).log() if objective == "log" else torch.stack(losses)).mean()
     gradients = torch.autograd.grad(expected, list(cell.parameters()))
 
     before = [tensor.clone() for tensor in problems.start]
-    loss = LearnedOptimizer(cell, truncation=truncation).loss(problems)
+    loss = LearnedOptimizer(cell, truncation=truncation, objective=objective).loss(problems)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     for weight, gradient in zip(cell.parameters(), gradients, strict=True):
@@ -313,3 +314,5 @@ def test_learned_optimizer_refuses_parts_that_do_not_fit() -> None:
         LearnedOptimizer(CoordinatewiseLSTM(4), truncation=4).loss(problems)
     with pytest.raises(ValueError, match="truncation: expected at least 1, got 0"):
         LearnedOptimizer(CoordinatewiseLSTM(4), truncation=0)
+    with pytest.raises(ValueError, match="objective: expected one of"):
+        LearnedOptimizer(CoordinatewiseLSTM(4), objective="final")

@@ -14,6 +14,8 @@ from metafast.data import Optimizees
 
 from .method import Learner
 
+_OBJECTIVES = ("loss", "log")
+
 _RECIPE: Mapping[str, Any] = {
     "hidden": 20,
     "layers": 2,
@@ -22,6 +24,7 @@ _RECIPE: Mapping[str, Any] = {
     "scale": 0.1,
     "inner_steps": 100,
     "truncation": 20,
+    "objective": "loss",
     "random_scaling": 0.0,
     "batch_size": 128,
     "tasks": 8,
@@ -48,6 +51,9 @@ class LearnedOptimizer(Learner):
     Args:
         cell: what learns.
         truncation: steps of a part; divides the number of steps of the problems.
+        objective: what is averaged over steps and problems: ``"loss"`` (equation 3 with w = 1), or ``"log"``,
+            its logarithm, to which a small loss counts as much as a large one: for the loss at the end rather
+            than fast progress at first. The loss has to be positive.
     """
 
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -56,15 +62,18 @@ class LearnedOptimizer(Learner):
         "omniglot-mlp": _RECIPE,
     }
 
-    def __init__(self, cell: CoordinatewiseLSTM, *, truncation: int = 20) -> None:
+    def __init__(self, cell: CoordinatewiseLSTM, *, truncation: int = 20, objective: str = "loss") -> None:
         super().__init__()
+        if objective not in _OBJECTIVES:
+            raise ValueError(f"objective: expected one of {_OBJECTIVES}, got {objective!r}")
         if truncation < 1:
             raise ValueError(f"truncation: expected at least 1, got {truncation}")
         self.cell = cell
         self.truncation = truncation
+        self.objective = objective
 
     def loss(self, problems: Optimizees) -> Tensor:
-        """The mean loss after each step, over steps and problems (equation 3, w = 1): a scalar.
+        """The mean of the objective after each step, over steps and problems: a scalar.
 
         Raises:
             ValueError: ``truncation`` does not divide the number of steps.
@@ -92,13 +101,17 @@ class LearnedOptimizer(Learner):
 
         # The parts count as parameters of their own, side by side in one unroll. The loss after a step has
         # the gradient that the next step sees.
+        after = torch.stack(losses[1:])  # [K, T]
+        slopes = [record[1:] for record in recorded]
+        if self.objective == "log":
+            slopes = [slope / after.view(*after.shape, *[1] * (slope.dim() - 2)) for slope in slopes]
+            after = after.log()
         starts = range(0, steps, length)
         seen = [record[start : start + length] for start in starts for record in recorded]
-        slopes = [record[start + 1 : start + 1 + length] for start in starts for record in recorded]
+        slopes = [slope[start : start + length] for start in starts for slope in slopes]
         trajectory, _ = self.cell.unroll(seen, torch.cat(states), begun)
         linear = sum((theta * slope).sum() for theta, slope in zip(trajectory, slopes, strict=True))
-        value = torch.stack(losses[1:]).mean()
-        return value + (linear - linear.detach()) / (steps * len(problems))
+        return after.mean() + (linear - linear.detach()) / after.numel()
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
@@ -110,6 +123,7 @@ class LearnedOptimizer(Learner):
             "--scale", type=float, metavar="X", help="what the LSTM's output is multiplied by"
         )
         parser.add_argument("--inner-steps", type=int, metavar="K", help="steps of an optimisation")
+        parser.add_argument("--objective", choices=_OBJECTIVES, help="the loss of a step, or its logarithm")
         parser.add_argument(
             "--truncation", type=int, metavar="K", help="steps that the meta-gradient goes through"
         )
@@ -123,7 +137,7 @@ class LearnedOptimizer(Learner):
             p=options.p,
             scale=options.scale,
         )
-        return cls(cell, truncation=options.truncation)
+        return cls(cell, truncation=options.truncation, objective=options.objective)
 
 
 def _gradients(problems: Optimizees, params: list[Tensor], step: int) -> tuple[Tensor, list[Tensor]]:
