@@ -45,7 +45,7 @@ _TRAINING: Mapping[str, Any] = {
     "objective": "log",
     "random_scaling": 1.0,
     "tasks": 1,
-    "steps": 600,
+    "steps": 1000,
     "lr": 4e-3,
     "log_every": 25,
     "checkpoint_every": 100,
