@@ -12,6 +12,7 @@ from metafast import _fake, reference
 from metafast._doors import trace_doors
 from metafast._info import info
 from metafast.adaptation import Adapted, Explanation, adapt, explain
+from metafast.coordinatewise_lstm import CoordinatewiseLSTM
 from metafast.inner_loop import (
     get_trajectory_bytes,
     inner_sgd,
@@ -32,6 +33,7 @@ from metafast.learned_optimizer import (
     state_views,
 )
 from metafast.meta_lstm import MetaLSTM
+from metafast.optim import LSTMOptimizer
 from metafast.pairwise import (
     matching_log_probs,
     matching_loss,
@@ -48,7 +50,9 @@ _fake.register("metafast")
 
 __all__ = [
     "Adapted",
+    "CoordinatewiseLSTM",
     "Explanation",
+    "LSTMOptimizer",
     "MetaLSTM",
     "adapt",
     "explain",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from metafast import sources
-from metafast.methods import METHODS, Method
+from metafast.methods import METHODS, LearnedOptimizer, Learner
 
 # The commands are imported when they run: `metafast info` needs none of the packages of metafast[cli].
 _EXTRA = {"matplotlib", "rich", "safetensors"}
@@ -59,7 +59,8 @@ def _parser() -> ArgumentParser:
             "eval",
             help="accuracy or error of a checkpoint with its 95 %% confidence interval",
             description="Accuracy of a checkpoint over episodes of classes it was not trained on; on sine "
-            "its squared error on new waves.",
+            "its squared error on new waves; of l2l the loss that it leaves on new problems, beside SGD, "
+            "RMSprop, Adam and NAG at their best rate.",
         )
     )
     commands.add_parser(
@@ -72,13 +73,17 @@ def _parser() -> ArgumentParser:
 
 
 def _add_train_options(parser: ArgumentParser, method: str) -> None:
-    sources.add_options(parser.add_argument_group("data"))
-
-    episodes = parser.add_argument_group("episodes")
-    episodes.add_argument("--ways", type=int, metavar="N", help="classes")
-    episodes.add_argument("--shots", type=int, metavar="K", help="support examples per class")
-    episodes.add_argument("--queries", type=int, metavar="K", help="query examples per class")
-    episodes.add_argument("--tasks", type=int, metavar="T", help="per step")
+    if issubclass(METHODS[method], LearnedOptimizer):
+        problems = parser.add_argument_group("problems")
+        sources.add_task_options(problems, tuple(METHODS[method].recipes))
+        problems.add_argument("--tasks", type=int, metavar="T", help="problems per step")
+    else:
+        sources.add_options(parser.add_argument_group("data"))
+        episodes = parser.add_argument_group("episodes")
+        episodes.add_argument("--ways", type=int, metavar="N", help="classes")
+        episodes.add_argument("--shots", type=int, metavar="K", help="support examples per class")
+        episodes.add_argument("--queries", type=int, metavar="K", help="query examples per class")
+        episodes.add_argument("--tasks", type=int, metavar="T", help="per step")
 
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, metavar="N")
@@ -111,7 +116,7 @@ def _add_train_options(parser: ArgumentParser, method: str) -> None:
     parser.set_defaults(run=_train)
 
 
-def _say_defaults(parser: ArgumentParser, method: type[Method]) -> None:
+def _say_defaults(parser: ArgumentParser, method: type[Learner]) -> None:
     """Adds to the help of an option what it is by default, where that depends on the data."""
     for action in parser._actions:
         values = {}
@@ -145,7 +150,15 @@ def _add_eval_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--data-root", metavar="DIR", help=sources.DATA_ROOT_HELP)
     parser.add_argument("--split", default="test", metavar="NAME", help="of the data (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=600, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--episodes", type=int, metavar="N", help="or waves (default: 600), or problems of l2l (default: 64)"
+    )
+    parser.add_argument(
+        "--task", choices=sources.TASKS, help="what an optimizer of l2l is tried on (default: as trained)"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="PATH", help="draw the learning curves of l2l and of its rivals"
+    )
     parser.add_argument("--ways", type=int, metavar="N", help="classes (default: 5)")
     parser.add_argument(
         "--shots",

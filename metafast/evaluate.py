@@ -63,6 +63,11 @@ def score(method: Method, episodes: Episodes, predict: Callable[[Episodes], Tens
     return (predicted.argmax(-1) == labels).sum(-1) / valid.sum(-1)
 
 
+def mean_score(method: Method, episodes: Episodes) -> tuple[str, float]:
+    """The name and the mean of :func:`score` over a batch."""
+    return score_name(episodes), float(score(method, episodes).mean())
+
+
 def evaluate(
     method: Method, batches: Iterable[Episodes], predict: Callable[[Episodes], Tensor] | None = None
 ) -> Estimate:

@@ -15,6 +15,7 @@ from torch import Tensor
 from metafast.data import Episodes
 
 _RIGHT, _WRONG, _OTHER, _TEXT = "#0072b2", "#d55e00", "#7f7f7f", "#222222"  # told apart by the colour-blind
+_RIVALS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _GAP = 0.35  # between the drawings and the table, in cells
 _CELL, _LARGEST_CELL, _EDGE, _HEADER, _FOOTER, _NARROWEST = 0.42, 0.6, 0.35, 0.95, 0.55, 7.6  # inches
 _PANEL = 4.0  # inches
@@ -135,6 +136,44 @@ def draw_waves(
     margin = 0.6 * max(high - low, 1e-6)
     panels[0].set_ylim(low - margin, high + margin)
     figure.suptitle(title, x=0.02, ha="left", fontsize=14, fontweight="bold", color=_TEXT)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def draw_learning_curves(curves: Mapping[str, Tensor], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws the mean loss over the steps of each optimizer, and its 95 % interval as a band.
+
+    Args:
+        curves: optimizer -> [K + 1, T], T >= 2, losses of T problems before and after each of K steps; the
+            first is drawn to stand out.
+        path, title: as in :func:`draw_episode`.
+    """
+    figure = Figure(figsize=(7.2, 4.6), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    for rank, (name, losses) in enumerate(curves.items()):
+        losses = losses.double().cpu()
+        mean = losses.mean(1)
+        half_width = 1.96 * losses.std(1) / losses.shape[1] ** 0.5
+        colour, style = (_RIGHT, "-") if rank == 0 else (_RIVALS[rank % len(_RIVALS)], "--")
+        steps = range(len(mean))
+        axes.plot(
+            steps,
+            mean,
+            style,
+            color=colour,
+            linewidth=2.4 if rank == 0 else 1.4,
+            label=f"{name}: {float(mean[-1]):.3g}",
+            zorder=len(curves) - rank,
+        )
+        low = (mean - half_width).clamp(min=float(mean.min()) / 2)  # the axis is logarithmic
+        axes.fill_between(steps, low, mean + half_width, color=colour, alpha=0.15, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("step", color=_TEXT)
+    axes.set_ylabel("loss", color=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_OTHER, labelsize=8, which="both")
+    axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", color=_TEXT)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
 

@@ -12,16 +12,29 @@ from pathlib import Path
 import torch
 
 from metafast.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
-from metafast.data import Episodes, Problem, omniglot_runs
+from metafast.data import (
+    Episodes,
+    EpisodeSampler,
+    Problem,
+    QuadraticSampler,
+    ScaledSampler,
+    SineSampler,
+    TrainingSampler,
+    omniglot_runs,
+)
 from metafast.data.center import center
 from metafast.data.floors import pixel_floor
-from metafast.evaluate import Estimate, evaluate, score
-from metafast.methods import MAML, METHODS, Adaptation, Method
-from metafast.sources import describe, load_sampler
+from metafast.evaluate import Estimate, estimate, evaluate, mean_score, score
+from metafast.learning_curves import RATES, RIVALS, final_loss, learned, learning_curves, tune
+from metafast.methods import MAML, METHODS, Adaptation, LearnedOptimizer, Learner, Method
+from metafast.sources import describe, load_optimizees, load_sampler
 from metafast.train import train
 
+Sampler = EpisodeSampler | SineSampler | QuadraticSampler | TrainingSampler | ScaledSampler
+
 LOG = "log.jsonl"
-_WAYS, _SHOTS, _QUERIES = 5, 1, 5  # of an evaluation
+_EPISODES, _WAYS, _SHOTS, _QUERIES = 600, 5, 1, 5  # of an evaluation
+_PROBLEMS, _PROBLEMS_AT_ONCE = 64, 32  # of an optimizer's evaluation
 WAVE_SHOTS, WAVE_STEPS, _WAVE_QUERIES = (5, 10), (1, 5, 10, 32), 100
 _FLOOR = "nearest in raw pixels, by cosine"
 
@@ -53,14 +66,14 @@ SCHEDULES = {"linear": _linear, "cosine": _warm_up_and_cosine}
 along half a cosine."""
 
 
-def load_method(path: Path, device: str = "cpu", data_root: str | None = None) -> tuple[Method, Namespace]:
+def load_method(path: Path, device: str = "cpu", data_root: str | None = None) -> tuple[Learner, Namespace]:
     """The trained method in a checkpoint (a file, or a run's folder), and the options of its run.
 
     Where the data lie is no part of a checkpoint: the options get ``data_root``.
     """
     checkpoint = Checkpoint.read(find_checkpoint(path))
     options = Namespace(**checkpoint.config["options"], data_root=data_root)
-    problem = Problem(**checkpoint.config["problem"])
+    problem = checkpoint.config["problem"] and Problem(**checkpoint.config["problem"])
     method = METHODS[options.method].from_options(options, problem)
     checkpoint.restore_model(method)
     return method.to(device).eval(), options
@@ -71,17 +84,7 @@ def run_train(options: Namespace) -> None:
     if list_checkpoints(options.out) and not options.resume:
         raise ValueError(f"out: {options.out} holds a run already: --resume continues it")
     torch.manual_seed(options.seed)
-    sampler = load_sampler(
-        options,
-        "train",
-        ways=options.ways,
-        shots=options.shots,
-        queries=options.queries,
-        tasks=options.tasks,
-        seed=options.seed,
-        device=options.device,
-    )
-    problem = sampler.batch(0).problem
+    sampler, problem, task = _training(options)
     method = METHODS[options.method].from_options(options, problem).to(options.device)
     optimizer = _optimizer(options, method)
     scheduler = None
@@ -93,12 +96,11 @@ def run_train(options: Namespace) -> None:
         options.out,
         every=options.checkpoint_every,
         keep=options.keep,
-        config={"options": kept, "problem": asdict(problem)},
+        config={"options": kept, "problem": problem and asdict(problem)},
     )
     if options.resume:
         _check_same_run(checkpoints, kept)
     dtype = autocast_dtype(options.precision, options.device)
-    task = f"{options.shots}-shot" if options.ways is None else f"{options.ways}-way {options.shots}-shot"
     print(
         f"{options.method} on {describe(options)} train: {task}, {options.tasks} tasks a step, "
         f"{options.steps} steps, {options.device} in {dtype or torch.float32}"
@@ -114,8 +116,30 @@ def run_train(options: Namespace) -> None:
         resume=options.resume,
         log=options.out / LOG,
         log_every=options.log_every,
+        result=final_loss if options.method == "l2l" else mean_score,
     )
     print(find_checkpoint(options.out))
+
+
+def _training(options: Namespace) -> tuple[Sampler, Problem | None, str]:
+    """What a method trains on, the kind of its episodes, and what it is called."""
+    sizes = {"tasks": options.tasks, "seed": options.seed, "device": options.device}
+    if options.method == "l2l":
+        sampler = load_optimizees(
+            options.task,
+            "train",
+            steps=options.inner_steps,
+            batch_size=options.batch_size,
+            random_scaling=options.random_scaling,
+            data_root=options.data_root,
+            **sizes,
+        )
+        return sampler, None, f"{options.inner_steps} inner steps"
+    sampler = load_sampler(
+        options, "train", ways=options.ways, shots=options.shots, queries=options.queries, **sizes
+    )
+    task = f"{options.shots}-shot" if options.ways is None else f"{options.ways}-way {options.shots}-shot"
+    return sampler, sampler.batch(0).problem, task
 
 
 def _optimizer(options: Namespace, method: Method) -> torch.optim.Optimizer:
@@ -140,10 +164,16 @@ def _check_same_run(checkpoints: Checkpoints, kept: dict[str, object]) -> None:
 def run_eval(options: Namespace) -> None:
     """``metafast eval``."""
     method, trained = load_method(options.checkpoint, options.device, options.data_root)
+    if isinstance(method, LearnedOptimizer):
+        _eval_optimizer(method, trained, options)
+        return
+    for name in ("task", "figure"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: {trained.method} is no learned optimizer")
+    options.episodes = _EPISODES if options.episodes is None else options.episodes
     dtype = autocast_dtype(options.precision or trained.precision, options.device)
     precision = torch.autocast(options.device, dtype, enabled=dtype is not None)
-    if options.episodes < 2:
-        raise ValueError(f"episodes: expected at least 2 for an interval, got {options.episodes}")
+    _check_episodes(options.episodes)
     if options.inner_steps is not None and not isinstance(method, Adaptation):
         raise ValueError(f"inner_steps: {trained.method} has no inner loop")
     if options.sgd is not None and (not isinstance(method, Adaptation) or trained.data == "sine"):
@@ -157,6 +187,55 @@ def run_eval(options: Namespace) -> None:
             _eval_runs(method, trained, options)
         else:
             _eval_split(method, trained, options)
+
+
+def _check_episodes(count: int) -> None:
+    if count < 2:
+        raise ValueError(f"episodes: expected at least 2 for an interval, got {count}")
+
+
+def _eval_optimizer(method: LearnedOptimizer, trained: Namespace, options: Namespace) -> None:
+    """For each number of steps a line for the learned optimizer and one for each rival: the same problems."""
+    count = _PROBLEMS if options.episodes is None else options.episodes
+    _check_episodes(count)
+    lengths = options.inner_steps or [trained.inner_steps]
+    if options.figure is not None and len(lengths) > 1:
+        raise ValueError(f"figure: expected one number of inner steps, got {lengths}")
+    task = options.task or trained.task
+    for steps in lengths:
+        sampler = load_optimizees(
+            task,
+            options.split,
+            tasks=min(count, _PROBLEMS_AT_ONCE),
+            steps=steps,
+            batch_size=trained.batch_size,
+            seed=options.seed,
+            data_root=options.data_root,
+            device=options.device,
+        )
+        batches = [sampler.batch(index) for index in range(-(-count // _PROBLEMS_AT_ONCE))]
+        batches[-1] = batches[-1].take(slice(count - sum(map(len, batches[:-1]))))
+        print(
+            f"Loss after {steps} steps on {count} new problems, {task} {options.split}; the rivals at the "
+            f"best of {len(RATES)} rates from {RATES[0]:g} to {RATES[-1]:g}:"
+        )
+        curves = {f"l2l ({trained.task})": learning_curves(batches, learned(method.cell))}
+        (ours,) = curves.values()
+        print(f"  {next(iter(curves)):22} {estimate(ours[-1]):.4f}")
+        for name in RIVALS:
+            tuned = tune(batches, name)
+            curves[name] = tuned.curves
+            settings = ", ".join(f"{key} {value:.3g}" for key, value in tuned.settings.items())
+            print(
+                f"  {name:22} {estimate(tuned.curves[-1]):.4f}   l2l - {name}: "
+                f"{estimate(ours[-1] - tuned.curves[-1]):.4f}   ({settings})"
+            )
+    if options.figure is not None:
+        from metafast.figures import draw_learning_curves
+
+        title = f"{count} new problems: {task}, {options.split}"
+        draw_learning_curves(curves, options.figure, title=title)
+        print(f"{options.figure}: the learning curves")
 
 
 def _eval_waves(method: Adaptation, trained: Namespace, options: Namespace) -> None:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from metafast.data import EpisodeSampler, ImageClasses, SineSampler, digits, image_folder, omniglot
+from metafast.data import (
+    EpisodeSampler,
+    ImageClasses,
+    QuadraticSampler,
+    ScaledSampler,
+    SineSampler,
+    TrainingSampler,
+    digits,
+    image_folder,
+    omniglot,
+)
+from metafast.data.networks import elman_rnn, relu_cnn, sigmoid_mlp
 from metafast.data.resize import resize_area
 
 DATA_ROOT_HELP = "where the data lie, and are downloaded to (default: METAFAST_DATA, else the user's cache)"
-_SINE_SPLITS = ("train", "val", "test")
+_SPLITS = ("train", "val", "test")  # of what is drawn without end
 _DIGITS_TRAIN = 90  # of the 174 to 183 drawings of each digit
+
+TASKS = ("quadratic", "digits-mlp", "digits-cnn", "digits-rnn", "omniglot-mlp")
+"""What learned optimizers optimise, by name: 10-d quadratics, and the training of small networks."""
+_OMNIGLOT_SIDE, _OMNIGLOT_WAYS = 14, 10
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -46,13 +62,29 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help=DATA_ROOT_HELP)
 
 
+def add_task_options(parser: ArgumentParser, tasks: Sequence[str]) -> None:
+    parser.add_argument("--task", default=tasks[0], choices=tasks, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="examples that a network sees in a step")
+    parser.add_argument(
+        "--random-scaling",
+        type=float,
+        metavar="X",
+        help="every coordinate in units of its own, exp(-X) to exp(X), against overfitting to the task",
+    )
+    parser.add_argument("--data-root", metavar="DIR", help=DATA_ROOT_HELP)
+
+
 def describe(options: Namespace) -> str:
-    """The data set and its protocol, for people."""
+    """The data set and its protocol, or a learned optimizer's task, for people."""
+    if "task" in options:
+        return options.task
     return f"omniglot ({options.protocol})" if options.data == "omniglot" else options.data
 
 
 def kind(options: Namespace) -> str:
-    """``"sine"`` or ``"images"``: what the recipes of the methods are for."""
+    """``"sine"`` or ``"images"``, or a learned optimizer's task: what the recipes of the methods are for."""
+    if "task" in options:
+        return options.task
     return "sine" if options.data == "sine" else "images"
 
 
@@ -77,10 +109,52 @@ def load_sampler(
         return EpisodeSampler(load_classes(options, split), ways=ways, seed=seed, **sizes)
     if ways is not None:
         raise ValueError(f"ways: sine waves have no classes, got {ways}")
-    if split not in _SINE_SPLITS:
-        raise ValueError(f"split: expected one of {_SINE_SPLITS} for sine, got {split!r}")
+    if split not in _SPLITS:
+        raise ValueError(f"split: expected one of {_SPLITS} for sine, got {split!r}")
     # The splits have streams of their own: a test's waves were not trained on, whatever the seeds.
-    return SineSampler(seed=len(_SINE_SPLITS) * seed + _SINE_SPLITS.index(split), **sizes)
+    return SineSampler(seed=len(_SPLITS) * seed + _SPLITS.index(split), **sizes)
+
+
+def load_optimizees(
+    task: str,
+    split: str,
+    *,
+    tasks: int,
+    steps: int,
+    batch_size: int = 128,
+    random_scaling: float = 0.0,
+    seed: int,
+    data_root: str | None,
+    device: torch.device | str,
+) -> QuadraticSampler | TrainingSampler | ScaledSampler:
+    """Draws the problems of one of :data:`TASKS`.
+
+    The networks are trained on the drawings of the split: digits of all ten classes, or ten characters that
+    are drawn anew for each batch.
+
+    Raises:
+        ValueError: there is no such split, or a size is out of range.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split: expected one of {_SPLITS} for {task}, got {split!r}")
+    sizes = {"tasks": tasks, "steps": steps, "seed": len(_SPLITS) * seed + _SPLITS.index(split)}
+    if task == "quadratic":
+        sampler = QuadraticSampler(device=device, **sizes)
+    elif task == "omniglot-mlp":
+        classes = omniglot(data_root, split=split, image_size=_OMNIGLOT_SIDE).to(device)
+        network = sigmoid_mlp(_OMNIGLOT_SIDE**2, [20], _OMNIGLOT_WAYS)
+        sampler = TrainingSampler(network, classes, ways=_OMNIGLOT_WAYS, batch_size=batch_size, **sizes)
+    else:
+        networks = {
+            "digits-mlp": sigmoid_mlp(64, [20], 10),
+            "digits-cnn": relu_cnn(8, [8, 16], 10),
+            "digits-rnn": elman_rnn(8, 32, 10),
+        }
+        if task not in networks:
+            raise ValueError(f"task: expected one of {TASKS}, got {task!r}")
+        classes = _digits_split(digits(data_root), split, 8).to(device)
+        sampler = TrainingSampler(networks[task], classes, batch_size=batch_size, **sizes)
+    return ScaledSampler(sampler, size=random_scaling, seed=sizes["seed"]) if random_scaling else sampler
 
 
 def load_classes(options: Namespace, split: str) -> ImageClasses:

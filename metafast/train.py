@@ -15,15 +15,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metafast.checkpoint import Checkpoints
-from metafast.data import Episodes
-from metafast.evaluate import score, score_name
-from metafast.methods import Method
+from metafast.data import Episodes, Optimizees
+from metafast.evaluate import mean_score
+from metafast.methods import Learner
 from metafast.progress import Progress
+
+Batch = Episodes | Optimizees
 
 
 def train(
-    method: Method,
-    batches: Callable[[int], Episodes],
+    method: Learner,
+    batches: Callable[[int], Batch],
     *,
     steps: int,
     optimizer: Optimizer,
@@ -33,6 +35,7 @@ def train(
     resume: bool = False,
     log: Path | None = None,
     log_every: int = 20,
+    result: Callable[[Learner, Batch], tuple[str, float]] = mean_score,
 ) -> None:
     """Trains ``method`` in place for ``steps`` steps of ``optimizer``.
 
@@ -44,10 +47,11 @@ def train(
         checkpoints: where and how often the state is saved; also after the last step.
         resume: continue from the latest of ``checkpoints``, with the bits that an unbroken run would have;
             from the start if there is none yet.
-        log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the accuracy (in
-            regression the mean squared error) on its episodes in evaluation mode, learning rate and speed;
-            and one for every step in which tasks diverged. A resumed run drops the records after its
-            checkpoint and goes on from there.
+        log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the ``result``
+            on its episodes (the accuracy, or in regression the mean squared error, in evaluation mode),
+            learning rate and speed; and one for every step in which tasks diverged. A resumed run drops the
+            records after its checkpoint and goes on from there.
+        result: the name and value of the figure in the log beside the loss.
 
     A task whose loss or gradient is not finite, because its inner loop diverged, is left out: the step goes
     by the other tasks of its batch, and the log gets a record of the step and how many were left out.
@@ -69,7 +73,7 @@ def train(
     journal = _Journal(log, keep_until=first)
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    loss, result = method.loss, score
+    loss = method.loss
     if autocast is not None:
         precision = torch.autocast(parameters[0].device.type, autocast)
         loss, result = precision(loss), precision(result)
@@ -92,8 +96,7 @@ def train(
             progress.advance(loss=value, episodes=len(episodes), diverged=diverged)
 
             if done % log_every == 0 or done == steps:
-                name = score_name(episodes)
-                figure = float(result(method, episodes).mean())
+                name, figure = result(method, episodes)
                 seconds = time.perf_counter() - started
                 rate = (done - first) * len(episodes) / seconds
                 journal.write(
@@ -110,7 +113,7 @@ def train(
 
 
 def _gradient(
-    loss: Callable[[Episodes], Tensor], episodes: Episodes, parameters: Sequence[Tensor]
+    loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequence[Tensor]
 ) -> tuple[float, int]:
     """Leaves the gradient of the mean loss over the tasks that did not diverge.
 
@@ -127,7 +130,7 @@ def _gradient(
     return value, len(episodes) - sum(finite) if math.isfinite(value) else len(episodes)
 
 
-def _backward(loss: Callable[[Episodes], Tensor], episodes: Episodes, parameters: Sequence[Tensor]) -> float:
+def _backward(loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequence[Tensor]) -> float:
     """The loss, whose gradient it leaves in the parameters; not finite where either is not."""
     for parameter in parameters:
         parameter.grad = None

@@ -111,6 +111,61 @@ def test_waves_are_trained_on_resumed_and_evaluated(
     assert all(0 < error < 100 for row in errors for error in row)
 
 
+SIZES = "--task quadratic --hidden 4 --inner-steps 6 --truncation 3 --tasks 2 --steps 6"
+OPTIMISE = SIZES.split()
+
+
+def test_learned_optimizers_are_trained_resumed_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    every = ["--checkpoint-every", "4", "--log-every", "2", "--random-scaling", "1"]
+    for out in (whole, parts):
+        assert main(["train", "l2l", "--out", str(out), *OPTIMISE, *every]) == 0
+    find_checkpoint(parts).unlink()  # as if it had been killed after step 4
+    assert main(["train", "l2l", "--out", str(parts), "--resume", *OPTIMISE, *every]) == 0
+    first, second = (Checkpoint.read(find_checkpoint(path)).tensors for path in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [2, 4, 6]
+    assert all(record["final_loss"] > 0 for record in log)
+    assert "l2l on quadratic train: 6 inner steps, 2 tasks a step" in capsys.readouterr().out
+
+    picture = tmp_path / "new" / "curves.png"
+    asked = ["--episodes", "5", "--inner-steps", "4", "--figure", str(picture)]
+    assert main(["eval", str(whole), *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "Loss after 4 steps on 5 new problems, quadratic test" in lines[0]
+    assert [line.split()[0] for line in lines[1:6]] == ["l2l", "SGD", "RMSprop", "Adam", "NAG"]
+    losses = [float(line.split(" ±")[0].split()[-1]) for line in lines[1:6]]
+    assert losses[0] == max(losses) > 0  # six steps of training are not enough
+    with PIL.open(picture) as drawn:
+        assert drawn.width > 1000
+
+
+@pytest.mark.parametrize("task", ["digits-mlp", "digits-cnn", "digits-rnn"])
+def test_learned_optimizers_are_tried_on_other_tasks(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "l2l", "--out", str(tmp_path), *OPTIMISE, "--batch-size", "8"]) == 0
+    asked = ["--task", task, "--episodes", "2", "--inner-steps", "2", "3"]
+    assert main(["eval", str(tmp_path), *asked]) == 0
+    printed = capsys.readouterr().out
+    assert f"Loss after 2 steps on 2 new problems, {task} test" in printed
+    assert f"Loss after 3 steps on 2 new problems, {task} test" in printed
+
+
+def test_learned_optimizers_learn_on_omniglot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = ImageClasses(torch.rand(12, 5, 1, 14, 14), tuple("abcdefghijkl"))
+    monkeypatch.setattr("metafast.sources.omniglot", lambda *_, **__: drawn)
+    task = ["--task", "omniglot-mlp", "--batch-size", "8"]
+    assert main(["train", "l2l", "--out", str(tmp_path), *OPTIMISE, *task]) == 0
+    assert main(["eval", str(tmp_path), "--episodes", "2", "--inner-steps", "2"]) == 0
+    assert "l2l (omniglot-mlp)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["maml", "fomaml", "reptile", "metasgd"])
 def test_networks_that_adapt_learn_images(
     method: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -155,6 +210,10 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
         ("train protonet --data {images} --ways 7", "ways: expected at most 6"),
         ("train protonet --data {images} --ways 2 --queries 9", "shots \\+ queries: expected at most 5"),
         ("train protonet --data {images} --ways 2 --queries 2 --lr -1", "[Ii]nvalid learning rate"),
+        ("train l2l --truncation 7", "truncation: expected a divisor of the 100 steps, got 7"),
+        ("train l2l --random-scaling -1", "size: expected a number >= 0, got -1"),
+        ("eval {run} --task quadratic", "task: protonet is no learned optimizer"),
+        ("eval {run} --figure x.png", "figure: protonet is no learned optimizer"),
         ("eval {images}", "expected a checkpoint"),
         ("eval {run} --episodes 1", "episodes: expected at least 2"),
         ("eval {run} --split val", "expected a folder of class folders"),
@@ -225,6 +284,17 @@ def test_figure_of_an_episode(tmp_path: Path) -> None:
     draw_episode(drawn, log_probs, tmp_path / "new" / "episode.png", title="An episode")
     with PIL.open(tmp_path / "new" / "episode.png") as picture:
         assert picture.width > 300
+        assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 50
+
+
+def test_figure_of_learning_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need metafast[cli]")
+    from metafast.figures import draw_learning_curves
+
+    curves = {"one": torch.rand(11, 4) + 0.1, "other": torch.rand(11, 4)}
+    draw_learning_curves(curves, tmp_path / "new" / "curves.png", title="Curves")
+    with PIL.open(tmp_path / "new" / "curves.png") as picture:
+        assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 50
 
 

@@ -6,9 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metafast import reference
-from metafast.data import Episodes, SineSampler
-from metafast.methods import FOMAML, MAML, Adaptation, MetaSGD, Pretrain, ProtoNet, Reptile, conv4, mlp
+from metafast import CoordinatewiseLSTM, reference
+from metafast.data import Episodes, QuadraticSampler, ScaledSampler, SineSampler
+from metafast.methods import (
+    FOMAML,
+    MAML,
+    Adaptation,
+    LearnedOptimizer,
+    MetaSGD,
+    Pretrain,
+    ProtoNet,
+    Reptile,
+    conv4,
+    mlp,
+)
 
 
 def episodes(tasks: int = 3, ways: int = 4, shots: int = 2, queries: int = 3, side: int = 16) -> Episodes:
@@ -262,3 +273,46 @@ def test_bad_arguments_are_named() -> None:
         MAML(mlp(1, [2], 1), loss="mse", lr=0.1, steps=-1)
     with pytest.raises(ValueError, match=r"activation: expected one of \('relu', 'tanh'\), got 'gelu'"):
         mlp(1, [2], 1, "gelu")
+
+
+@pytest.mark.parametrize("truncation", [2, 3, 6])
+@pytest.mark.parametrize("size", [0.0, 1.0])
+@pytest.mark.parametrize("objective", ["loss", "log"])
+def test_learned_optimizer_equals_its_definition(truncation: int, size: float, objective: str) -> None:
+    """Backpropagation through the unrolled optimisation, whose gradients are given, part by part."""
+    torch.manual_seed(0)
+    cell = CoordinatewiseLSTM(4, scale=0.3)
+    problems = QuadraticSampler(tasks=5, steps=6).batch(0)
+    if size:
+        problems = ScaledSampler(QuadraticSampler(tasks=5, steps=6), size=size).batch(0)
+    theta, state, losses = problems.start[0], cell.initial_state(problems.start), []
+    for step in range(6):
+        if step % truncation == 0:
+            theta, state = theta.detach(), state.detach()
+        leaf = theta.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(problems.losses([leaf], step).sum(), leaf)
+        updates, state = reference.learned_optimizer.lstm_optimizer_step(
+            [grad], state, cell.weights, **cell.options
+        )
+        theta = theta + updates[0]
+        losses.append(problems.losses([theta], step + 1))
+    expected = (torch.stack(losses).log() if objective == "log" else torch.stack(losses)).mean()
+    gradients = torch.autograd.grad(expected, list(cell.parameters()))
+
+    before = [tensor.clone() for tensor in problems.start]
+    loss = LearnedOptimizer(cell, truncation=truncation, objective=objective).loss(problems)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for weight, gradient in zip(cell.parameters(), gradients, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, before, problems.start))
+
+
+def test_learned_optimizer_refuses_parts_that_do_not_fit() -> None:
+    problems = QuadraticSampler(tasks=1, steps=6).batch(0)
+    with pytest.raises(ValueError, match="truncation: expected a divisor of the 6 steps, got 4"):
+        LearnedOptimizer(CoordinatewiseLSTM(4), truncation=4).loss(problems)
+    with pytest.raises(ValueError, match="truncation: expected at least 1, got 0"):
+        LearnedOptimizer(CoordinatewiseLSTM(4), truncation=0)
+    with pytest.raises(ValueError, match="objective: expected one of"):
+        LearnedOptimizer(CoordinatewiseLSTM(4), objective="final")

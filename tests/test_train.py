@@ -19,11 +19,21 @@ from torch import Tensor, nn
 pytest.importorskip("rich", reason="the training loop needs metafast[cli]")
 pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
 
+from metafast import CoordinatewiseLSTM
 from metafast.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
-from metafast.data import Episodes, EpisodeSampler, ImageClasses, SineSampler
+from metafast.data import (
+    Episodes,
+    EpisodeSampler,
+    ImageClasses,
+    Optimizees,
+    QuadraticSampler,
+    ScaledSampler,
+    SineSampler,
+)
 from metafast.evaluate import estimate, evaluate, score
-from metafast.methods import MAML, Method, ProtoNet, conv4, mlp
-from metafast.train import train
+from metafast.learning_curves import final_loss
+from metafast.methods import MAML, LearnedOptimizer, Learner, Method, ProtoNet, conv4, mlp
+from metafast.train import Batch, train
 
 STEPS = 12
 
@@ -48,6 +58,12 @@ def waves() -> tuple[Method, Callable[[int], Episodes]]:
     return method, lambda step: sampler.batch(step + 60)
 
 
+def optimizees() -> tuple[Learner, Callable[[int], Optimizees]]:
+    """Problems instead of episodes."""
+    sampler = ScaledSampler(QuadraticSampler(tasks=3, steps=8), size=1.0)
+    return LearnedOptimizer(CoordinatewiseLSTM(5), truncation=4), sampler.batch
+
+
 def run(
     directory: Path,
     *,
@@ -56,14 +72,16 @@ def run(
     resume: bool = False,
     pause: float = 0.0,
     **changes,
-) -> Method:
+) -> Learner:
     """A run with momentum and a schedule."""
     torch.manual_seed(0)
-    method, draw = {"images": images, "waves": waves}[problem]()
+    method, draw = {"images": images, "waves": waves, "optimizees": optimizees}[problem]()
+    if problem == "optimizees":
+        changes = {"result": final_loss, **changes}
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-2, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
-    def batches(step: int) -> Episodes:
+    def batches(step: int) -> Batch:
         time.sleep(pause)
         return draw(step)
 
@@ -101,7 +119,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert untimed(one) == untimed(other)
 
 
-@pytest.mark.parametrize(("problem", "figure"), [("images", "accuracy"), ("waves", "mse")])
+@pytest.mark.parametrize(
+    ("problem", "figure"), [("images", "accuracy"), ("waves", "mse"), ("optimizees", "final_loss")]
+)
 def test_learns_and_logs_every_step(tmp_path: Path, problem: str, figure: str) -> None:
     run(tmp_path, problem=problem)
     log = records(tmp_path)
@@ -119,7 +139,7 @@ def test_keeps_the_latest_checkpoints_and_nothing_partial(tmp_path: Path) -> Non
     assert Checkpoint.read(tmp_path / names[-1]).config == {"name": "test"}
 
 
-@pytest.mark.parametrize("problem", ["images", "waves"])
+@pytest.mark.parametrize("problem", ["images", "waves", "optimizees"])
 @pytest.mark.parametrize("stop", [1, 5, 6])
 def test_resumes_bit_for_bit(tmp_path: Path, stop: int, problem: str) -> None:
     run(tmp_path / "whole", problem=problem)
@@ -129,7 +149,7 @@ def test_resumes_bit_for_bit(tmp_path: Path, stop: int, problem: str) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("problem", ["images", "waves"])
+@pytest.mark.parametrize("problem", ["images", "waves", "optimizees"])
 def test_resumes_bit_for_bit_after_kills_at_any_moment(tmp_path: Path, problem: str) -> None:
     run(tmp_path / "whole", problem=problem)
     killed = tmp_path / "killed"
@@ -208,6 +228,30 @@ def test_a_gradient_that_is_not_finite_is_not_learned_from(tmp_path: Path) -> No
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
         train(method, SineSampler(shots=2, queries=2, tasks=2).batch, steps=1, optimizer=optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, method.parameters(), strict=True))
+
+
+def test_a_step_goes_by_the_problems_that_did_not_diverge(tmp_path: Path) -> None:
+    sampler = QuadraticSampler(tasks=4, steps=4)
+
+    def diverging(step: int) -> Optimizees:
+        drawn = sampler.batch(step)
+        if step == 1:
+            drawn.matrix[[0, 2]] = torch.nan
+        return drawn
+
+    def without(step: int) -> Optimizees:
+        return sampler.batch(step).take(torch.tensor([1, 3])) if step == 1 else sampler.batch(step)
+
+    trained = []
+    for batches in (diverging, without):
+        torch.manual_seed(0)
+        method = LearnedOptimizer(CoordinatewiseLSTM(5), truncation=4)
+        optimizer = torch.optim.Adam(method.parameters(), lr=1e-2, fused=True)
+        log = tmp_path / "log.jsonl"
+        train(method, batches, steps=3, optimizer=optimizer, result=final_loss, log=log, log_every=3)
+        trained.append(list(method.parameters()))
+    for whole, some in zip(*trained, strict=True):
+        assert torch.equal(whole, some)
 
 
 def test_training_stops_where_every_task_diverges(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from .digits import digits
 from .episodes import Episodes, Problem
 from .image_folder import image_folder
 from .omniglot import omniglot, omniglot_runs
+from .optimizees import Optimizees, QuadraticSampler, ScaledSampler, TrainingSampler
 from .sampler import EpisodeSampler
 from .sine import SineSampler
 
@@ -12,8 +13,12 @@ __all__ = [
     "EpisodeSampler",
     "Episodes",
     "ImageClasses",
+    "Optimizees",
     "Problem",
+    "QuadraticSampler",
+    "ScaledSampler",
     "SineSampler",
+    "TrainingSampler",
     "digits",
     "image_folder",
     "omniglot",

@@ -9,16 +9,17 @@ from __future__ import annotations
 from .adaptation import Adaptation
 from .conv4 import conv4
 from .fomaml import FOMAML
+from .learned_optimizer import LearnedOptimizer
 from .maml import MAML
 from .meta_lstm import MetaLSTMLearner
 from .metasgd import MetaSGD
-from .method import Method
+from .method import Learner, Method
 from .mlp import mlp
 from .pretrain import Pretrain
 from .protonet import ProtoNet
 from .reptile import Reptile
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Learner]] = {
     "protonet": ProtoNet,
     "maml": MAML,
     "fomaml": FOMAML,
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "metasgd": MetaSGD,
     "meta-lstm": MetaLSTMLearner,
     "pretrain": Pretrain,
+    "l2l": LearnedOptimizer,
 }
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "MAML",
     "METHODS",
     "Adaptation",
+    "LearnedOptimizer",
+    "Learner",
     "MetaLSTMLearner",
     "MetaSGD",
     "Method",

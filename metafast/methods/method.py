@@ -14,8 +14,8 @@ from metafast.data import Episodes, Problem
 Recipes = Mapping[str, Mapping[str, Any]]
 
 
-class Method(nn.Module, ABC):
-    """A few-shot learner: a module with a loss and predictions over episodes.
+class Learner(nn.Module, ABC):
+    """What training can train: a module with a loss over a batch of tasks.
 
     The recipes and the two class methods serve the command line; what they declare and read is the method's
     own.
@@ -26,17 +26,30 @@ class Method(nn.Module, ABC):
     the method cannot learn from is absent."""
 
     @abstractmethod
+    def loss(self, batch: Any) -> Tensor:
+        """What training minimises over a batch: a mean over tasks that can be differentiated."""
+
+    @classmethod
+    @abstractmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        """Declares the method's options."""
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, options: Namespace, problem: Any) -> Learner:
+        """The method that the options describe, with fresh weights."""
+
+
+class Method(Learner):
+    """A few-shot learner: it learns from episodes, and predicts what their queries are."""
+
+    @abstractmethod
     def loss(self, episodes: Episodes) -> Tensor:
         """What training minimises over a batch of episodes: a mean over tasks that can be differentiated."""
 
     @abstractmethod
     def predict(self, episodes: Episodes) -> Tensor:
         """log p(class | query, support), [T, Q, N], N = ``episodes.ways``; in regression y, [T, Q, O]."""
-
-    @classmethod
-    @abstractmethod
-    def add_options(cls, parser: ArgumentParser) -> None:
-        """Declares the method's options."""
 
     @classmethod
     @abstractmethod

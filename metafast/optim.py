@@ -1,0 +1,178 @@
+"""A trained learned optimizer in the place of `torch.optim.Adam`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metafast.coordinatewise_lstm import CoordinatewiseLSTM
+from metafast.learned_optimizer import lstm_optimizer_step_
+
+_DTYPES = (torch.float32, torch.float64)
+_STATE = "lstm"
+
+
+class LSTMOptimizer(Optimizer):
+    """Trains any network with a trained :class:`metafast.CoordinatewiseLSTM` (Andrychowicz et al. 2016).
+
+    Used like `torch.optim.Adam`, with parameter groups, learning rate schedulers, closures and
+    ``state_dict``. All parameters of a group take their step in one launch, in place. Parameters without a
+    gradient, and their states, are left alone. ``cell`` is no part of the state: the optimizer reads its
+    weights in every step and never changes them.
+
+    Equivalent to, for the parameters of a group that have a gradient::
+
+        updates, state = cell([p.grad for p in params], state)
+        for p, update in zip(params, updates):
+            p += lr * update
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of them, as for every optimizer of torch;
+            float32 or float64, dense.
+        cell: what proposes the steps; on the parameters' device.
+        lr: what its steps are multiplied by: 1 is as it was trained. Of each group.
+        state_dtype: of the state, 8H bytes a coordinate and layer in float32; ``torch.bfloat16`` halves it,
+            with arithmetic as before. Default: that of each parameter. Of each group.
+
+    Attributes:
+        state: ``state[p]["lstm"]`` is parameter p's state, [ceil(numel / 64), 2LH, 64], from its first
+            gradient on; :func:`metafast.learned_optimizer.state_views` shows h and c.
+
+    Raises:
+        TypeError: a parameter or ``state_dtype`` of another dtype; a sparse gradient.
+        ValueError: ``lr`` is negative; in :meth:`load_state_dict`, a state does not fit its parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        cell: CoordinatewiseLSTM,
+        *,
+        lr: float = 1.0,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(cell, CoordinatewiseLSTM):
+            raise TypeError(f"cell: expected a CoordinatewiseLSTM, got {type(cell).__name__}")
+        self.cell = cell
+        self._packs: list[tuple[list[Tensor], Tensor]] = []
+        super().__init__(params, {"lr": lr, "state_dtype": state_dtype})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "cell": self.cell}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._packs = []
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.add_param_group`; the new group may have ``lr`` of its own."""
+        lr = param_group.get("lr", self.defaults["lr"])
+        if not lr >= 0:
+            raise ValueError(f"lr: expected a number >= 0, got {lr}")
+        dtype = param_group.get("state_dtype", self.defaults["state_dtype"])
+        if dtype not in (None, torch.bfloat16, *_DTYPES):
+            raise TypeError(f"state_dtype: expected float32, float64 or bfloat16, got {dtype}")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for index, param in enumerate(group["params"]):
+            if param.dtype not in _DTYPES:
+                self.param_groups.pop()
+                raise TypeError(
+                    f"params: expected float32 or float64, got {param.dtype} ({_name(group, index)})"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step of all parameters that have a gradient.
+
+        Args:
+            closure: computes the loss anew, with its gradients, and returns it.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise TypeError(
+                        f"grad: expected a dense gradient, got {param.grad.layout} ({_name(group, index)})"
+                    )
+            for params in _alike([param for param in group["params"] if param.grad is not None]):
+                lstm_optimizer_step_(
+                    params,
+                    [param.grad for param in params],
+                    self._pack(params, group["state_dtype"]),
+                    [weight.to(params[0].dtype) for weight in self.cell.weights],
+                    **{**self.cell.options, "scale": float(group["lr"]) * self.cell.scale},
+                )
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.load_state_dict`; states keep their dtype.
+
+        Raises:
+            ValueError: a state does not fit its parameter, which the message names. Nothing is changed.
+        """
+        self._check_fit(state_dict)
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if _STATE in self.state.get(param, {}):  # torch has cast it to the parameter's dtype
+                    dtype = group["state_dtype"] or param.dtype
+                    self.state[param][_STATE] = self.state[param][_STATE].to(dtype)
+
+    def _check_fit(self, state_dict: dict[str, Any]) -> None:
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
+                state = state_dict["state"].get(key, {}).get(_STATE)
+                expected = self.cell.initial_state([param.detach().to("meta")]).shape
+                if state is not None and state.shape != expected:
+                    raise ValueError(
+                        f"state of {_name(group, index)}: expected {tuple(expected)}, for shape "
+                        f"{tuple(param.shape)} and a cell of {self.cell.layers} layers of {self.cell.hidden} "
+                        f"units, got {tuple(state.shape)}"
+                    )
+
+    def _pack(self, params: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+        """The states of ``params`` as one tensor, of which each is a part; new ones are 0.
+
+        They lie together already where the same parameters had gradients in the step before.
+        """
+        states = [self.state[param].get(_STATE) for param in params]
+        for parts, packed in self._packs:
+            if len(parts) == len(states) and all(map(operator.is_, parts, states)):
+                return packed
+        new = [
+            self.cell.initial_state([param], dtype) if state is None else state
+            for param, state in zip(params, states, strict=True)
+        ]
+        packed = torch.cat(new)
+        parts = list(packed.split([len(state) for state in new]))
+        for param, part in zip(params, parts, strict=True):
+            self.state[param][_STATE] = part
+        live = {id(state[_STATE]) for state in self.state.values() if _STATE in state}
+        self._packs = [pack for pack in self._packs if all(id(part) in live for part in pack[0])]
+        self._packs.append((parts, packed))
+        return packed
+
+
+def _alike(params: list[Tensor]) -> list[list[Tensor]]:
+    """The parameters of each device and dtype."""
+    parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        parts.setdefault((param.device, param.dtype), []).append(param)
+    return list(parts.values())
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    """A parameter of a group, for people."""
+    return repr(group["param_names"][index]) if "param_names" in group else f"parameter {index} of its group"
