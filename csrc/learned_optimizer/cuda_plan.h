@@ -195,9 +195,9 @@ struct Plan {
     if (!backward) return;
     interval = 1;
     while (interval * interval < p.steps) ++interval;
-    intervals = div_up(p.steps, interval);
+    intervals = std::max<int64_t>(1, div_up(p.steps, interval));
     snapshot_rows = p.lstm.state_rows() + (p.lstm.head == Head::gates ? 1 : 0);
-    snapshots = intervals + std::min(interval, p.steps) - 1;
+    snapshots = intervals + interval - 1;
     workspace = snapshots * snapshot_rows * at.width + (memory == Memory::none ? at.row_elements : 0);
   }
 
