@@ -69,7 +69,7 @@ struct Layout {
         quad_bits(0) {
     while (1 << quad_bits < quads) ++quad_bits;
     const Lstm<T>& lstm = p.lstm;
-    constexpr int64_t kMostHidden = 1 << 16;
+    constexpr int64_t kMostHidden = 1 << 13;  // keeps counts of weights within 32 bits
     if (lstm.hidden > kMostHidden) {
       throw std::invalid_argument("metafast: learned optimizer on CUDA: expected at most " +
                                   std::to_string(kMostHidden) + " hidden units, got " +
