@@ -122,11 +122,12 @@ UNROLL_CASES = pytest.mark.parametrize(
     [
         Unroll(hidden=5, layers=3, steps=7, sizes=(130, 0, 12)),
         Unroll(hidden=6, layers=2, steps=5, sizes=(70, 3), gates=True),
+        Unroll(hidden=5, layers=2, steps=0, sizes=(70,), gates=True),
         Unroll(hidden=48, layers=2, steps=2, sizes=(70,)),
         Unroll(hidden=150, layers=3, steps=1, sizes=(30,), gates=True),
         Unroll(hidden=80, layers=1, steps=1, sizes=(8500,)),
     ],
-    ids=["shared", "shared, gates", "given weights", "workspace", "turns"],
+    ids=["shared", "shared, gates", "no steps", "given weights", "workspace", "turns"],
 )
 
 
@@ -156,7 +157,7 @@ def unroll_with_gradients(module: ModuleType, case: Unroll, dtype: torch.dtype) 
         out, state = module.lstm_optimizer_unroll(grads, state, weights, params=params)
     results = [*out, state]
     total = sum((t * torch.randn(t.shape, generator=generator).to(dtype)).sum() for t in results)
-    return [t.detach() for t in (*results, *torch.autograd.grad(total, leaves))]
+    return [t.detach() for t in (*results, *torch.autograd.grad(total, leaves, materialize_grads=True))]
 
 
 @UNROLL_CASES

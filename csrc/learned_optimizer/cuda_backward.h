@@ -56,6 +56,11 @@ class UnrollBackward {
 
   __device__ __forceinline__ void run_chunk() const {
     load_start();
+    if (p_.forward.steps > 0) run_steps();
+    store_end();
+  }
+
+  __device__ __forceinline__ void run_steps() const {
     int64_t begin = 0, end = p_.forward.steps;
     advance(begin, end - 1);
     begin = (plan_.intervals - 1) * plan_.interval;
@@ -66,7 +71,6 @@ class UnrollBackward {
       begin -= plan_.interval;
       advance(begin, end - 1);
     }
-    store_end();
   }
 
   // ---- states on the way ----

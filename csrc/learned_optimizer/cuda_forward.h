@@ -30,6 +30,7 @@ class Unroll {
   Chunk<kMemory, T> chunk_;
 
   __device__ __forceinline__ void run_chunk() const {
+    if (p_.steps == 0) return copy_state();
     chunk_.for_each_unit([&](int l, int unit, int c) {
       store_quad(chunk_.h_before(l, 0) + unit * at_.pitch + c,
                  chunk_.load_state(p_.lstm.h_row(l) + unit, chunk_.place(c)));
@@ -51,6 +52,16 @@ class Unroll {
       });
       shift = chunk_.next_shift(shift);
     }
+  }
+
+  // What no step leaves.
+  __device__ __forceinline__ void copy_state() const {
+    if (p_.new_state == nullptr) return;
+    const int rows = static_cast<int>(p_.lstm.state_rows());
+    chunk_.for_each(rows << at_.quad_bits, [&](int i) {
+      const Place place = chunk_.place(chunk_.quad_of(i));
+      store_state(i >> at_.quad_bits, place, chunk_.load_state(i >> at_.quad_bits, place));
+    });
   }
 
   // Cells come from the state and go to the new one; between steps they are kept by the thread that has them,

@@ -69,7 +69,7 @@ struct Layout {
         quad_bits(0) {
     while (1 << quad_bits < quads) ++quad_bits;
     const Lstm<T>& lstm = p.lstm;
-    constexpr int64_t kMostHidden = 1 << 16;
+    constexpr int64_t kMostHidden = 1 << 13;  // keeps counts of weights within 32 bits
     if (lstm.hidden > kMostHidden) {
       throw std::invalid_argument("metafast: learned optimizer on CUDA: expected at most " +
                                   std::to_string(kMostHidden) + " hidden units, got " +
@@ -195,9 +195,9 @@ struct Plan {
     if (!backward) return;
     interval = 1;
     while (interval * interval < p.steps) ++interval;
-    intervals = div_up(p.steps, interval);
+    intervals = std::max<int64_t>(1, div_up(p.steps, interval));
     snapshot_rows = p.lstm.state_rows() + (p.lstm.head == Head::gates ? 1 : 0);
-    snapshots = intervals + std::min(interval, p.steps) - 1;
+    snapshots = intervals + interval - 1;
     workspace = snapshots * snapshot_rows * at.width + (memory == Memory::none ? at.row_elements : 0);
   }
 
