@@ -1,4 +1,4 @@
-"""What a call takes at its peak beyond its arguments: of torch's allocator on CUDA, else of a fresh process."""
+"""What a call takes at its peak beyond its arguments: on CUDA of the allocator, else of a fresh process."""
 
 from __future__ import annotations
 
