@@ -101,7 +101,10 @@ def metafast_step_in_place(problem: Problem, state_dtype: torch.dtype = torch.fl
         return theta, *problem.read_state(state)
 
     def call() -> Read:
-        ops.lstm_optimizer_step_([theta], [grad], state, problem.weights, p=P_LOG_SIGN, scale=SCALE)
+        if problem.is_meta:
+            ops.meta_lstm_step_([theta], [grad], problem.losses[0], state, problem.weights, p=P_LOG_SIGN)
+        else:
+            ops.lstm_optimizer_step_([theta], [grad], state, problem.weights, p=P_LOG_SIGN, scale=SCALE)
         return read
 
     return call

@@ -68,11 +68,9 @@ STEP_CHUNK, UNROLL_CHUNK = 16384, 4096  # coordinates: about the best of the pow
 def step_variants(problem: Problem) -> Iterator[tuple[str, str, Callable[[Problem], Call]]]:
     """name, kind, build"""
     step, in_place = functools.partial(functools.partial, peers.step), by_hand.step_in_place
-    if problem.is_meta:
-        yield "metafast", "metafast", metafast_step
-    else:
-        yield "metafast, in place", "metafast", metafast_step_in_place
-        yield "metafast, functional", "metafast, functional", metafast_step
+    yield "metafast, in place", "metafast", metafast_step_in_place
+    yield "metafast, functional", "metafast, functional", metafast_step
+    if not problem.is_meta:
         half = functools.partial(metafast_step_in_place, state_dtype=torch.bfloat16)
         yield f"metafast, in place, {BFLOAT16}", "metafast, bfloat16", half
     yield "nn.LSTMCell", "LSTMCell", step(peers.Cells)

@@ -29,6 +29,7 @@ from metafast.learned_optimizer import (
     lstm_optimizer_unroll,
     meta_lstm_state,
     meta_lstm_step,
+    meta_lstm_step_,
     meta_lstm_unroll,
     state_views,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "matching_loss",
     "meta_lstm_state",
     "meta_lstm_step",
+    "meta_lstm_step_",
     "meta_lstm_unroll",
     "pairwise_distance",
     "prototypes",

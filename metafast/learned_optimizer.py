@@ -219,8 +219,7 @@ def meta_lstm_step(
     """
     if not len(theta) and not len(grads):
         return [], state
-    if loss.dim() != 0:
-        raise ValueError(f"loss: expected shape [], got {list(loss.shape)}")
+    _check_scalar(loss)
     unrolled, state = meta_lstm_unroll(
         theta, [g.unsqueeze(0) for g in grads], loss.unsqueeze(0), state, weights, p=p
     )
@@ -263,13 +262,47 @@ def meta_lstm_unroll(
     """
     if not len(theta) and not len(grads):
         return [], state
-    place = 2 if len(weights) > 2 else 1  # of the first bias
-    _check_loss_inputs(theta, losses, weights, place)
-    # The loss is the same for all coordinates: its inputs are no more than another bias in each step.
-    of_losses = log_sign(losses, p) @ weights[0][:, 2:4].mT  # [K, 4H], without layers [K, 2]
-    per_coordinate = torch.cat((weights[0][:, :2], weights[0][:, 4:]), 1)
-    biased = [*weights[1:place], weights[place] + of_losses, *weights[place + 1 :]]
-    return _unroll(grads, theta, state, [per_coordinate, *biased], "gates", "log_sign", p, 1.0, True)
+    folded = _with_losses(theta, losses, weights, p)
+    return _unroll(grads, theta, state, folded, "gates", "log_sign", p, 1.0, True)
+
+
+@torch.no_grad()
+def meta_lstm_step_(
+    theta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    loss: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    p: float = 10.0,
+) -> None:
+    """`meta_lstm_step` in place: `theta` and `state` become those after the step. Not differentiable.
+
+    Args:
+        theta: [...] each, changed in place.
+        grads: Of their shapes.
+        loss: [].
+        state: [B, 2LH + 2, 64], changed in place.
+        weights, p: As in `meta_lstm_step`.
+
+    Raises:
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
+
+    Equivalent to::
+
+        new, new_state = meta_lstm_step(theta, grads, loss, state, weights)
+        for parameter, value in zip(theta, new):
+            parameter.copy_(value)
+        state.copy_(new_state)
+    """
+    if not len(theta) and not len(grads):
+        return
+    _check_scalar(loss)
+    folded = _with_losses(theta, loss.unsqueeze(0), weights, p)
+    first = 2 if len(weights) > 2 else 1
+    folded[first] = folded[first].squeeze(0)
+    _doors.ops.lstm_step_.default(list(theta), list(grads), state, folded, "gates", "log_sign", p, 1.0)
 
 
 def lstm_optimizer_state(
@@ -324,6 +357,23 @@ def _zeros(params: Sequence[Tensor], rows: int, dtype: torch.dtype | None) -> Te
         raise ValueError("params: expected at least one tensor, got none")
     count = sum(blocks(param.numel()) for param in params)
     return torch.zeros(count, rows, BLOCK, dtype=dtype or params[0].dtype, device=params[0].device)
+
+
+def _check_scalar(loss: Tensor) -> None:
+    if loss.dim() != 0:
+        raise ValueError(f"loss: expected shape [], got {list(loss.shape)}")
+
+
+def _with_losses(
+    theta: Sequence[Tensor], losses: Tensor, weights: Sequence[Tensor], p: float
+) -> list[Tensor]:
+    """A meta-LSTM's weights as the op takes them: a loss is the same for all coordinates, so its inputs are
+    no more than another first bias [K, 4H] (without layers [K, 2]) in each step."""
+    place = 2 if len(weights) > 2 else 1  # of the first bias
+    _check_loss_inputs(theta, losses, weights, place)
+    of_losses = log_sign(losses, p) @ weights[0][:, 2:4].mT
+    per_coordinate = torch.cat((weights[0][:, :2], weights[0][:, 4:]), 1)
+    return [per_coordinate, *weights[1:place], weights[place] + of_losses, *weights[place + 1 :]]
 
 
 def _check_loss_inputs(

@@ -156,6 +156,19 @@ def test_in_place(dtype: torch.dtype) -> None:
     assert params[1]._version > version
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_meta_lstm_in_place(layers: int) -> None:
+    weights = weights_of(5, layers, inputs=4, gates=True)
+    theta, grads, loss = gradients(), gradients(), torch.tensor(0.3, dtype=torch.float64)
+    state = metafast.meta_lstm_state(theta, hidden=5, layers=layers)
+    expected, new_state = metafast.meta_lstm_step(theta, grads, loss, state, weights)
+    metafast.meta_lstm_step_(theta, grads, loss, state, weights)
+    assert all(map(torch.equal, theta, expected))
+    assert torch.equal(state, new_state)
+    with pytest.raises(ValueError, match=r"loss: expected shape \[\], got \[1\]"):
+        metafast.meta_lstm_step_(theta, grads, loss.unsqueeze(0), state, weights)
+
+
 def test_in_place_has_no_derivative() -> None:
     params, grads = ([torch.ones(3, requires_grad=True)] for _ in range(2))
     state = metafast.lstm_optimizer_state(params, hidden=2, layers=1)

@@ -13,6 +13,7 @@ from .learned_optimizer import (
     lstm_optimizer_step_,
     lstm_optimizer_unroll,
     meta_lstm_step,
+    meta_lstm_step_,
     meta_lstm_unroll,
 )
 from .pairwise import (
@@ -34,6 +35,7 @@ __all__ = [
     "matching_log_probs",
     "matching_loss",
     "meta_lstm_step",
+    "meta_lstm_step_",
     "meta_lstm_unroll",
     "pairwise_distance",
     "prototypes",

@@ -213,3 +213,19 @@ def meta_lstm_step(
         theta, [g.unsqueeze(0) for g in grads], loss.unsqueeze(0), state, weights, p=p
     )
     return [r[0] for r in results], state
+
+
+@torch.no_grad()
+def meta_lstm_step_(
+    theta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    loss: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    p: float = 10.0,
+) -> None:
+    new, new_state = meta_lstm_step(theta, grads, loss, state, weights, p=p)
+    for parameter, value in zip(theta, new, strict=True):
+        parameter.copy_(value)
+    state.copy_(new_state)
