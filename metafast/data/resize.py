@@ -31,4 +31,5 @@ def resize_area(images: Tensor, height: int, width: int) -> Tensor:
         return images
     rows = _overlaps(images.shape[-2], height).to(images.device)
     columns = _overlaps(images.shape[-1], width).to(images.device)
-    return rows @ (images @ columns.mT)
+    with torch.autocast(images.device.type, enabled=False):  # images are data, whoever loads them
+        return rows @ (images @ columns.mT)

@@ -230,6 +230,8 @@ def test_resize_is_the_block_mean_where_sizes_divide_and_keeps_the_mean_always()
         resize_area(images, 4, 6), images.unflatten(-1, (6, 2)).unflatten(-3, (4, 3)).mean((-1, -3))
     )
     torch.testing.assert_close(resize_area(images, 7, 5).mean((-1, -2)), images.mean((-1, -2)))
+    with torch.autocast("cpu", torch.bfloat16):  # evaluation loads its images there
+        assert resize_area(images, 7, 5).dtype == torch.float32
 
 
 def test_pixel_floor_scores_the_nearest_support_example():
