@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metafast._cell import Cell
 from metafast.learned_optimizer import (
     lstm_optimizer_state,
     lstm_optimizer_step,
@@ -17,10 +17,9 @@ from metafast.learned_optimizer import (
 )
 
 _INPUTS = {"log_sign": 2, "none": 1}  # numbers that stand for a gradient
-_LAYERS = (1, 2, 3)
 
 
-class CoordinatewiseLSTM(nn.Module):
+class CoordinatewiseLSTM(Cell):
     """Gradient descent as an LSTM (Andrychowicz et al. 2016): gradients in, steps of the parameters out.
 
     One small LSTM moves every coordinate (element of a parameter) by itself, with a state for each
@@ -62,30 +61,20 @@ class CoordinatewiseLSTM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if hidden < 1:
-            raise ValueError(f"hidden: expected at least 1, got {hidden}")
-        if layers not in _LAYERS:
-            raise ValueError(f"layers: expected one of {_LAYERS}, got {layers}")
         if preprocess not in _INPUTS:
             raise ValueError(f"preprocess: expected one of {tuple(_INPUTS)}, got {preprocess!r}")
-        if not 0 < p < math.inf:
-            raise ValueError(f"p: expected a number > 0, got {p}")
-        self.hidden = hidden
-        self.layers = layers
+        super().__init__(
+            hidden,
+            layers,
+            p,
+            inputs=_INPUTS[preprocess],
+            head={"weight_out": (1, hidden), "bias_out": (1,)},
+            least_layers=1,
+            device=device,
+            dtype=dtype,
+        )
         self.preprocess = preprocess
-        self.p = p
         self.scale = scale
-        inputs = _INPUTS[preprocess]
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(layers):
-            shapes[f"weight_ih_l{layer}"] = (4 * hidden, hidden if layer else inputs)
-            shapes[f"weight_hh_l{layer}"] = (4 * hidden, hidden)
-            shapes[f"bias_l{layer}"] = (4 * hidden,)
-        shapes |= {"weight_out": (1, hidden), "bias_out": (1,)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self._names = tuple(shapes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,13 +85,8 @@ class CoordinatewiseLSTM(nn.Module):
         nn.init.zeros_(self.bias_out)
 
     @property
-    def weights(self) -> list[Tensor]:
-        """[W_ih, W_hh, b, ..., W_out, b_out], as the functions of :mod:`metafast.learned_optimizer` take."""
-        return [getattr(self, name) for name in self._names]
-
-    @property
     def options(self) -> dict[str, Any]:
-        """The keywords of those functions."""
+        """The keywords of the functions of :mod:`metafast.learned_optimizer`."""
         return {"preprocess": self.preprocess, "p": self.p, "scale": self.scale}
 
     def initial_state(self, params: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -141,38 +125,10 @@ class CoordinatewiseLSTM(nn.Module):
             f"scale={self.scale}"
         )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A cell of another size differs in every weight: one line says why.
-        if message := self._misfit(state_dict, prefix):
-            error_msgs.append(message)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _misfit(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Why the weights are those of another kind of cell; ``None`` where they are not, or absent."""
-        first = [state_dict.get(f"{prefix}weight_{kind}_l0") for kind in ("ih", "hh")]
-        if any(weight is None or weight.dim() != 2 for weight in first):
-            return None
-        names = {2: "log_sign", 1: "none"}
-        found = {
-            "hidden": first[1].shape[1],
-            "layers": sum(f"{prefix}weight_hh_l{layer}" in state_dict for layer in range(max(_LAYERS))),
-            "preprocess": names.get(first[0].shape[1], f"{first[0].shape[1]} inputs"),
-        }
-        wrong = [
-            f"{name}: expected the weights of a cell with {getattr(self, name)!r}, got {value!r}"
-            for name, value in found.items()
-            if value != getattr(self, name)
-        ]
-        return "; ".join(wrong) or None
+    def kind_of(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found = super().kind_of(state_dict, prefix)
+        first = state_dict.get(f"{prefix}weight_ih_l0")
+        if found and first is not None:
+            names = {inputs: name for name, inputs in _INPUTS.items()}
+            found["preprocess"] = names.get(first.shape[-1], f"{first.shape[-1]} inputs")
+        return found

@@ -16,18 +16,18 @@ of a coordinate: h and c of each layer, and of a meta-LSTM its two gates. `lstm_
 tensors: half the memory and half the traffic, float32 arithmetic.
 
 The unrolls take the gradients of K steps, recorded while the optimizer ran, and differentiate through all of
-its
-steps: the exact gradient of anything that follows from the parameters on the way, but for the gradients' own
-dependence on the weights, which Andrychowicz et al. (section 2.1) and Ravi & Larochelle (section 3.4) drop as
-well. It is local to a coordinate, so one kernel goes forward and back with all it needs in the cache. It
-keeps no activations but runs the steps again from the first state; beyond what the cache holds, states are
+its steps: the exact gradient of anything that follows from the parameters on the way, but for the gradients'
+own dependence on the weights, which Andrychowicz et al. (section 2.1) and Ravi & Larochelle (section 3.4)
+drop as well. It is local to a coordinate, so one kernel goes forward and back with all it needs in the cache.
+It keeps no activations but runs the steps again from the first state; beyond what the cache holds, states are
 kept every few steps, and the steps between run a third time. So memory beside the arguments and results is a
-few MiB a thread, whatever P, and grows with K by a state of 16 to 64 coordinates for every few steps.
+few MiB a thread, whatever P, and grows with K by a state of 8 to 32 coordinates for every few steps.
 
-Ops are differentiable once; a second differentiation raises NotImplementedError, and `metafast.reference` has
-it. They work in `torch.compile(fullgraph=True)` and in every transform of `torch.func`, fused under `grad`;
-under `vmap`, `jvp`, `hessian` and forward-mode AD the pure-PyTorch twin in `metafast.reference` runs
-(`metafast.trace_doors` tells).
+Ops are differentiable once; a second differentiation raises NotImplementedError, and `metafast.reference`
+has it. The steps in place are not differentiable. All work in `torch.compile(fullgraph=True)`, the others in
+every transform of `torch.func`: fused under `grad` and `vmap` in any nesting with one `grad`, for weights,
+and gradients of weights, that `vmap` shares; beyond (`jvp`, `hessian`, forward-mode AD) the pure-PyTorch twin
+in `metafast.reference` runs (`metafast.trace_doors` tells).
 
 CPU and CUDA, float32 and float64; on one device the same bits in every run, on the CPU with any number of
 threads. Nonlinearities are within 4e-7 of tanh and sigmoid in float32 on the CPU. Under autocast all but the
@@ -411,7 +411,10 @@ def _unroll(
     head: str,
     *options: str | float | bool,
 ) -> tuple[list[Tensor], Tensor]:
-    lists = (list(grads), list(params or ()), state, list(weights))
+    if params is not None and len(params) != len(grads):
+        name = "theta" if head == "gates" else "params"
+        raise ValueError(f"{name}: expected {len(grads)} tensors, one for each of grads, got {len(params)}")
+    lists = (list(grads), [] if params is None else list(params), state, list(weights))
 
     def second_door():
         chain = unroll_chain(len(lists[0]), len(lists[1]), len(lists[3]))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metafast.learned_optimizer import meta_lstm_state, meta_lstm_step, meta_lstm_unroll
+from metafast._cell import Cell
+from metafast.learned_optimizer import meta_lstm_state, meta_lstm_step, meta_lstm_step_, meta_lstm_unroll
 
 _INPUTS = 4  # log-sign of the gradient and of the loss
-_LAYERS = (0, 1, 2, 3)
 
 
-class MetaLSTM(nn.Module):
+class MetaLSTM(Cell):
     """The meta-LSTM (Ravi and Larochelle 2017): its cell state is theta, the parameters that it trains.
 
     A step is theta = f theta - i grad, with a forget gate f and an input gate i of each coordinate (element
@@ -64,29 +62,20 @@ class MetaLSTM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if hidden < 1:
-            raise ValueError(f"hidden: expected at least 1, got {hidden}")
-        if layers not in _LAYERS:
-            raise ValueError(f"layers: expected one of {_LAYERS}, got {layers}")
-        if not 0 < p < math.inf:
-            raise ValueError(f"p: expected a number > 0, got {p}")
         for name, gate in (("input_gate", input_gate), ("forget_gate", forget_gate)):
             if not 0 < gate < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {gate}")
-        self.hidden = hidden
-        self.layers = layers
-        self.p = p
+        super().__init__(
+            hidden,
+            layers,
+            p,
+            inputs=_INPUTS,
+            head={"weight_gates": (2, (hidden if layers else _INPUTS) + 2), "bias_gates": (2,)},
+            least_layers=0,
+            device=device,
+            dtype=dtype,
+        )
         self.first_gates = (input_gate, forget_gate)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(layers):
-            shapes[f"weight_ih_l{layer}"] = (4 * hidden, hidden if layer else _INPUTS)
-            shapes[f"weight_hh_l{layer}"] = (4 * hidden, hidden)
-            shapes[f"bias_l{layer}"] = (4 * hidden,)
-        shapes |= {"weight_gates": (2, (hidden if layers else _INPUTS) + 2), "bias_gates": (2,)}
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self._names = tuple(shapes)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -96,11 +85,6 @@ class MetaLSTM(nn.Module):
             nn.init.uniform_(weight, -(self.hidden**-0.5), self.hidden**-0.5)
         nn.init.uniform_(self.weight_gates, -0.01, 0.01)
         self.bias_gates.copy_(torch.tensor(self.first_gates, dtype=torch.float64).logit())
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """What :func:`metafast.meta_lstm_step` takes: [W_ih_1, W_hh_1, b_1, ..., W_gates, b_gates]."""
-        return [getattr(self, name) for name in self._names]
 
     def initial_state(self, theta: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Zeros for the coordinates of ``theta``, of any shapes: packed [B, 2LH + 2, 64].
@@ -130,37 +114,10 @@ class MetaLSTM(nn.Module):
         """
         return meta_lstm_unroll(theta, grads, losses, state, self.weights, p=self.p)
 
+    @torch.no_grad()
+    def step_(self, theta: Sequence[Tensor], grads: Sequence[Tensor], loss: Tensor, state: Tensor) -> None:
+        """One step of ``theta`` and ``state`` in place, not recorded: :func:`metafast.meta_lstm_step_`."""
+        meta_lstm_step_(theta, grads, loss, state, self.weights, p=self.p)
+
     def extra_repr(self) -> str:
         return f"{self.hidden}, layers={self.layers}, p={self.p}"
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # A cell of another size differs in every weight: one line says why.
-        if message := self._misfit(state_dict, prefix):
-            error_msgs.append(message)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _misfit(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        """Why the weights are those of another kind of cell; ``None`` if of this kind, or absent."""
-        if f"{prefix}weight_gates" not in state_dict:
-            return None
-        found = {"layers": sum(f"{prefix}weight_hh_l{layer}" in state_dict for layer in _LAYERS)}
-        if found["layers"] and self.layers:
-            found["hidden"] = state_dict[f"{prefix}weight_hh_l0"].shape[-1]
-        wrong = [
-            f"{name}: expected a cell with {name} = {getattr(self, name)}, got weights of one with {value}"
-            for name, value in found.items()
-            if value != getattr(self, name)
-        ]
-        return "; ".join(wrong) or None

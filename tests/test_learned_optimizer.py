@@ -272,24 +272,41 @@ def test_no_tensors() -> None:
         ({"state": torch.zeros(2, 40, 64)}, r"state: .*= \[1, 40, 64\], got \[2, 40, 64\]"),
         ({"weights": weights_of(20, 4)}, "weights: expected .* 1 to 3 layers"),
         ({"weights": weights_of(20, 1, dtype=torch.float32)[:-1]}, "weights: expected W_ih, W_hh, b"),
-        ({"params": []}, None),
+        ({"params": []}, "params: expected 1 tensors, one for each of grads, got 0"),
         ({"params": [torch.zeros(4)]}, r"params\[0\]: expected shape of its gradient"),
         ({"p": 0.0}, "p: expected a number > 0, got 0"),
         ({"preprocess": "log"}, "preprocess: expected log_sign or none, got log"),
     ],
 )
-def test_wrong_calls(change: dict[str, Any], message: str | None) -> None:
+def test_wrong_calls(change: dict[str, Any], message: str) -> None:
     grads = [torch.zeros(3)]
     call = {
         "grads": grads,
         "state": metafast.lstm_optimizer_state(grads, hidden=20, layers=1),
         "weights": weights_of(20, 1, dtype=torch.float32),
     }
-    if message is None:  # an empty list is no list
-        assert metafast.lstm_optimizer_step(**{**call, **change})[0][0].shape == (3,)
-        return
     with pytest.raises(ValueError, match=message):
         metafast.lstm_optimizer_step(**{**call, **change})
+
+
+def test_wrong_theta_is_called_theta() -> None:
+    grads, weights = [torch.zeros(1, 3)], weights_of(5, 0, inputs=4, gates=True, dtype=torch.float32)
+    state = metafast.meta_lstm_state([torch.zeros(3)], hidden=5, layers=0)
+    with pytest.raises(ValueError, match="theta: expected 1 tensors, one for each of grads, got 2"):
+        metafast.meta_lstm_unroll([torch.zeros(3)] * 2, grads, torch.zeros(1), state, weights)
+    with pytest.raises(ValueError, match=r"theta\[0\]: expected shape of its gradient = \[3\], got \[4\]"):
+        metafast.meta_lstm_unroll([torch.zeros(4)], grads, torch.zeros(1), state, weights)
+
+
+def test_compiled_step_in_place() -> None:
+    weights, grads = weights_of(5, 1, dtype=torch.float32), gradients(dtype=torch.float32)
+    state = metafast.lstm_optimizer_state(grads, hidden=5, layers=1)
+    found, expected = ([[g.clone() for g in grads], state.clone()] for _ in range(2))
+    metafast.lstm_optimizer_step_(expected[0], grads, expected[1], weights)
+    step = torch.compile(metafast.lstm_optimizer_step_, fullgraph=True, backend="aot_eager")
+    step(found[0], grads, found[1], weights)
+    assert all(map(torch.equal, found[0], expected[0]))
+    assert torch.equal(found[1], expected[1])
 
 
 def test_wrong_views() -> None:

@@ -135,7 +135,7 @@ def test_weights_of_another_cell_are_refused_in_one_line(options: dict, message:
     ("options", "message"),
     [
         ({"hidden": 0}, "hidden: expected at least 1, got 0"),
-        ({"layers": 4}, r"layers: expected one of \(1, 2, 3\), got 4"),
+        ({"layers": 4}, "layers: expected 1 to 3, got 4"),
         ({"preprocess": "log"}, "preprocess: expected one of"),
         ({"p": 0.0}, "p: expected a number > 0, got 0.0"),
     ],

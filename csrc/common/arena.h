@@ -67,4 +67,14 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Calls f(arena) twice: to count the memory it takes (arena.counts()), and with that memory, to work.
+template <typename T, class F>
+void with_arena(F&& f) {
+  Arena<T> counter;
+  f(counter);
+  const ThreadMemory memory(counter.bytes());
+  Arena<T> arena(static_cast<T*>(memory.get()));
+  f(arena);
+}
+
 }  // namespace metafast::METAFAST_ISA

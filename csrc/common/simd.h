@@ -34,6 +34,8 @@ using Vec = typename VecOf<T>::type;
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Integers of the width of T, one per lane: what comparing two Vec<T> gives (-1 true, 0 false).
 template <typename T>
 struct MaskOf;

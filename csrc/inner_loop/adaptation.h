@@ -22,12 +22,11 @@ template <class Layout, typename T>
 class Adaptation {
  public:
   static void run(const InnerLoop<T>& p, int64_t begin, int64_t end) {
-    Arena<T> counter;
-    Adaptation(p, counter);
-    const ThreadMemory memory(counter.bytes());
-    Arena<T> arena(static_cast<T*>(memory.get()));
-    Adaptation adaptation(p, arena);
-    for (int64_t item = begin; item < end; ++item) adaptation.run_item(item);
+    with_arena<T>([&](Arena<T>& arena) {
+      Adaptation adaptation(p, arena);
+      if (arena.counts()) return;
+      for (int64_t item = begin; item < end; ++item) adaptation.run_item(item);
+    });
   }
 
  private:

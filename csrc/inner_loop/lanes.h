@@ -22,8 +22,6 @@
 
 namespace metafast::METAFAST_ISA {
 
-constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 struct TasksInLanes {
   static constexpr int kTasks = kLanes<T>, kSamples = 1;

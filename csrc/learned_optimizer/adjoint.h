@@ -23,7 +23,7 @@ struct WeightGradient {
   T* head_bias;              // [rows], or [K, rows]
 
   WeightGradient(Arena<T>& arena, const Lstm<T>& lstm, int64_t steps)
-      : blocks_((lstm.columns(steps) + kLanes<T> - 1) / kLanes<T>),
+      : blocks_(div_up(lstm.columns(steps), kLanes<T>)),
         vectors_(arena.take(blocks_ * kLanes<T>)),
         totals_(arena.take(blocks_)) {
     if (arena.counts()) return;

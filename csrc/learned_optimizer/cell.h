@@ -53,9 +53,6 @@ struct Weights {
   const T* head_bias(int64_t step) const {
     return lstm.head_bias + (lstm.layers == 0 && lstm.bias_per_step ? step * lstm.head_rows() : 0);
   }
-
- private:
-  static int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
 // A step in memory, rows of a group: what was there before it (the packed state's rows, then theta), what

@@ -3,16 +3,6 @@
 
 namespace metafast::METAFAST_ISA {
 
-// Calls f(arena) twice: to count the memory it takes, and, with that, to work.
-template <typename T, class F>
-void with_memory(F&& f) {
-  Arena<T> count;
-  f(count);
-  const ThreadMemory memory(count.bytes());
-  Arena<T> arena(static_cast<T*>(memory.get()));
-  f(arena);
-}
-
 template <typename T>
 void load_theta(const T* params, const Span& span, T* row) {
   if (params != nullptr) return load_row(params, span, row);
@@ -22,7 +12,7 @@ void load_theta(const T* params, const Span& span, T* row) {
 template <typename T>
 void run(const LstmUnroll<T>& p, int64_t begin, int64_t end) {
   const Slot<T> rows{p.lstm};
-  with_memory<T>([&](Arena<T>& arena) {
+  with_arena<T>([&](Arena<T>& arena) {
     const Weights<T> weights(arena, p.lstm, p.steps);
     T* now = arena.take(rows.gates(0) * kVecs);
     T* next = arena.take(rows.gates(0) * kVecs);
@@ -181,7 +171,7 @@ class Backward {
 
 template <typename T>
 void run(const LstmUnrollBackward<T>& p, int64_t begin, int64_t end) {
-  with_memory<T>([&](Arena<T>& arena) {
+  with_arena<T>([&](Arena<T>& arena) {
     Backward<T> backward(arena, p);
     if (!arena.counts()) backward.run(begin, end);
   });

@@ -24,8 +24,6 @@ Preprocess preprocess_of(std::string_view name) {
   TORCH_CHECK_VALUE(false, "preprocess: expected log_sign or none, got ", name);
 }
 
-int64_t blocks_of(int64_t coordinates) { return (coordinates + kStateBlock - 1) / kStateBlock; }
-
 // The checked, dense arguments that all ops share, and the part of the kernel's struct that they fill.
 class Problem {
  public:
@@ -90,12 +88,12 @@ class Problem {
   Tensor state_;
 
   void load_tensors(at::TensorList grads, at::TensorList params) {
-    TORCH_CHECK_VALUE(params.size() == grads.size() || (params.empty() && head_ == Head::update),
-                      "params: expected ", grads.size(), " tensors, one for each of grads, got ",
-                      params.size());
+    const char* name = head_ == Head::gates ? "theta" : "params";
+    TORCH_CHECK_VALUE(params.size() == grads.size() || (params.empty() && head_ == Head::update), name,
+                      ": expected ", grads.size(), " tensors, one for each of grads, got ", params.size());
     const Arg like{grads[0], "grads[0]"};
     for (size_t i = 0; i < grads.size(); ++i) {
-      const std::string grad_name = indexed("grads", i), param_name = indexed("params", i);
+      const std::string grad_name = indexed("grads", i), param_name = indexed(name, i);
       const Arg grad{grads[i], grad_name.c_str()};
       check_same_dtype(like, {grad});
       check_same_device(like, {grad});
@@ -166,7 +164,7 @@ class Problem {
                      grads_[0].scalar_type() == at::kFloat ? ", or bfloat16" : "", ", got ",
                      state.scalar_type());
     int64_t blocks = 0;
-    for (size_t i = 0; i < grads_.size(); ++i) blocks += blocks_of(coordinates(i));
+    for (size_t i = 0; i < grads_.size(); ++i) blocks += state_blocks(coordinates(i));
     check_sizes(arg, {blocks, 2 * layers_ * hidden_ + (head_ == Head::gates ? 2 : 0), kStateBlock},
                 "[B, R, 64] of these tensors and weights");
     state_ = state.contiguous();

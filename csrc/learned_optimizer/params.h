@@ -80,6 +80,7 @@ struct Lstm {
 // memory: coordinate i of a tensor is place i % kStateBlock of the tensor's block i / kStateBlock, and each
 // tensor begins a block of its own. Places behind a tensor's last coordinate are 0.
 constexpr int64_t kStateBlock = 64;
+inline int64_t state_blocks(int64_t coordinates) { return (coordinates + kStateBlock - 1) / kStateBlock; }
 
 // K steps of every coordinate of up to kMaxTensors tensors, whose gradients in every step are given. Memory
 // may be updated in place: new_state = state, and with K = 1 out = params.
@@ -105,7 +106,7 @@ struct LstmUnroll {
 
   void add(const Item& item) {
     list[count] = item;
-    first_block[count + 1] = first_block[count] + (item.size + kStateBlock - 1) / kStateBlock;
+    first_block[count + 1] = first_block[count] + state_blocks(item.size);
     ++count;
   }
   METAFAST_HD int64_t blocks() const { return first_block[count]; }

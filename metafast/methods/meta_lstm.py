@@ -52,18 +52,15 @@ class MetaLSTMLearner(Adaptation):
     def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
         """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...]."""
         starts = self.params
-        theta = [start.expand(len(x), *start.shape) for start in starts]
-        states = [self.cell.initial_state(starts)] * len(x)
+        theta = [start.detach().expand(len(x), *start.shape).clone() for start in starts]
+        states = [self.cell.initial_state(starts) for _ in x]
         grads, losses = [], []
         with torch.no_grad():
             for _ in range(steps):
                 grad, loss = self._gradient(theta, x, labels)
-                moved = []
                 for task, state in enumerate(states):
                     of_task = [p[task] for p in theta], [g[task] for g in grad], loss[task]
-                    end, states[task] = self.cell(*of_task, state)
-                    moved.append(end)
-                theta = _stack(moved)
+                    self.cell.step_(*of_task, state)
                 grads.append(grad)
                 losses.append(loss)
         if not grads or not torch.is_grad_enabled():
