@@ -1,145 +1,13 @@
-// The pairwise ops on CPU and CUDA: check the arguments, allocate the results, run the kernels. What each op
-// computes is stated in library.cpp.
+// The pairwise ops on CPU and CUDA: check the arguments (arguments.h), allocate the results, run the kernels.
+// What each op computes is stated in library.cpp.
 #include <torch/library.h>
 
-#include <string>
-
-#include "common/checks.h"
-#include "common/dispatch.h"
 #include "common/sums.h"
+#include "pairwise/arguments.h"
 #include "pairwise/large.h"
-#include "pairwise/ops.h"
-#include "pairwise/params.h"
 
 namespace metafast {
 namespace {
-
-// ---- arguments ----
-
-Metric metric_of(std::string_view name) {
-  if (name == "sqeuclidean") return Metric::sqeuclidean;
-  if (name == "euclidean") return Metric::euclidean;
-  if (name == "cosine") return Metric::cosine;
-  if (name == "cityblock") return Metric::cityblock;
-  if (name == "dot") return Metric::dot;
-  if (name == "relation_relu") return Metric::relation_relu;
-  if (name == "relation_tanh") return Metric::relation_tanh;
-  TORCH_CHECK_VALUE(false, "metric: expected sqeuclidean, euclidean, cosine, cityblock or dot, got ", name);
-}
-
-bool is_relation(Metric metric) { return metric == Metric::relation_relu || metric == Metric::relation_tanh; }
-
-// Calls f(position) for every label that is neither a class in [0, way of its task) nor, where allowed,
-// ignored.
-void check_label_values(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
-                        const char* name) {
-  const int64_t columns = labels.size(-1), tasks = columns ? labels.numel() / columns : 0;
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  const int64_t* way = ways ? ways->const_data_ptr<int64_t>() : nullptr;
-  for (int64_t t = 0; t < tasks; ++t) {
-    const int64_t classes = way ? way[t] : num_classes;
-    bool bad = false;
-    for (int64_t i = t * columns; i < (t + 1) * columns; ++i) {
-      bad |= static_cast<uint64_t>(label[i]) >= static_cast<uint64_t>(classes) && label[i] != kIgnoreLabel;
-    }
-    if (!bad) continue;
-    for (int64_t i = t * columns; i < (t + 1) * columns; ++i) {
-      TORCH_CHECK_VALUE((label[i] >= 0 && label[i] < classes) || label[i] == kIgnoreLabel, name,
-                        ": expected classes in [0, ", classes, ") or ", kIgnoreLabel, " (ignored), got ",
-                        label[i], " at position ", i - t * columns, " of task ", t);
-    }
-  }
-}
-
-void check_every_class(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
-                       const char* name) {
-  const int64_t columns = labels.size(-1);
-  const int64_t tasks = labels.numel() / std::max<int64_t>(1, columns);
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  std::vector<int64_t> seen(num_classes, -1);
-  for (int64_t t = 0; t < tasks; ++t) {
-    const int64_t classes = ways ? ways->const_data_ptr<int64_t>()[t] : num_classes;
-    for (int64_t i = t * columns; i < (t + 1) * columns; ++i) {
-      if (label[i] >= 0) seen[label[i]] = t;
-    }
-    for (int64_t n = 0; n < classes; ++n) {
-      TORCH_CHECK_VALUE(seen[n] == t, name, ": expected a support example of every class, got none of class ",
-                        n, " in task ", t);
-    }
-  }
-}
-
-// On the CPU, values are checked here; a CUDA kernel asserts on the device instead, which does not
-// synchronise.
-void check_support_labels(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
-                          const char* name) {
-  if (runs_cuda(labels)) return;
-  if (ways) {
-    const int64_t* way = ways->const_data_ptr<int64_t>();
-    for (int64_t t = 0; t < ways->numel(); ++t) {
-      TORCH_CHECK_VALUE(way[t] >= 1 && way[t] <= num_classes,
-                        "ways: expected values in [1, num_classes = ", num_classes, "], got ", way[t],
-                        " for task ", t);
-    }
-  }
-  check_label_values(labels, ways, num_classes, name);
-  check_every_class(labels, ways, num_classes, name);
-}
-
-int64_t count_tasks(const Tensor& tensor, int64_t event_dims) {
-  return c10::multiply_integers(leading(tensor, event_dims));
-}
-
-at::DimVector sizes_of(at::IntArrayRef leading, std::initializer_list<int64_t> event) {
-  at::DimVector sizes(leading.begin(), leading.end());
-  sizes.append(event.begin(), event.end());
-  return sizes;
-}
-
-// The tensor in the type that kernels compute in and with dense rows. Where all tasks share one block of rows
-// (an expanded tensor), they go on sharing it: the task stride is 0 and nothing is copied.
-struct Operand {
-  Tensor tensor;
-  int64_t task_stride;
-};
-
-Tensor dense(const Tensor& tensor) { return to_dtype(tensor, compute_type(tensor)).contiguous(); }
-
-Operand rows_of(const Tensor& tensor) {
-  const int64_t block = tensor.size(-2) * tensor.size(-1);
-  bool shared = tensor.dim() > 2 && tensor.stride(-1) == 1 && tensor.stride(-2) == tensor.size(-1);
-  for (int64_t d = 0; d < tensor.dim() - 2; ++d) shared = shared && tensor.stride(d) == 0;
-  if (shared && tensor.scalar_type() == compute_type(tensor)) return {tensor, 0};
-  return {dense(tensor), block};
-}
-
-Tensor dense_labels(const Tensor& tensor) { return tensor.contiguous(); }
-OptionalTensor dense(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
-}
-OptionalTensor dense_labels(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
-template <typename T>
-const T* data(const OptionalTensor& tensor) {
-  return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-// Into how many chunks a task's queries are split, from the shapes alone. With many tasks there is work for
-// all threads; with few, chunks are made, large enough that what each prepares from the rows is little beside
-// its queries.
-int64_t query_chunks(const Tensor& like, int64_t tasks, int64_t queries, int64_t rows, int64_t features) {
-#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
-  if (runs_cuda(like)) return cuda::query_chunks(tasks, queries, rows, features);
-#endif
-  (void)like;
-  constexpr int64_t kItems = 32, kCacheable = 1 << 16;
-  const int64_t wanted = (kItems + tasks - 1) / std::max<int64_t>(1, tasks);
-  const int64_t enough = rows * features > kCacheable ? 512 : 128;  // queries, to be worth preparing the rows
-  const int64_t worthwhile = std::min(queries / enough, queries * rows * features / kGrain);
-  return std::max<int64_t>(1, std::min(wanted, worthwhile));
-}
 
 // Adds up the partial sums that the chunks left in `partial` [outer, chunks, ...], unless there is only one.
 Tensor sum_chunks(const Tensor& partial, int64_t outer, at::IntArrayRef sizes) {
@@ -210,92 +78,18 @@ Tensor prototypes_backward_op(const Tensor& grad, const Tensor& labels) {
 
 // ---- pairwise ----
 
-// The checked, dense arguments of a pairwise comparison and the part of the kernel's struct that they fill.
-struct PairArguments {
-  Metric metric;
-  at::ScalarType dtype;
-  Operand x, y;
-  OptionalTensor weight, bias;
-  at::DimVector lead;
-  int64_t tasks, queries, rows, features, chunks;
+// ---- pairwise ----
 
-  PairArguments(const Tensor& x_arg, const Tensor& y_arg, const OptionalTensor& weight_arg,
-                const OptionalTensor& bias_arg, std::string_view metric_name)
-      : metric(metric_of(metric_name)), dtype(x_arg.scalar_type()) {
-    const Arg ax{x_arg, "x"}, ay{y_arg, "y"};
-    check_floating(ax);
-    check_same_dtype(ax, {ay});
-    check_same_device(ax, {ay});
-    check_min_dim(ax, 2, "[..., Q, D]");
-    check_min_dim(ay, 2, "[..., N, D]");
-    check_same_leading(ax, 2, ay, 2);
-    TORCH_CHECK_VALUE(x_arg.size(-1) == y_arg.size(-1), "y: expected the number of features of x, ",
-                      x_arg.size(-1), ", got ", y_arg.size(-1));
-    const bool weighted = is_relation(metric) || metric == Metric::sqeuclidean || metric == Metric::cityblock;
-    TORCH_CHECK_VALUE(!weight_arg || weighted, "weight: expected None with metric ", metric_name,
-                      ", got a tensor");
-    TORCH_CHECK_VALUE(!is_relation(metric) || (weight_arg && bias_arg),
-                      "weight, bias: expected tensors with metric ", metric_name, ", got None");
-    TORCH_CHECK_VALUE(!bias_arg || is_relation(metric), "bias: expected None with metric ", metric_name,
-                      ", got a tensor");
-    if (weight_arg) check_vector(ax, {*weight_arg, "weight"}, x_arg.size(-1), "[D]");
-    if (bias_arg) check_vector(ax, {*bias_arg, "bias"}, 1, "[1]");
+// The gradient of y, in its dtype, from the sums of the chunks; of weight and bias, empty where there is
+// none.
+Tensor grad_y(const PairArguments& args, const Tensor& partial) {
+  return to_dtype(sum_chunks(partial, args.tasks, args.y_sizes()), args.dtype);
+}
 
-    x = rows_of(x_arg);
-    y = rows_of(y_arg);
-    weight = dense(weight_arg);
-    bias = dense(bias_arg);
-    const auto leading_sizes = leading(x_arg, 2);
-    lead.assign(leading_sizes.begin(), leading_sizes.end());
-    tasks = c10::multiply_integers(leading_sizes);
-    queries = x_arg.size(-2);
-    rows = y_arg.size(-2);
-    features = x_arg.size(-1);
-    chunks = query_chunks(x_arg, tasks, queries, rows, features);
-  }
-
-  static void check_vector(const Arg& like, const Arg& arg, int64_t size, const char* shape) {
-    check_same_dtype(like, {arg});
-    check_same_device(like, {arg});
-    check_sizes(arg, {size}, shape);
-  }
-
-  template <typename T>
-  Pairs<T> pairs() const {
-    return {x.tensor.const_data_ptr<T>(),
-            y.tensor.const_data_ptr<T>(),
-            data<T>(weight),
-            data<T>(bias),
-            metric,
-            tasks,
-            queries,
-            rows,
-            features,
-            x.task_stride,
-            y.task_stride,
-            chunks};
-  }
-
-  at::TensorOptions options() const { return x.tensor.options(); }
-  at::DimVector x_sizes() const { return sizes_of(lead, {queries, features}); }
-  at::DimVector y_sizes() const { return sizes_of(lead, {rows, features}); }
-  at::DimVector out_sizes() const { return sizes_of(lead, {queries, rows}); }
-  Tensor partial_y() const { return empty({tasks, chunks, rows, features}, options()); }
-  Tensor partial_weight() const { return empty({weight ? tasks * chunks : 0, features}, options()); }
-  Tensor partial_bias() const { return empty({bias ? tasks * chunks : 0}, options()); }
-
-  // The gradient of an argument, in its dtype.
-  Tensor finish_y(const Tensor& partial) const {
-    return to_dtype(sum_chunks(partial, tasks, y_sizes()), dtype);
-  }
-  Tensor finish_weight(const Tensor& partial) const {
-    return weight ? to_dtype(sum_chunks(partial, 1, {features}), dtype)
-                  : at::empty({0}, options().dtype(dtype));
-  }
-  Tensor finish_bias(const Tensor& partial) const {
-    return bias ? to_dtype(sum_chunks(partial, 1, {1}), dtype) : at::empty({0}, options().dtype(dtype));
-  }
-};
+Tensor grad_vector(const PairArguments& args, const OptionalTensor& vector, const Tensor& partial) {
+  if (!vector) return at::empty({0}, args.options().dtype(args.dtype));
+  return to_dtype(sum_chunks(partial, 1, vector->sizes()), args.dtype);
+}
 
 template <typename T>
 T* data_or_null(const Tensor& tensor, bool wanted) {
@@ -340,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& gr
                             data_or_null<T>(partial_bias, args.bias.has_value())},
         grad_x);
   });
-  return {to_dtype(grad_x, args.dtype), args.finish_y(partial_y), args.finish_weight(partial_weight),
-          args.finish_bias(partial_bias)};
+  return {to_dtype(grad_x, args.dtype), grad_y(args, partial_y),
+          grad_vector(args, args.weight, partial_weight), grad_vector(args, args.bias, partial_bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
@@ -378,145 +172,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
                                          data_or_null<T>(partial_bias, args.bias.has_value())},
                grad_x);
   });
-  return {to_dtype(grad_grad, args.dtype), to_dtype(grad_x, args.dtype), args.finish_y(partial_y),
-          args.finish_weight(partial_weight), args.finish_bias(partial_bias)};
+  return {to_dtype(grad_grad, args.dtype), to_dtype(grad_x, args.dtype), grad_y(args, partial_y),
+          grad_vector(args, args.weight, partial_weight), grad_vector(args, args.bias, partial_bias)};
 }
 
 // ---- classify ----
 
-enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
+// ---- classify ----
 
-// The checked, dense arguments of classify and its derivatives.
-struct Episode {
-  Metric metric;
-  bool prototypical;
-  Reduction reduction;
-  double scale;
-  at::ScalarType dtype;
-  int64_t way;
-  Tensor support, support_labels;
-  Operand query;
-  OptionalTensor query_labels, ways;
-  at::DimVector lead;
-  int64_t tasks, queries, shots, features, chunks;
+// What queries are compared with, [..., J, D].
+Tensor rows_of(const Episode& episode) {
+  if (!episode.prototypical) return episode.support;
+  return run_prototypes(episode.support, episode.support_labels, episode.ways, episode.way);
+}
 
-  Episode(const Tensor& support_arg, const Tensor& support_labels_arg, const Tensor& query_arg,
-          const OptionalTensor& query_labels_arg, const OptionalTensor& ways_arg, int64_t num_classes,
-          std::string_view method, std::string_view metric_name, double scale_arg, int64_t reduction_arg)
-      : metric(metric_of(metric_name)),
-        prototypical(method == "prototypical"),
-        reduction(static_cast<Reduction>(reduction_arg)),
-        scale(scale_arg),
-        dtype(query_arg.scalar_type()),
-        way(num_classes) {
-    const Arg as{support_arg, "support"}, al{support_labels_arg, "support_labels"}, aq{query_arg, "query"};
-    TORCH_CHECK_VALUE(prototypical || method == "matching", "method: expected prototypical or matching, got ",
-                      method);
-    TORCH_CHECK_VALUE(!is_relation(metric), "metric: expected a distance, got ", metric_name);
-    TORCH_CHECK_VALUE(reduction_arg >= 0 && reduction_arg <= 2 && (query_labels_arg || reduction_arg == 0),
-                      "reduction: expected 0 (none), 1 (mean) or 2 (sum), and 0 without query_labels, got ",
-                      reduction_arg);
-    TORCH_CHECK_VALUE(num_classes >= 1, "num_classes: expected a number >= 1, got ", num_classes);
-    check_floating(as);
-    check_same_dtype(as, {aq});
-    check_labels_dtype(al);
-    check_same_device(as, {al, aq});
-    check_min_dim(as, 2, "[..., S, D]");
-    check_min_dim(aq, 2, "[..., Q, D]");
-    check_sizes(al, support_arg.sizes().slice(0, support_arg.dim() - 1), "[..., S]");
-    check_same_leading(as, 2, aq, 2);
-    TORCH_CHECK_VALUE(support_arg.size(-1) == query_arg.size(-1),
-                      "query: expected the number of features of support, ", support_arg.size(-1), ", got ",
-                      query_arg.size(-1));
-    if (query_labels_arg) {
-      const Arg a{*query_labels_arg, "query_labels"};
-      check_labels_dtype(a);
-      check_same_device(as, {a});
-      check_sizes(a, query_arg.sizes().slice(0, query_arg.dim() - 1), "[..., Q]");
-    }
-    if (ways_arg) {
-      const Arg a{*ways_arg, "ways"};
-      check_labels_dtype(a);
-      check_same_device(as, {a});
-      check_sizes(a, leading(support_arg, 2), "[...]");
-    }
-    support = dense(support_arg);
-    support_labels = dense_labels(support_labels_arg);
-    query = rows_of(query_arg);
-    query_labels = dense_labels(query_labels_arg);
-    ways = dense_labels(ways_arg);
-    const auto leading_sizes = leading(query_arg, 2);
-    lead.assign(leading_sizes.begin(), leading_sizes.end());
-    tasks = c10::multiply_integers(leading_sizes);
-    queries = query_arg.size(-2);
-    shots = support_arg.size(-2);
-    features = query_arg.size(-1);
-    chunks = query_chunks(query_arg, tasks, queries, prototypical ? way : shots, features);
-  }
+// Of them what derivatives cannot take from the arguments.
+Tensor rows_to_keep(const Episode& episode, const Tensor& rows) {
+  return episode.prototypical ? rows : empty({0}, episode.options());
+}
 
-  void check_values() const {
-    check_support_labels(support_labels, ways, way, "support_labels");
-    if (query_labels && !runs_cuda(*query_labels))
-      check_label_values(*query_labels, ways, way, "query_labels");
-  }
+// The gradient of the support, from the sums of the chunks of queries, which are of the rows.
+Tensor grad_support(const Episode& episode, const Tensor& partial, const Tensor& rows) {
+  const Tensor grad_rows = sum_chunks(partial, episode.tasks, rows.sizes());
+  if (!episode.prototypical) return grad_rows;
+  return run_prototypes_backward(grad_rows, episode.support_labels, episode.ways);
+}
 
-  template <typename T>
-  Classes<T> classes(const Tensor& rows) const {
-    return {{query.tensor.const_data_ptr<T>(), rows.const_data_ptr<T>(), nullptr, nullptr, metric, tasks,
-             queries, rows.size(-2), features, query.task_stride, rows.size(-2) * features, chunks},
-            prototypical ? nullptr : support_labels.const_data_ptr<int64_t>(),
-            data<int64_t>(query_labels),
-            data<int64_t>(ways),
-            way,
-            static_cast<T>(scale)};
-  }
+// Sum, or mean over the valid queries, of one number per query; how many are valid.
+std::tuple<Tensor, Tensor> reduce(const Episode& episode, const Tensor& per_query) {
+  Tensor result = empty({}, episode.options()), valid = empty({1}, episode.options());
+  with_scalar(per_query, [&]<typename T>() {
+    run_kernel(ReduceLoss<T>{per_query.const_data_ptr<T>(), episode.query_labels->const_data_ptr<int64_t>(),
+                             result.mutable_data_ptr<T>(), valid.mutable_data_ptr<T>(),
+                             episode.reduction == Reduction::mean, per_query.numel()},
+               result);
+  });
+  return {result, valid};
+}
 
-  template <typename T>
-  LossGradient<T> loss_gradient(const OptionalTensor& grad, const Tensor& valid) const {
-    return {data<T>(grad), reduction == Reduction::mean ? valid.const_data_ptr<T>() : nullptr,
-            !query_labels ? way : (reduction == Reduction::none ? 1 : 0)};
-  }
-
-  at::DimVector out_sizes() const {
-    if (!query_labels) return sizes_of(lead, {queries, way});
-    return reduction == Reduction::none ? sizes_of(lead, {queries}) : at::DimVector();
-  }
-
-  at::TensorOptions options() const { return support.options(); }
-
-  // From the gradient of the rows to that of the support.
-  Tensor grad_support(const Tensor& partial, const Tensor& rows) const {
-    const Tensor grad_rows = sum_chunks(partial, tasks, rows.sizes());
-    return prototypical ? run_prototypes_backward(grad_rows, support_labels, ways) : grad_rows;
-  }
-
-  // Sum, or mean over the valid queries, of one number per query; how many are valid.
-  std::tuple<Tensor, Tensor> reduce(const Tensor& per_query) const {
-    Tensor result = empty({}, options()), valid = empty({1}, options());
-    with_scalar(per_query, [&]<typename T>() {
-      run_kernel(ReduceLoss<T>{per_query.const_data_ptr<T>(), query_labels->const_data_ptr<int64_t>(),
-                               result.mutable_data_ptr<T>(), valid.mutable_data_ptr<T>(),
-                               reduction == Reduction::mean, per_query.numel()},
-                 result);
-    });
-    return {result, valid};
-  }
-
-  Tensor count_valid() const {
-    Tensor valid = empty({1}, options());
-    with_scalar(valid, [&]<typename T>() {
-      run_kernel(ReduceLoss<T>{nullptr, query_labels->const_data_ptr<int64_t>(), nullptr,
-                               valid.mutable_data_ptr<T>(), false, query_labels->numel()},
-                 valid);
-    });
-    return valid;
-  }
-
-  // What queries are compared with, [..., J, D].
-  Tensor rows() const { return prototypical ? run_prototypes(support, support_labels, ways, way) : support; }
-  // Of them what derivatives cannot take from the arguments.
-  Tensor rows_to_keep(const Tensor& rows) const { return prototypical ? rows : empty({0}, options()); }
-};
+Tensor count_valid(const Episode& episode) {
+  Tensor valid = empty({1}, episode.options());
+  with_scalar(valid, [&]<typename T>() {
+    run_kernel(ReduceLoss<T>{nullptr, episode.query_labels->const_data_ptr<int64_t>(), nullptr,
+                             valid.mutable_data_ptr<T>(), false, episode.query_labels->numel()},
+               valid);
+  });
+  return valid;
+}
 
 std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tensor& support_labels,
                                                const Tensor& query, const OptionalTensor& query_labels,
@@ -526,23 +228,20 @@ std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tens
   const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric,
                         scale, reduction);
   episode.check_values();
-  const Tensor rows = episode.rows();
-  const bool loss = query_labels.has_value();
-  Tensor out =
-      empty(sizes_of(episode.lead, loss ? std::initializer_list<int64_t>{episode.queries}
-                                        : std::initializer_list<int64_t>{episode.queries, num_classes}),
-            episode.options());
+  const Tensor rows = rows_of(episode);
+  Tensor out = empty(episode.unreduced_sizes(), episode.options());
   with_scalar(out, [&]<typename T>() {
-    T* result = out.mutable_data_ptr<T>();
-    run_kernel(Classify<T>{episode.classes<T>(rows), loss ? nullptr : result, loss ? result : nullptr}, out);
+    T* log_probs = query_labels ? nullptr : out.mutable_data_ptr<T>();
+    T* nll = query_labels ? out.mutable_data_ptr<T>() : nullptr;
+    run_kernel(Classify<T>{episode.classes<T>(rows), log_probs, nll}, out);
   });
   Tensor valid;
   if (episode.reduction == Reduction::none) {
     valid = empty({0}, episode.options());
   } else {
-    std::tie(out, valid) = episode.reduce(out);
+    std::tie(out, valid) = reduce(episode, out);
   }
-  return {to_dtype(out, episode.dtype), episode.rows_to_keep(rows), valid};
+  return {to_dtype(out, episode.dtype), rows_to_keep(episode, rows), valid};
 }
 
 // The gradients are not rounded to a half type: they are not yet scaled.
@@ -555,11 +254,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients_op(
   TORCH_CHECK_VALUE(episode.reduction != Reduction::none, "reduction: expected 1 (mean) or 2 (sum), got ",
                     reduction);
   episode.check_values();
-  const Tensor rows = episode.rows(), divisor = episode.count_valid();
+  const Tensor rows = rows_of(episode), divisor = count_valid(episode);
   const Tensor nll = empty(sizes_of(episode.lead, {episode.queries}), episode.options());
   Tensor grad_query = empty(query.sizes(), episode.options());
-  const Tensor partial =
-      empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
+  const Tensor partial = episode.partial_rows(rows);
   with_scalar(nll, [&]<typename T>() {
     run_kernel(
         ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(OptionalTensor(), divisor),
@@ -567,9 +265,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients_op(
                             partial.mutable_data_ptr<T>()},
         nll);
   });
-  const auto [out, valid] = episode.reduce(nll);
-  return {to_dtype(out, episode.dtype), episode.rows_to_keep(rows), valid,
-          episode.grad_support(partial, rows), grad_query};
+  const auto [out, valid] = reduce(episode, nll);
+  return {to_dtype(out, episode.dtype), rows_to_keep(episode, rows), valid,
+          grad_support(episode, partial, rows), grad_query};
 }
 
 void check_saved(const Episode& episode, const Tensor& grad, const Tensor& like) {
@@ -591,14 +289,13 @@ std::tuple<Tensor, Tensor> classify_backward_op(const Tensor& grad, const Tensor
   check_saved(episode, grad, support);
   const Tensor rows = episode.prototypical ? saved_rows : episode.support, dense_grad = dense(grad);
   Tensor grad_query = empty(query.sizes(), episode.options());
-  const Tensor partial =
-      empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
+  const Tensor partial = episode.partial_rows(rows);
   with_scalar(grad_query, [&]<typename T>() {
     run_kernel(ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(dense_grad, valid),
                                    nullptr, grad_query.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>()},
                grad_query);
   });
-  return {to_dtype(episode.grad_support(partial, rows), episode.dtype), to_dtype(grad_query, episode.dtype)};
+  return {to_dtype(grad_support(episode, partial, rows), episode.dtype), to_dtype(grad_query, episode.dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
@@ -619,14 +316,9 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
   const Tensor gg_y = episode.prototypical ? run_prototypes(dense(gg_support), episode.support_labels,
                                                             episode.ways, num_classes)
                                            : dense(gg_support);
-  const bool loss = query_labels.has_value();
-  Tensor grad_grad =
-      empty(sizes_of(episode.lead, loss ? std::initializer_list<int64_t>{episode.queries}
-                                        : std::initializer_list<int64_t>{episode.queries, num_classes}),
-            episode.options());
+  Tensor grad_grad = empty(episode.unreduced_sizes(), episode.options());
   Tensor grad_query = empty(query.sizes(), episode.options());
-  const Tensor partial =
-      empty({episode.tasks, episode.chunks, rows.size(-2), episode.features}, episode.options());
+  const Tensor partial = episode.partial_rows(rows);
   with_scalar(grad_query, [&]<typename T>() {
     run_kernel(
         ClassifyDoubleBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(dense_grad, valid),
@@ -635,8 +327,8 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(
                                   partial.mutable_data_ptr<T>()},
         grad_query);
   });
-  if (episode.reduction != Reduction::none) grad_grad = std::get<0>(episode.reduce(grad_grad));
-  return {to_dtype(grad_grad, episode.dtype), to_dtype(episode.grad_support(partial, rows), episode.dtype),
+  if (episode.reduction != Reduction::none) grad_grad = std::get<0>(reduce(episode, grad_grad));
+  return {to_dtype(grad_grad, episode.dtype), to_dtype(grad_support(episode, partial, rows), episode.dtype),
           to_dtype(grad_query, episode.dtype)};
 }
 
