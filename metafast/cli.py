@@ -149,12 +149,17 @@ def _add_eval_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--task", choices=sources.TASKS, help="what an optimizer of l2l is tried on (default: as trained)"
     )
-    sources.add_batch_option(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=COUNT,
+        metavar="B",
+        help="examples that a network of the task sees in a step (default: as trained)",
+    )
     parser.add_argument(
         "--figure", type=Path, metavar="PATH", help="draw the learning curves of l2l and of its rivals"
     )
     parser.add_argument(
-        "--ways", type=COUNT, metavar="N", help="classes (default: 5; of an inner loop as trained)"
+        "--ways", type=COUNT, metavar="N", help="classes (default: 5; with an inner loop as trained)"
     )
     parser.add_argument(
         "--shots",

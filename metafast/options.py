@@ -76,23 +76,25 @@ def settle(options: Namespace, recipes: Recipes, kind: str) -> None:
             if value is None:
                 setattr(options, name, recipes[kind][name])
         elif owners and value is not None:
-            given = " ".join(map(str, value)) if isinstance(value, list) else value
-            raise ValueError(f"{name}: expected only for {' or '.join(owners)}, got {given} for {kind}")
+            expected = " or ".join(owners)
+            raise ValueError(f"{name}: expected only for {expected}, got {_said(value)} for {kind}")
 
 
 def say_defaults(parser: ArgumentParser, recipes: Recipes) -> None:
     """Adds to the help of an option what it is by default, and for which data where that depends on them."""
     for action in parser._actions:
-        values = {}
-        for kind, recipe in recipes.items():
-            value = recipe.get(action.dest)
-            if value is not None:
-                values[kind] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if values:
-            several = len(set(values.values())) > 1
-            said = ", ".join(f"{kind} {value}" for kind, value in values.items())
-            default = said if several else next(iter(values.values()))
+        values = {kind: recipe[action.dest] for kind, recipe in recipes.items() if action.dest in recipe}
+        known = {kind: _said(value) for kind, value in values.items() if value is not None}
+        if known:
+            alike = len(known) == len(values) and len(set(known.values())) == 1
+            each = ", ".join(f"{kind} {value}" for kind, value in known.items())
+            default = next(iter(known.values())) if alike else each
             action.help = f"{action.help or ''} (default: {default})".lstrip()
+
+
+def _said(value: Any) -> str:
+    """A value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def by_option(message: str, options: Namespace) -> str:
@@ -101,8 +103,5 @@ def by_option(message: str, options: Namespace) -> str:
     names = re.match(r"\w+(?: \+ \w+)*(?=: )", message)
     if names is None or not all(name in options for name in names[0].split(" + ")):
         return message
-    return re.sub(r"\w+", lambda name: flag(name[0]), names[0]) + message[names.end() :]
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    flags = re.sub(r"\w+", lambda name: "--" + name[0].replace("_", "-"), names[0])
+    return flags + message[names.end() :]

@@ -75,7 +75,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 def add_task_options(parser: ArgumentParser, tasks: Sequence[str]) -> None:
     parser.add_argument("--task", default=tasks[0], choices=tasks, help="default: %(default)s")
-    add_batch_option(parser)
+    parser.add_argument(
+        "--batch-size", type=COUNT, metavar="B", help="examples that a network sees in a step"
+    )
     parser.add_argument(
         "--random-scaling",
         type=NOT_NEGATIVE,
@@ -83,12 +85,6 @@ def add_task_options(parser: ArgumentParser, tasks: Sequence[str]) -> None:
         help="every coordinate in units of its own, exp(-X) to exp(X), against overfitting to the task",
     )
     parser.add_argument("--data-root", metavar="DIR", help=DATA_ROOT_HELP)
-
-
-def add_batch_option(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch-size", type=COUNT, metavar="B", help="examples that a network sees in a step"
-    )
 
 
 def describe(options: Namespace) -> str:

@@ -234,6 +234,7 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: sine 70000, images" in said
     assert "per step (default: sine 25, images 16)" in said
+    assert "else --inner-steps (default: images 5)" in said
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ class LearnedOptimizer(Learner):
         parser.add_argument("--layers", type=whole(1, 3), metavar="L", help="of the LSTM, 1 to 3")
         parser.add_argument("--preprocess", choices=("log_sign", "none"), help="of the gradients")
         parser.add_argument(
-            "--p", type=POSITIVE, metavar="X", help="of log_sign: gradients below exp(-p) count as small"
+            "--p", type=POSITIVE, metavar="X", help="of log_sign: gradients below exp(-X) count as small"
         )
         parser.add_argument(
             "--scale", type=FINITE, metavar="X", help="what the LSTM's output is multiplied by"
