@@ -266,7 +266,7 @@ def test_trains_resumes_bit_for_bit_and_evaluates(
     assert log[-1]["loss"] < log[0]["loss"]
 
     assert main([*train, "--out", str(parts), "--resume", "--cell-hidden", "5"]) == 1
-    assert "cell_hidden: the run in" in capsys.readouterr().err
+    assert "--cell-hidden: the run in" in capsys.readouterr().err
     few = ["--ways", "3", "--shots", "5", "--queries", "2", "--episodes", "20"]
     assert main(["eval", str(whole), *few, "--sgd", "0.001", "0.3"]) == 0
     lines = capsys.readouterr().out.splitlines()
