@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
 from metafast import _built
@@ -22,17 +19,6 @@ def _check_torch() -> None:
     )
 
 
-def _is_the_command() -> bool:
-    """Is this `metafast ...` or `python -m metafast ...`, whose users have no use for a traceback?"""
-    if sys.argv[0] == "-m":  # what runpy sets while it imports the package
-        return "metafast" in sys.orig_argv
-    return Path(sys.argv[0]).name in ("metafast", "metafast.exe")
+_check_torch()
 
-
-try:
-    _check_torch()
-    from metafast import _C  # noqa: F401  (registers torch.ops.metafast)
-except ImportError as error:
-    if not _is_the_command():
-        raise
-    sys.exit(f"metafast: error: {error}")
+from metafast import _C  # noqa: E402, F401  (registers torch.ops.metafast)
