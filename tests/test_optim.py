@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -437,6 +439,67 @@ def test_a_state_that_does_not_fit_names_its_parameter(named: bool) -> None:
     other = LSTMOptimizer(network().parameters(), cell(8))
     with pytest.raises(ValueError, match=r"a cell of 2 layers of 8 units, got \(1, 20, 64\)"):
         other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 3), (4, 5)), ((2, 3), (3, 2)), ((6,), (2, 3))])
+def test_a_state_of_as_many_blocks_but_another_shape_is_refused(before: tuple, after: tuple) -> None:
+    param = nn.Parameter(torch.zeros(before))
+    optimizer = LSTMOptimizer([param], cell())
+    param.grad = torch.ones(before)
+    optimizer.step()
+    other = LSTMOptimizer([("weight", nn.Parameter(torch.zeros(after)))], cell())
+    shapes = [re.escape(f"for shape {shape}") for shape in (after, before)]
+    with pytest.raises(ValueError, match=rf"state of 'weight': expected .* {shapes[0]} .* {shapes[1]}"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_another_optimizers_state_dict_is_refused(kind: Callable, stepped: bool) -> None:
+    model = network()
+    other = kind(model.parameters(), lr=0.1)
+    steps(model, other, int(stepped))
+    optimizer = LSTMOptimizer(model.parameters(), cell())
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict: expected .* lr, state_dtype .* got .* lr, "):
+        optimizer.load_state_dict(other.state_dict())
+    saved = {"state": other.state_dict()["state"], "param_groups": before["param_groups"]}
+    if kind is torch.optim.Adam and stepped:
+        with pytest.raises(
+            ValueError, match="state of parameter 0 of its group: expected lstm and shape, got"
+        ):
+            optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == before
+    steps(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "allowed"),
+    [
+        (torch.float32, torch.float64, "torch.float32 or torch.bfloat16 beside torch.float32"),
+        (torch.float64, torch.float32, "torch.float64 beside torch.float64"),
+        (torch.float64, torch.bfloat16, "torch.float64 beside torch.float64"),
+    ],
+)
+def test_a_state_dtype_that_does_not_fit_its_parameters_is_refused(
+    dtype: torch.dtype, state_dtype: torch.dtype, allowed: str
+) -> None:
+    learned, model = cell(), network(dtype)
+    message = rf"state_dtype: expected {allowed}, got {state_dtype} \(parameter 0 of its group\)"
+    with pytest.raises(TypeError, match=message):
+        LSTMOptimizer(model.parameters(), learned, state_dtype=state_dtype)
+    optimizer = LSTMOptimizer(model.parameters(), learned)
+    added = {"params": [nn.Parameter(torch.zeros(1, dtype=dtype))], "state_dtype": state_dtype}
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group(added)
+    assert len(optimizer.param_groups) == 1
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = state_dtype
+    with pytest.raises(TypeError, match=message):
+        optimizer.load_state_dict(saved)
+    steps(model, optimizer, 1)
+    assert {state["lstm"].dtype for state in optimizer.state.values()} == {dtype}
 
 
 def test_bad_arguments_are_named() -> None:
