@@ -53,7 +53,10 @@ class MetaLSTMLearner(Adaptation):
         self.cell = cell
 
     def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
-        """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...]."""
+        """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...].
+
+        A call of the cell is one task's: the loss is an input that all coordinates of a call share.
+        """
         starts = self.params
         theta = [start.detach().expand(len(x), *start.shape).clone() for start in starts]
         states = [self.cell.initial_state(starts) for _ in x]
