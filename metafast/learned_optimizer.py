@@ -219,7 +219,7 @@ def meta_lstm_step(
     """
     if not len(theta) and not len(grads):
         return [], state
-    _check_scalar(loss)
+    _check_scalar(loss, theta)
     unrolled, state = meta_lstm_unroll(
         theta, [g.unsqueeze(0) for g in grads], loss.unsqueeze(0), state, weights, p=p
     )
@@ -298,7 +298,7 @@ def meta_lstm_step_(
     """
     if not len(theta) and not len(grads):
         return
-    _check_scalar(loss)
+    _check_scalar(loss, theta)
     folded = _with_losses(theta, loss.unsqueeze(0), weights, p)
     first = 2 if len(weights) > 2 else 1
     folded[first] = folded[first].squeeze(0)
@@ -359,9 +359,19 @@ def _zeros(params: Sequence[Tensor], rows: int, dtype: torch.dtype | None) -> Te
     return torch.zeros(count, rows, BLOCK, dtype=dtype or params[0].dtype, device=params[0].device)
 
 
-def _check_scalar(loss: Tensor) -> None:
+def _check_scalar(loss: Tensor, theta: Sequence[Tensor]) -> None:
     if loss.dim() != 0:
         raise ValueError(f"loss: expected shape [], got {list(loss.shape)}")
+    _check_like("loss", loss, theta[0] if len(theta) else loss)
+
+
+def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected the dtype of theta[0], {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected a tensor on the device of theta[0], {like.device}, got one on {tensor.device}"
+        )
 
 
 def _with_losses(
@@ -392,13 +402,7 @@ def _check_loss_inputs(
     )
     like = theta[0] if len(theta) else losses
     for name, tensor, shape, meaning in checks:
-        if tensor.dtype != like.dtype:
-            raise TypeError(f"{name}: expected the dtype of theta[0], {like.dtype}, got {tensor.dtype}")
-        if tensor.device != like.device:
-            raise ValueError(
-                f"{name}: expected a tensor on the device of theta[0], {like.device}, "
-                f"got one on {tensor.device}"
-            )
+        _check_like(name, tensor, like)
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {meaning} = {list(shape)}, got {list(tensor.shape)}")
 
