@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from metafast import _C, _doors
+from metafast._numbers import check_not_negative
 from metafast._task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
@@ -108,6 +109,7 @@ def inner_sgd(
             grads = torch.autograd.grad(loss, (w, b), create_graph=not first_order)
             w, b = (p - lr * g for p, g in zip((w, b), grads))
     """
+    check_not_negative(lr=lr, momentum=momentum)
     rates = _rates(lr, params, x)
     options = (loss, steps, activation, momentum, first_order)
     return _doors.call_listed(
@@ -186,6 +188,7 @@ def maml_loss(
     if step_weights is not None and not isinstance(step_weights, Tensor):
         step_weights = torch.tensor(step_weights, dtype=support_x.dtype, device=support_x.device)
     data = (support_x, support_y, query_x, query_y)
+    check_not_negative(lr=lr, momentum=momentum)
     rates = _rates(lr, params, support_x)
     options = (loss, steps, activation, momentum, first_order)
 
@@ -268,6 +271,7 @@ def sgd_update(
         steps = [s + momentum * m for s, m in zip(steps, buffers)] if nesterov else buffers
         [p - lr * s for p, s in zip(params, steps)], buffers
     """
+    check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
     if not params and not grads:
         return [], []  # no tensor says for which device
     like = params[0] if params else grads[0]
