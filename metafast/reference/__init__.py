@@ -1,8 +1,8 @@
 """Pure-PyTorch twins of the compiled operations: same names, same signatures, the definition of correct.
 
 They are differentiable to any order and compose with every transform of ``torch.func``. They trade memory
-for plainness (the distances hold a ``[Q, N, D]`` tensor) and check no values: a class without a support
-example gives NaN where the compiled operation raises.
+for plainness (the distances hold a ``[Q, N, D]`` tensor). Of their arguments they check the labels alone, as
+the compiled operations do: no wrong one gives a number.
 """
 
 from __future__ import annotations

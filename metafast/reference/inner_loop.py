@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .pairwise import IGNORED, autocast_enabled
+from .labels import IGNORED, checked_labels
+from .pairwise import autocast_enabled
 
 LearningRate = float | Tensor | Sequence[Tensor]
 Result = TypeVar("Result")
@@ -174,6 +175,8 @@ def inner_sgd(
     Returns:
         The adapted parameters, each [T, ...].
     """
+    if loss == "cross_entropy":
+        y = checked_labels("y", y, params[-1].shape[-1])
     thetas = _trajectory(params, x, y, loss, lr, steps, activation, momentum, first_order)
     return list(thetas[-1])
 
@@ -208,6 +211,9 @@ def maml_loss(
     Returns:
         A scalar, or [T] with reduction ``"none"``.
     """
+    if loss == "cross_entropy":
+        support_y = checked_labels("support_y", support_y, params[-1].shape[-1])
+        query_y = checked_labels("query_y", query_y, params[-1].shape[-1])
     thetas = _trajectory(params, support_x, support_y, loss, lr, steps, activation, momentum, first_order)
     if step_weights is None:
         losses = _task_losses(thetas[-1], query_x, query_y, loss, activation)

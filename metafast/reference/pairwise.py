@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # torch's ignore_index: a label that takes no part
+from .labels import IGNORED, checked_labels, checked_support_labels, checked_ways
+
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _COSINE_EPS = 1e-8  # the smallest norm that cosine divides by, as in F.cosine_similarity
 
@@ -84,6 +85,7 @@ def _class_means(embeddings: Tensor, labels: Tensor, num_classes: int, absent: T
 
 def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """The mean embedding of each class: [..., S, D], [..., S] -> [..., N, D]."""
+    labels = checked_support_labels("labels", labels, num_classes, _members(labels, num_classes))
     return _class_means(_wide(embeddings), labels, num_classes, None).to(embeddings.dtype)
 
 
@@ -201,6 +203,14 @@ def classify(
     """Log probabilities [..., Q, N], or with `query_labels` their negative log likelihood."""
     dtype = support.dtype
     support, query = _wide(support), _wide(query)
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected a number >= 1, got {num_classes}")
+    ways = None if ways is None else checked_ways(ways, num_classes)
+    classes = num_classes if ways is None else ways
+    member = _members(support_labels, num_classes)
+    support_labels = checked_support_labels("support_labels", support_labels, classes, member)
+    if query_labels is not None:
+        query_labels = checked_labels("query_labels", query_labels, classes)
     absent = _absent(ways, num_classes)
     if method == "prototypical":
         log_probs = _prototypical(support, support_labels, query, num_classes, metric, absent)
