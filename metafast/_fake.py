@@ -208,8 +208,12 @@ def _tensors(names: Sequence[str], args: Sequence[Any]) -> Iterator[tuple[str, T
 def _on_one_device(schema: torch.FunctionSchema, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake kernel behind a check that the real ones make too: a call with a meta tensor ends here."""
 
+    names = [argument.name for argument in schema.arguments]
+
     def checked(*args: Any) -> Any:
-        (first, like), *others = _tensors([argument.name for argument in schema.arguments], args)
+        # With a meta-LSTM's gates, what the optimizers' ops call params is the caller's theta.
+        called = ["theta" if name == "params" and "gates" in args else name for name in names]
+        (first, like), *others = _tensors(called, args)
         for name, tensor in others:
             if tensor.device != like.device:
                 raise ValueError(

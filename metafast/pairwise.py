@@ -9,14 +9,16 @@ Under autocast all but `prototypes` run in float32, as `torch.cdist` does. Every
 twice, works in `torch.compile(fullgraph=True)` and in `torch.func` transforms, and gives the same bits with
 any number of threads.
 
-Errors: TypeError for a dtype, ValueError for a shape, a device or an option that does not fit, naming the
-argument. On the CPU, values raise ValueError too: a label that is no class, a class without an example. On
-CUDA they are asserted on the device, as in torch's own losses, so that no call waits for the GPU.
+Errors: TypeError for a type or a dtype, ValueError for a shape, a device or an option that does not fit,
+naming the argument. On the CPU, values raise ValueError too: a label that is no class, a class without an
+example. On CUDA they are asserted on the device, as in torch's own losses, so that no call waits for the GPU.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,9 +53,13 @@ def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         one_hot = F.one_hot(labels, num_classes).to(embeddings).mT      # [..., N, S]
         one_hot @ embeddings / one_hot.sum(-1, keepdim=True)
     """
-    if embeddings.shape[:-2] != labels.shape[:-1]:
-        embeddings, labels = _broadcast(embeddings=(embeddings, 2), labels=(labels, 1))
-    return _doors.call(_PROTOTYPES, embeddings, labels, num_classes)
+    try:
+        if embeddings.shape[:-2] != labels.shape[:-1]:
+            embeddings, labels = _broadcast(embeddings=(embeddings, 2), labels=(labels, 1))
+        return _doors.call(_PROTOTYPES, embeddings, labels, num_classes)
+    except Exception:
+        _check_types(num_classes, embeddings=embeddings, labels=labels)
+        raise
 
 
 def pairwise_distance(
@@ -85,9 +91,13 @@ def pairwise_distance(
         raise ValueError(
             f"weight: expected None with metric {metric!r}, got a tensor (it fits {', '.join(_WEIGHTED)})"
         )
-    if x.shape[:-2] != y.shape[:-2]:
-        x, y = _broadcast(x=(x, 2), y=(y, 2))
-    return _doors.call(_PAIRWISE, x, y, weight, None, metric)
+    try:
+        if x.shape[:-2] != y.shape[:-2]:
+            x, y = _broadcast(x=(x, 2), y=(y, 2))
+        return _doors.call(_PAIRWISE, x, y, weight, None, metric)
+    except Exception:
+        _check_types(x=x, y=y, **({} if weight is None else {"weight": weight}))
+        raise
 
 
 def prototypical_log_probs(
@@ -120,9 +130,7 @@ def prototypical_log_probs(
 
         F.log_softmax(-torch.cdist(query, prototypes(support, support_labels, num_classes)) ** 2, -1)
     """
-    _check_metric(metric)
-    episode = _episode(support, support_labels, query, None, ways)
-    return _doors.call(_CLASSIFY, *episode, num_classes, "prototypical", metric, 1.0, 0)
+    return _classify(support, support_labels, query, None, ways, num_classes, "prototypical", metric, 1.0, 0)
 
 
 def prototypical_loss(
@@ -160,10 +168,10 @@ def prototypical_loss(
         logits = -torch.cdist(query, prototypes(support, support_labels, num_classes)) ** 2
         F.cross_entropy(logits.flatten(0, -2), query_labels.flatten(), ignore_index=-100, reduction=reduction)
     """
-    _check_metric(metric)
     code = reference.reduction_code(reduction)
-    episode = _episode(support, support_labels, query, query_labels, ways)
-    return _doors.call(_CLASSIFY, *episode, num_classes, "prototypical", metric, 1.0, code)
+    return _classify(
+        support, support_labels, query, query_labels, ways, num_classes, "prototypical", metric, 1.0, code
+    )
 
 
 def matching_log_probs(
@@ -186,7 +194,8 @@ def matching_log_probs(
         query: [..., Q, D], the dtype of `support`.
         num_classes: N.
         metric: as in `pairwise_distance`.
-        scale: what the distances are multiplied with, an inverse temperature.
+        scale: what the distances are multiplied with, an inverse temperature: a number. One that is learned
+            goes into the embeddings; the error of a tensor says how.
         ways: [...], int64 in [1, N]: how many classes each episode has. Classes from `ways` on are absent:
             their log probability is -inf and they get no gradient.
 
@@ -201,9 +210,8 @@ def matching_log_probs(
         attention = torch.softmax(-scale * pairwise_distance(query, support, metric), -1)     # [..., Q, S]
         torch.log(attention @ F.one_hot(support_labels, num_classes).to(attention))
     """
-    _check_metric(metric)
-    episode = _episode(support, support_labels, query, None, ways)
-    return _doors.call(_CLASSIFY, *episode, num_classes, "matching", metric, scale, 0)
+    _check_scale(scale, metric)
+    return _classify(support, support_labels, query, None, ways, num_classes, "matching", metric, scale, 0)
 
 
 def matching_loss(
@@ -227,7 +235,8 @@ def matching_loss(
         query_labels: [..., Q], int64, -100 to leave a query out.
         num_classes: N.
         metric: as in `pairwise_distance`.
-        scale: what the distances are multiplied with, an inverse temperature.
+        scale: what the distances are multiplied with, an inverse temperature: a number. One that is learned
+            goes into the embeddings; the error of a tensor says how.
         ways: [...], int64 in [1, N]: how many classes each episode has. Classes from `ways` on are absent.
         reduction: ``"mean"`` over the queries of all episodes that are not left out (NaN if there are none),
             ``"sum"``, or ``"none"``, which is 0 for a query that is left out.
@@ -243,10 +252,11 @@ def matching_loss(
         log_probs = matching_log_probs(support, support_labels, query, num_classes, metric=metric)
         F.nll_loss(log_probs.flatten(0, -2), query_labels.flatten(), ignore_index=-100, reduction=reduction)
     """
-    _check_metric(metric)
+    _check_scale(scale, metric)
     code = reference.reduction_code(reduction)
-    episode = _episode(support, support_labels, query, query_labels, ways)
-    return _doors.call(_CLASSIFY, *episode, num_classes, "matching", metric, scale, code)
+    return _classify(
+        support, support_labels, query, query_labels, ways, num_classes, "matching", metric, scale, code
+    )
 
 
 def relation_scores(
@@ -283,7 +293,12 @@ def relation_scores(
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected 'relu' or 'tanh', got {activation!r}")
-    _check_relation(query, prototypes, weight, bias, out_weight, out_bias)
+    try:
+        _check_relation(query, prototypes, weight, bias, out_weight, out_bias)
+    except Exception:
+        head = {"weight": weight, "bias": bias, "out_weight": out_weight, "out_bias": out_bias}
+        _check_types(query=query, prototypes=prototypes, **head)
+        raise
     features = query.shape[-1]
     of_query = F.linear(query, weight[:, :features], bias)  # [..., Q, H]
     of_class = F.linear(prototypes, weight[:, features:])  # [..., N, H]
@@ -297,6 +312,46 @@ def relation_scores(
 def _check_metric(metric: str) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+
+
+# How an inverse temperature that is learned reaches the distances through the embeddings.
+_SCALED_BY_EMBEDDINGS = {
+    "sqeuclidean": "multiply support and query by its square root",
+    "euclidean": "multiply support and query by it",
+    "cityblock": "multiply support and query by it",
+    "cosine": "take metric='dot' of F.normalize(support, dim=-1) and of F.normalize(query, dim=-1) times it",
+    "dot": "multiply query by it",
+}
+
+
+def _check_scale(scale: float, metric: str) -> None:
+    if isinstance(scale, Tensor):
+        advice = _SCALED_BY_EMBEDDINGS.get(metric, "scale the embeddings")
+        raise TypeError(
+            f"scale: expected a number, got a tensor, whose gradient would be lost; to learn it, {advice} "
+            "(scale.item() is its value now)"
+        )
+    if not isinstance(scale, (float, int, torch.SymFloat)) and not isinstance(scale, Real):
+        raise TypeError(f"scale: expected a number, got {scale!r}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def _check_types(num_classes: int = 1, **tensors: Tensor) -> None:
+    """Says of a call that failed which argument is of a wrong type, if one is, where the entry points of
+    metafast._C print all arguments. Not before a call, which it would slow down.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}") from None
+    if not hasattr(num_classes, "__index__"):
+        raise TypeError(
+            f"num_classes: expected an integer, got {num_classes!r} ({_kind(num_classes)})"
+        ) from None
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def _check_relation(
@@ -327,14 +382,35 @@ def _check_relation(
             raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
 
 
-def _episode(
+def _classify(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor | None,
+    ways: Tensor | None,
+    num_classes: int,
+    method: str,
+    metric: str,
+    scale: float,
+    reduction: int,
+) -> Tensor:
+    _check_metric(metric)
+    given = support, support_labels, query, query_labels, ways
+    try:
+        if torch.compiler.is_compiling() or not _C.leading_dims_agree(*given):
+            given = _same_leading(*given)
+        return _doors.call(_CLASSIFY, *given, num_classes, method, metric, scale, reduction)
+    except Exception:
+        given = dict(zip(_EPISODE, given, strict=True))
+        absent = {name for name in ("query_labels", "ways") if given[name] is None}
+        _check_types(num_classes, **{name: given[name] for name in given if name not in absent})
+        raise
+
+
+def _same_leading(
     support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor | None, ways: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The tensors of an episode with the same leading dimensions."""
-    if not torch.compiler.is_compiling() and _C.leading_dims_agree(
-        support, support_labels, query, query_labels, ways
-    ):
-        return support, support_labels, query, query_labels, ways
     given = {"support": (support, 2), "support_labels": (support_labels, 1), "query": (query, 2)}
     if query_labels is not None:
         given["query_labels"] = (query_labels, 1)
@@ -363,7 +439,7 @@ def _broadcast(**tensors: tuple[Tensor, int]) -> list[Tensor]:
         found = ", ".join(f"{name} {list(sizes)}" for name, sizes in zip(tensors, leading, strict=True))
         raise ValueError(f"leading dimensions: expected sizes that broadcast, got {found}") from None
     return [
-        tensor.expand(*common, *tensor.shape[tensor.dim() - event_dims :])
+        tensor.expand((*common, *tensor.shape[tensor.dim() - event_dims :]))
         for tensor, event_dims in tensors.values()
     ]
 
