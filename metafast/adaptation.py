@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafast import _transformable
+from metafast._numbers import check_not_negative
 from metafast._structure import Mlp, recognise
 from metafast.inner_loop import inner_sgd, sgd_update, task_linear
+from metafast.reference.labels import IGNORED, checked_labels
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 Rates = float | Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]
@@ -153,6 +155,7 @@ def adapt(
         meta_optimizer.step()
     """
     _check_arguments(x, y, loss, steps)
+    check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
     plan = _plan(module, loss, params, weight_decay, nesterov, x, fused)
     rates = _rates(lr, plan, steps)
     if plan.mlp is not None:
@@ -309,6 +312,7 @@ def _rates(lr: Rates, plan: _Plan, steps: int) -> float | Tensor | list[Tensor]:
 
 def _rate(value: float | Tensor, name: str, param: nn.Parameter, *, fused: bool) -> Tensor:
     if not isinstance(value, Tensor):
+        check_not_negative(lr=value)
         value = torch.full((), value, dtype=param.dtype, device=param.device)
     try:
         expanded = value.expand(param.shape)
@@ -331,6 +335,12 @@ def _adapt_fused(
     momentum: float,
 ) -> Adapted:
     mlp = plan.mlp
+    name, weight = next(iter(mlp.params.items()))
+    if plan.features.shape[-1] != weight.shape[1]:
+        shapes = f"{list(weight.shape)}, got {list(plan.features.shape)}"
+        raise ValueError(f"x: expected examples of as many features as {name} takes, {shapes}")
+    if plan.features.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        raise TypeError(f"x: expected the dtype of {name}, {weight.dtype}, got {plan.features.dtype}")
     found = inner_sgd(
         list(mlp.params.values()),
         plan.features,
@@ -372,7 +382,15 @@ def _adapt_by_transforms(
 
     def forward(theta: Tensors, buffers: Tensors, x: Tensor) -> tuple[Tensor, Tensors]:
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # batch norm writes into them
-        return _transformable.call(module, {**theta, **buffers}, x), buffers
+        try:
+            return _transformable.call(module, {**theta, **buffers}, x), buffers
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # out of memory, not implemented
+                raise
+            raise ValueError(
+                f"x: expected examples that the module takes; on those of a task, {list(x.shape)} of "
+                f"{x.dtype}, it raised: {error}"
+            ) from error
 
     def task_loss(theta: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, Tensors]:
         out, buffers = forward(theta, buffers, x)
@@ -411,7 +429,12 @@ def _mse(out: Tensor, y: Tensor) -> Tensor:
 
 def _cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     """As `torch.nn.functional.cross_entropy`, but 0 instead of NaN where all examples are left out."""
-    return F.cross_entropy(out, y, reduction="sum") / (y != -100).sum().clamp_min(1)
+    if y.shape != out.shape[:1] + out.shape[2:] or out.dim() < 2:
+        raise ValueError(
+            f"y: expected a label for each of a task's outputs {list(out.shape)}, got {list(y.shape)}"
+        )
+    y = checked_labels("y", y, out.shape[1])
+    return F.cross_entropy(out, y, reduction="sum") / (y != IGNORED).sum().clamp_min(1)
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": _mse, "cross_entropy": _cross_entropy}

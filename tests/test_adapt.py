@@ -508,6 +508,20 @@ def test_repr() -> None:
             r"lr: expected for 0.weight what broadcasts to its shape, \[6, 3\], got \[7\]",
         ),
         ({"lr": torch.zeros(2)}, "lr: expected"),
+        ({"lr": -0.1}, r"lr: expected a number >= 0, got -0.1"),
+        ({"lr": [0.1, -0.1] * 3}, r"lr: expected a number >= 0, got -0.1"),
+        ({"momentum": -1}, "momentum: expected a number >= 0, got -1"),
+        ({"weight_decay": -1}, "weight_decay: expected a number >= 0, got -1"),
+        ({"x": torch.zeros(3, 4, 7)}, r"x: expected .*7"),
+        ({"x": torch.zeros(3, 4, 3).double()}, "x: expected .*"),
+        (
+            {"loss": "cross_entropy", "y": torch.tensor([[0, 1, 0, 1], [0, 1, 0, 1], [0, 1, 2, -100]])},
+            r"y: expected classes in \[0, 2\) or -100 \(ignored\), got 2 at position 2 of task 2",
+        ),
+        (
+            {"loss": "cross_entropy", "y": torch.zeros(3, 5, dtype=torch.int64)},
+            r"y: expected .*\[.*\], got \[.*5\]",
+        ),
     ],
     ids=str,
 )
@@ -520,8 +534,23 @@ def test_bad_arguments(change: dict[str, Any], message: str, fused: bool | None)
         "steps": 1,
         **change,
     }
-    with pytest.raises(ValueError, match=message):
+    kind = TypeError if args["x"].dtype == torch.float64 and fused is None else ValueError
+    with pytest.raises(kind, match=message):
         metafast.adapt(mlp(), fused=fused, **args)
+
+
+def test_float_labels_are_no_labels() -> None:
+    x, y = torch.zeros(3, 4, 3), torch.zeros(3, 4)
+    for fused in (None, False):
+        with pytest.raises(TypeError, match="y: expected a tensor of dtype int64, got"):
+            metafast.adapt(mlp(), x, y, loss="cross_entropy", lr=0.1, steps=1, fused=fused)
+
+
+def test_an_adapted_module_names_what_it_cannot_take() -> None:
+    x, y = torch.zeros(3, 4, 3), torch.zeros(3, 4, 2)
+    adapted = metafast.adapt(mlp(), x, y, loss="mse", lr=0.1, steps=1, fused=False)
+    with pytest.raises(ValueError, match=r"x: expected examples that the module takes; .*\[4, 7\] of"):
+        adapted(torch.zeros(3, 4, 7))
 
 
 def test_bad_modules_and_losses() -> None:
