@@ -11,14 +11,17 @@ import torch
 from torch import Generator, Tensor
 
 WAY = 3
+HIDDEN = (7, 8)  # of the inner loop's networks
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """All different, and not WAY or HIDDEN, so that dimensions that are mixed up do not fit."""
+
     tasks: int = 2
     support: int = 6
     query: int = 4
-    features: int = 3
+    features: int = 5
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Row:
     call: Callable[[ModuleType], Callable[..., Tensor]]  # of metafast, or of metafast.reference
     make: Callable[[Sizes, Generator], tuple[Tensor, ...]]  # float64 and int64 tensors
     differentiable: tuple[int, ...]  # positions among the tensors
+    names: tuple[str, ...]  # what errors call the tensors
     shared: tuple[int, ...] = ()  # positions of tensors without leading dimensions
     op: str = ""  # the registered op
     float32_under_autocast: bool = True
@@ -36,6 +40,8 @@ class Row:
     derivatives: int | None = 2  # how often it is differentiable; None: without end
     kernels: int = 3  # registered ops that a call and its derivatives run
     leading: bool = True  # takes any number of leading dimensions, not just one of tasks
+    labels: tuple[int, ...] = ()  # positions of labels in [0, WAY)
+    complete: tuple[int, ...] = ()  # of those, where each class needs an example
     one_task: bool = False  # the call needs the dimension of tasks, also for a single one
     # How a call comes to its kernels under grad and vmap: fused through the second door, by the reference, or
     # as everywhere ("op").
@@ -124,6 +130,7 @@ def _distance(metric: str) -> Row:
         lambda m: lambda x, y: m.pairwise_distance(x, y, metric),
         _pair,
         (0, 1),
+        ("x", "y"),
         op="pairwise",
     )
 
@@ -134,9 +141,13 @@ def _weighted(metric: str) -> Row:
         lambda m: lambda x, y, weight: m.pairwise_distance(x, y, metric, weight=weight),
         _weighted_pair,
         (0, 1, 2),
+        ("x", "y", "weight"),
         shared=(2,),
         op="pairwise",
     )
+
+
+EPISODE = ("support", "support_labels", "query", "query_labels", "ways")
 
 
 def _log_probs(name: str, metric: str) -> Row:
@@ -145,7 +156,10 @@ def _log_probs(name: str, metric: str) -> Row:
         lambda m: lambda s, sl, q: getattr(m, name)(s, sl, q, WAY, metric=metric),
         _unlabelled,
         (0, 2),
+        EPISODE[:3],
         op="classify",
+        labels=(1,),
+        complete=(1,),
     )
 
 
@@ -159,7 +173,10 @@ def _loss(name: str, metric: str, reduction: str, **options: float) -> Row:
         ),
         _episode,
         (0, 2),
+        EPISODE[:4],
         op="classify",
+        labels=(1, 3),
+        complete=(1,),
     )
 
 
@@ -173,7 +190,10 @@ def _ragged(name: str, metric: str, reduction: str) -> Row:
         ),
         _ragged_episode,
         (0, 2),
+        EPISODE,
         op="classify",
+        labels=(1, 3),
+        complete=(1,),
     )
 
 
@@ -183,22 +203,26 @@ def _scores(activation: str) -> Row:
         lambda m: lambda *tensors: m.relation_scores(*tensors, activation=activation),
         _relation,
         (0, 1, 2, 3, 4, 5),
+        ("query", "prototypes", "weight", "bias", "out_weight", "out_bias"),
         shared=(2, 3, 4, 5),
         op="pairwise",
     )
 
 
-HIDDEN = 4
 STEPS = 2
+PARAMETERS = 2 * (len(HIDDEN) + 1)
 
 
 def _networks(sizes: Sizes, g: Generator, *, shared: bool) -> tuple[Tensor, ...]:
-    """W1, b1, W2, b2 of networks with an output for each class, and lr [K, L]."""
+    """W1, b1, ..., WL, bL of networks with an output for each class, and lr [K, L]."""
     lead = () if shared else (sizes.tasks,)
-    shapes = ((HIDDEN, sizes.features), (HIDDEN,), (WAY, HIDDEN), (WAY,))
-    scale = max(sizes.features, 1) ** -0.5
-    params = (scale * torch.randn(*lead, *shape, dtype=torch.float64, generator=g) for shape in shapes)
-    return *params, torch.rand(STEPS, 2, dtype=torch.float64, generator=g) / 10
+    widths = (sizes.features, *HIDDEN, WAY)
+    params = []
+    for inputs, outputs in itertools.pairwise(widths):
+        weight = torch.randn(*lead, outputs, inputs, dtype=torch.float64, generator=g)
+        params += [weight / max(inputs, 1) ** 0.5]
+        params += [torch.randn(*lead, outputs, dtype=torch.float64, generator=g)]
+    return *params, torch.rand(STEPS, len(widths) - 1, dtype=torch.float64, generator=g) / 10
 
 
 def _targets(sizes: Sizes, count: int, g: Generator, loss: str) -> Tensor:
@@ -212,25 +236,29 @@ def _examples(sizes: Sizes, g: Generator, loss: str, *counts: int) -> tuple[Tens
     return tuple(tensor for examples in sets for tensor in examples)
 
 
-def _inner_loop(name: str, op: str, sets: int, call: Callable, *, shared: bool, loss: str) -> Row:
-    """An op of four parameters, the learning rates, and the examples of so many sets."""
+def _inner_loop(op: str, name: str, data: tuple[str, ...], call: Callable, *, shared: bool, loss: str) -> Row:
+    """An op of networks' parameters, the learning rates, and these examples: inputs and targets by turns."""
 
     def make(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
-        counts = (sizes.support, sizes.query)[:sets]
+        counts = (sizes.support, sizes.query)[: len(data) // 2]
         return *_networks(sizes, g, shared=shared), *_examples(sizes, g, loss, *counts)
 
-    data = range(5, 5 + 2 * sets, 1 if loss == "mse" else 2)
+    given = PARAMETERS + 1  # before the data
+    targets = tuple(range(given + 1, given + len(data), 2))
+    labels = targets if loss == "cross_entropy" else ()
     return Row(
         f"{op}[{name}]",
         call,
         make,
-        (0, 1, 2, 3, 4, *data),
-        shared=(0, 1, 2, 3, 4) if shared else (4,),
+        tuple(i for i in range(given + len(data)) if i not in labels),
+        (*(f"params[{i}]" for i in range(PARAMETERS)), "lr", *data),
+        shared=tuple(range(given)) if shared else (PARAMETERS,),
         op=op,
         half=False,
         derivatives=1,
         kernels=2,
         leading=False,
+        labels=labels,
         one_task=True,
     )
 
@@ -239,14 +267,16 @@ def _maml_loss(
     name: str, *, loss: str, reduction: str = "mean", shared: bool = False, **options: object
 ) -> Row:
     options = {"activation": "tanh", "loss": loss, "steps": STEPS, "reduction": reduction, **options}
-    return _inner_loop(
-        name,
-        "maml_loss",
-        2,
-        lambda m: lambda w1, b1, w2, b2, lr, *data: m.maml_loss([w1, b1, w2, b2], *data, lr=lr, **options),
-        shared=shared,
-        loss=loss,
-    )
+
+    def call(m: ModuleType) -> Callable[..., Tensor]:
+        def query_loss(*tensors: Tensor) -> Tensor:
+            params, (lr, *data) = tensors[:PARAMETERS], tensors[PARAMETERS:]
+            return m.maml_loss(params, *data, lr=lr, **options)
+
+        return query_loss
+
+    data = ("support_x", "support_y", "query_x", "query_y")
+    return _inner_loop("maml_loss", name, data, call, shared=shared, loss=loss)
 
 
 def _inner_sgd(name: str, *, loss: str, shared: bool = False, **options: object) -> Row:
@@ -254,13 +284,14 @@ def _inner_sgd(name: str, *, loss: str, shared: bool = False, **options: object)
     options = {"activation": "tanh", "loss": loss, "steps": STEPS, **options}
 
     def call(m: ModuleType) -> Callable[..., Tensor]:
-        def adapted(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, lr: Tensor, *data: Tensor) -> Tensor:
-            found = m.inner_sgd([w1, b1, w2, b2], *data, lr=lr, **options)
+        def adapted(*tensors: Tensor) -> Tensor:
+            params, (lr, *data) = tensors[:PARAMETERS], tensors[PARAMETERS:]
+            found = m.inner_sgd(params, *data, lr=lr, **options)
             return torch.cat([parameter.flatten(1) for parameter in found], 1)
 
         return adapted
 
-    return _inner_loop(name, "inner_sgd", 1, call, shared=shared, loss=loss)
+    return _inner_loop("inner_sgd", name, ("x", "y"), call, shared=shared, loss=loss)
 
 
 def _update(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
@@ -288,6 +319,7 @@ def _layer(name: str, make: Callable[[Sizes, Generator], tuple[Tensor, ...]]) ->
         lambda m: getattr(m, name),
         make,
         (0, 1, 2),
+        ("x", "weight", "bias"),
         op=name,
         float32_under_autocast=False,
         derivatives=None,
@@ -314,7 +346,7 @@ def _conv2d(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, generator=g) for shape in shapes)
 
 
-HIDDEN = 3
+UNITS = 3  # of the optimizers' LSTMs
 
 
 def _optimizer_shapes(sizes: Sizes) -> tuple[tuple[int, ...], ...]:
@@ -335,14 +367,14 @@ def _optimizer(
             return torch.randn(*shape, dtype=torch.float64, generator=g)
 
         shapes = _optimizer_shapes(sizes)
-        rows = 2 * layers * HIDDEN + 2 * gates
+        rows = 2 * layers * UNITS + 2 * gates
         times = (steps,) if steps else ()
         inputs = 4 if gates else 2
         weights = []
         for layer in range(layers):
-            weights += [normal(4 * HIDDEN, HIDDEN if layer else inputs), normal(4 * HIDDEN, HIDDEN)]
-            weights += [normal(4 * HIDDEN)]
-        top = (HIDDEN if layers else inputs) + 2 * gates
+            weights += [normal(4 * UNITS, UNITS if layer else inputs), normal(4 * UNITS, UNITS)]
+            weights += [normal(4 * UNITS)]
+        top = (UNITS if layers else inputs) + 2 * gates
         weights += [normal(1 + gates, top), normal(1 + gates)]
         return (
             *(normal(sizes.tasks, *times, *shape) for shape in shapes),
@@ -353,6 +385,14 @@ def _optimizer(
         )
 
     return make
+
+
+def _optimizer_names(layers: int, *, gates: bool, steps: int) -> tuple[str, ...]:
+    """Of the lists with one task; each other has two tensors more."""
+    params = "theta" if gates else "params"
+    losses = (("losses" if steps else "loss"),) if gates else ()
+    weights = (f"weights[{i}]" for i in range(3 * layers + 2))
+    return "grads[0]", "grads[1]", f"{params}[0]", f"{params}[1]", "state", *losses, *weights
 
 
 def _optimizer_row(
@@ -387,6 +427,7 @@ def _optimizer_row(
         call,
         _optimizer(layers, gates=gates, steps=steps),
         tuple(range(weights)),
+        _optimizer_names(layers, gates=gates, steps=steps),
         shared=tuple(range(5, weights)),
         op="lstm_unroll",
         half=False,
@@ -403,10 +444,13 @@ ROWS = (
         lambda m: lambda embeddings, labels: m.prototypes(embeddings, labels, WAY),
         _support,
         (0,),
+        ("embeddings", "labels"),
         op="prototypes",
         float32_under_autocast=False,
         derivatives=None,
         kernels=2,
+        labels=(1,),
+        complete=(1,),
     ),
     *map(_distance, ("sqeuclidean", "euclidean", "cosine", "cityblock", "dot")),
     *map(_weighted, ("sqeuclidean", "cityblock")),
@@ -429,6 +473,7 @@ ROWS = (
         _updated,
         _update,
         (0, 1, 2, 3, 4, 5, 6),
+        (*(f"{kind}[{i}]" for kind in ("params", "grads", "momentum_buffers") for i in range(2)), "lr"),
         shared=(6,),
         op="sgd_update",
         float32_under_autocast=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from parity import (
+    EMPTY,
+    EVERY_ROW,
+    ODD,
+    SMALL,
+    assert_parity,
+    assert_second_order_parity,
+    cotangent,
+    make,
+    scalar,
+    value_and_grads,
+)
 from record_ops import RecordOps
-from rows import ROWS, Row, Sizes
+from rows import ROWS, WAY, Row, Sizes
 from tolerances import TOLERANCES, assert_close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,17 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import metafast
 from metafast import reference
 
-EVERY_ROW = pytest.mark.parametrize("row", ROWS, ids=str)
 EVERY_OP = pytest.mark.parametrize("row", {row.op: row for row in ROWS}.values(), ids=str)
-SMALL = Sizes()
-ODD = (
-    Sizes(tasks=1, support=3, query=1, features=1),
-    Sizes(tasks=3, support=7, query=5, features=17),
-    Sizes(tasks=2, support=40, query=70, features=129),
-)
-EMPTY = (Sizes(tasks=0), Sizes(query=0), Sizes(features=0))
-
-
 TWICE = pytest.mark.parametrize("row", [row for row in ROWS if row.derivatives != 1], ids=str)
 AUTOCAST = pytest.mark.parametrize(
     "row", [row for row in ROWS if row.half or row.float32_under_autocast], ids=str
@@ -51,59 +54,6 @@ def _kernels_exist(request: pytest.FixtureRequest) -> None:
     has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     if "row" in given and not has_kernel(f"{namespace}::{given['row'].op}", key):
         pytest.skip(f"{given['row'].op} has no CUDA kernel")
-
-
-def make(
-    row: Row, sizes: Sizes = SMALL, *, seed: int = 0, dtype: torch.dtype = torch.float64, device: Any = "cpu"
-) -> tuple[Tensor, ...]:
-    args = row.make(sizes, torch.Generator().manual_seed(seed))
-    return tuple(arg.to(device=device, dtype=dtype if arg.is_floating_point() else None) for arg in args)
-
-
-def cotangent(out: Tensor) -> Tensor:
-    """Some gradient of a result: the same for every dtype and device."""
-    values = torch.linspace(-1, 1, out.numel() + 2, dtype=torch.float64)[1:-1].view(out.shape)
-    return values.to(torch.bfloat16).to(out)
-
-
-def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function with a nonlinear scalar result; absent classes (-inf) count nothing."""
-
-    def of_finite(*args: Tensor) -> Tensor:
-        out = function(*args)
-        return torch.where(out > -torch.inf, out, 0.0).square().sum()
-
-    return of_finite
-
-
-def value_and_grads(row: Row, function: Callable[..., Tensor], args: Sequence[Tensor]) -> list[Tensor]:
-    args = [arg.detach().requires_grad_(i in row.differentiable) for i, arg in enumerate(args)]
-    out = function(*args)
-    grads = torch.autograd.grad(out, [args[i] for i in row.differentiable], cotangent(out))
-    return [out.detach(), *grads]
-
-
-def second_order(row: Row, function: Callable[..., Tensor], args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    args = [arg.detach().requires_grad_(i in row.differentiable) for i, arg in enumerate(args)]
-    wrt = [args[i] for i in row.differentiable]
-    grads = torch.autograd.grad(scalar(function)(*args), wrt, create_graph=True)
-    total = sum((grad * cotangent(grad)).sum() for grad in grads)
-    return torch.autograd.grad(total, wrt)
-
-
-def assert_parity(row: Row, args: Sequence[Tensor], dtype: torch.dtype) -> None:
-    actual = value_and_grads(row, row.call(metafast), args)
-    assert all(tensor.dtype == dtype for tensor in actual)
-    wide = [arg.double().cpu() if arg.is_floating_point() else arg.cpu() for arg in args]
-    assert_close(actual, value_and_grads(row, row.call(reference), wide), dtype)
-
-
-def assert_second_order_parity(row: Row, args: Sequence[Tensor], dtype: torch.dtype) -> None:
-    wide = [arg.double().cpu() if arg.is_floating_point() else arg.cpu() for arg in args]
-    actual = second_order(row, row.call(metafast), args)
-    expected = second_order(row, row.call(reference), wide)
-    scale = max(1.0, *(tensor.abs().max().item() for tensor in expected))  # sums of large terms of both signs
-    assert_close([t / scale for t in actual], [t / scale for t in expected], dtype)
 
 
 # --- parity with the float64 reference ------------------------------------------------------------------
@@ -485,21 +435,92 @@ class KeepResults(TorchDispatchMode):
 @EVERY_ROW
 def test_wrong_arguments_raise_and_name_the_argument(row: Row) -> None:
     function, args = row.call(metafast), make(row)
+    assert len(row.names) == len(args)
 
-    def with_argument(where: int, value: Tensor) -> list[Tensor]:
-        return [value if i == where else arg for i, arg in enumerate(args)]
+    def name_of(argument: str) -> str:
+        return argument.split("[")[0]  # the tasks' tensors are in one list
 
-    for i, arg in enumerate(args):
-        wrong_dtype = arg.int() if arg.is_floating_point() else arg.float()
-        with pytest.raises(TypeError, match="dtype"):
-            function(*with_argument(i, wrong_dtype))
-        with pytest.raises(ValueError, match="device"):
-            function(*with_argument(i, arg.to("meta")))
-        with pytest.raises(ValueError, match="expected"):
-            function(*with_argument(i, torch.cat([arg, arg[:1]]) if arg.dim() else arg.expand(2)))
+    def raises(error: type[Exception], where: int, value: Tensor, expected: str) -> None:
+        with pytest.raises(error, match=expected):
+            function(*(value if i == where else arg for i, arg in enumerate(args)))
+
+    # A shape may disagree with that of any other argument, and either be named.
+    names = "|".join(re.escape(name_of(argument)) for argument in row.names)
+    shape = rf"^(({names})(\[\d+\])?|leading dimensions): expected .*, got"
+    for i, (arg, argument) in enumerate(zip(args, row.names, strict=True)):
+        # The first tensor is what the others are compared with: "y: expected the dtype of x, ..."
+        name = rf"(?<!\w){name_of(argument)}(?!\w)"
+        both = rf"(?s)(?=.*{name}).*expected "
+        raises(TypeError, i, arg.int() if arg.is_floating_point() else arg.float(), f"{both}.*dtype")
+        raises(ValueError, i, arg.to("meta"), f"{both}a tensor on the device of")
+        raises(ValueError, i, torch.cat([arg, arg[:1]]) if arg.dim() else arg.expand(2), shape)
         if arg.dim() > 1:
-            with pytest.raises(ValueError, match="expected"):
-                function(*with_argument(i, arg.flatten()[:1]))
+            raises(ValueError, i, arg.flatten()[:1], shape)
+
+
+LABELS = pytest.mark.parametrize("row", [row for row in ROWS if row.labels], ids=str)
+# How a call comes to each of its doors, and to the reference with labels that torch.func has wrapped.
+TO_THE_DOORS: dict[str, Callable[..., Any]] = {
+    "op": lambda row, args: row.call(metafast)(*args),
+    "function": lambda row, args: torch.func.grad(scalar(row.call(metafast)))(*args),
+    "function, vmap": lambda row, args: torch.vmap(row.of_task(metafast), row.per_task(args))(*args),
+    "reference": lambda row, args: _jvp(row, row.call(metafast), args),
+    "reference, jvp of vmap": lambda row, args: _jvp(
+        row, torch.vmap(row.of_task(metafast), row.per_task(args)), args
+    ),
+    "reference, vmap of jvp": lambda row, args: torch.vmap(
+        lambda *task: _jvp(row, row.of_task(metafast), task), row.per_task(args)
+    )(*args),
+}
+
+
+def _jvp(row: Row, function: Callable[..., Tensor], args: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    where = row.differentiable[0]
+    one = args[where]
+    return torch.func.jvp(lambda x: function(*args[:where], x, *args[where + 1 :]), (one,), (one,))
+
+
+@LABELS
+@pytest.mark.parametrize("door", TO_THE_DOORS)
+def test_wrong_labels_raise_and_name_the_argument(row: Row, door: str) -> None:
+    args = make(row)
+    TO_THE_DOORS[door](row, args)
+
+    def raises(where: int, labels: Tensor, message: str) -> None:
+        changed = [labels if i == where else arg for i, arg in enumerate(args)]
+        with (
+            metafast.trace_doors() as doors,
+            pytest.raises(ValueError, match=f"{row.names[where]}: {message}"),
+        ):
+            TO_THE_DOORS[door](row, changed)
+        assert {taken for _, taken in doors} == {door.split(",")[0]}
+
+    for where in row.labels:
+        for label in (WAY, -1, -7):
+            labels = args[where].clone()
+            labels[1, 2] = label
+            expected = rf"expected classes in \[0, {WAY}\) or -100 \(ignored\)"
+            raises(where, labels, f"{expected}, got {label} at position 2 of task 1")
+    for where in row.complete:
+        labels = torch.where(args[where] == 1, 0, args[where])
+        labels[0] = args[where][0]
+        raises(where, labels, "expected a support example of every class, got none of class 1 in task 1")
+
+
+@LABELS
+def test_wrong_labels_in_a_compiled_transform(row: Row) -> None:
+    torch.compiler.reset()
+    args = make(row)
+    compiled = torch.compile(
+        lambda *args: torch.vmap(torch.func.grad(scalar(row.of_task(metafast))), row.per_task(args))(*args),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    compiled(*args)
+    for where in row.labels:
+        labels = torch.full_like(args[where], WAY)
+        with pytest.raises(RuntimeError, match=f"{row.names[where]}: expected classes"):
+            compiled(*(labels if i == where else arg for i, arg in enumerate(args)))
 
 
 @pytest.mark.gpu
@@ -518,20 +539,21 @@ def test_runs_on_the_current_stream(row: Row) -> None:
 @pytest.mark.gpu
 @EVERY_ROW
 def test_cuda_graph(row: Row) -> None:
-    args = make(row, ODD[1], dtype=torch.float32, device="cuda")
+    """Forward and backward, captured once and replayed with other values in the same tensors."""
+    args = [arg.detach() for arg in make(row, ODD[1], dtype=torch.float32, device="cuda")]
     other = make(row, ODD[1], seed=1, dtype=torch.float32, device="cuda")
-    expected = row.call(metafast)(*other)
+    expected = value_and_grads(row, row.call(metafast), other)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        row.call(metafast)(*args)
+        value_and_grads(row, row.call(metafast), args)  # what is done once is not to be captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = row.call(metafast)(*args)
+        found = value_and_grads(row, row.call(metafast), args)  # detached, they share the memory of args
     for arg, value in zip(args, other, strict=True):
         arg.copy_(value)
     graph.replay()
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

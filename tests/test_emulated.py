@@ -14,8 +14,7 @@ import pytest
 import test_inner_loop as inner_loop
 import torch
 from emulated_build import EMULATED_LIBRARY, ROOT, emulated_library
-from rows import Row, Sizes
-from test_contract import (
+from parity import (
     EVERY_ROW,
     ODD,
     assert_parity,
@@ -24,6 +23,7 @@ from test_contract import (
     second_order,
     value_and_grads,
 )
+from rows import Row, Sizes
 
 import metafast
 from metafast import reference
