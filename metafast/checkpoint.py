@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -43,18 +42,12 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Raises ``ValueError`` when the file is no checkpoint of metafast, or not a whole one."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path}: expected a whole safetensors file, got a broken one ({error})"
-            ) from error
+        """Raises ``ValueError`` when the file is no checkpoint of metafast."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return cls(tensors=tensors, **json.loads(metadata["state"]))
 
     def restore_model(self, model: nn.Module) -> None:
@@ -104,7 +97,7 @@ class Checkpoints:
         self.config = dict(config)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> Path:
-        """Writes the state after ``step`` steps, then removes the oldest up to there."""
+        """Writes the state after ``step`` steps, then removes the oldest."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_initialized():
@@ -124,33 +117,18 @@ class Checkpoints:
         path = self.directory / f"step-{step:08d}.safetensors"
         self.directory.mkdir(parents=True, exist_ok=True)
         _write(path, tensors, {"format": _FORMAT, "state": json.dumps(state)})
-        # A later one is there where it was broken and an earlier one resumed from: it must not crowd out any.
-        written = [other for other in list_checkpoints(self.directory) if other <= path]
-        for old in written[: -self.keep]:
+        for old in list_checkpoints(self.directory)[: -self.keep]:
             old.unlink()
         return path
 
     def latest(self) -> Checkpoint | None:
-        """The last checkpoint, with a warning the last that can be read; ``None`` when there is none yet.
-
-        A broken one costs the steps since the one before: done again, they end in the same bits.
-
-        Raises:
-            ValueError: none of them can be read.
-        """
+        """The last complete checkpoint; ``None`` when there is none yet."""
         paths = list_checkpoints(self.directory)
-        for path in reversed(paths):
-            try:
-                return Checkpoint.read(path)
-            except ValueError as error:
-                if path == paths[0]:
-                    raise
-                warnings.warn(f"{error}; the one before it is taken", stacklevel=1)
-        return None
+        return Checkpoint.read(paths[-1]) if paths else None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; none when there is no such folder."""
+    """The complete checkpoints in a folder, oldest first; none when there is no such folder."""
     return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
 
 

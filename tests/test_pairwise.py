@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import metafast
@@ -47,18 +48,6 @@ def test_many_close_points_have_no_negative_distance(backend: torch.device) -> N
     distance = metafast.pairwise_distance(x, x)
     assert (distance >= 0).all()
     assert (distance.diagonal() == 0).all()
-
-
-@pytest.mark.parametrize("of", [metafast.prototypical_log_probs, metafast.matching_log_probs])
-def test_distant_classes_keep_the_digits_of_their_probabilities(
-    of: Callable[..., Tensor], backend: torch.device
-) -> None:
-    support = torch.tensor([[100.0, 3.0], [100.0, -3.0]], device=backend)
-    labels, query = torch.tensor([0, 1], device=backend), torch.zeros(1, 2, device=backend).requires_grad_()
-    log_probs = of(support, labels, query, 2, metric="sqeuclidean")
-    torch.testing.assert_close(log_probs, torch.full_like(log_probs, 0.5).log())
-    (grad,) = torch.autograd.grad(log_probs[0, 0], query)
-    torch.testing.assert_close(grad, torch.tensor([[0.0, 6.0]], device=backend), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "cityblock"])
@@ -320,7 +309,119 @@ def test_errors_say_what_was_expected(case: str) -> None:
         call()
 
 
+def calls_of_wrong_types() -> dict[str, tuple[str, Callable[[], Any]]]:
+    support, labels, query, query_labels = episode()
+
+    def call(name: str, **changes: Any) -> Callable[[], Any]:
+        args = {"support": support, "support_labels": labels, "query": query, "num_classes": 4}
+        if name.endswith("loss"):
+            args["query_labels"] = query_labels
+        return lambda: getattr(metafast, name)(**{**args, **changes})
+
+    def relation(**changes: Any) -> Callable[[], Any]:
+        head = {"weight": torch.zeros(7, 10, **DOUBLE), "bias": torch.zeros(7, **DOUBLE)}
+        head |= {"out_weight": torch.zeros(7, **DOUBLE), "out_bias": torch.zeros(1, **DOUBLE)}
+        return lambda: metafast.relation_scores(query, support, **{**head, **changes})
+
+    def distance(*args: Any, **options: Any) -> Callable[[], Any]:
+        return lambda: metafast.pairwise_distance(*args, **options)
+
+    temperature = torch.tensor(2.0, requires_grad=True)
+    return {
+        "list": (
+            "support_labels: expected a tensor, got list",
+            call("prototypical_loss", support_labels=[0]),
+        ),
+        "array": ("query: expected a tensor, got ndarray", call("prototypical_loss", query=query.numpy())),
+        "no tensor": ("support: expected a tensor, got None", call("matching_log_probs", support=None)),
+        "no labels": ("query_labels: expected a tensor, got list", call("matching_loss", query_labels=[1])),
+        "ways": ("ways: expected a tensor, got int", call("prototypical_log_probs", ways=5)),
+        "float": ("num_classes: expected an integer, got 4.0", call("prototypical_loss", num_classes=4.0)),
+        "word": ("scale: expected a number, got 'a'", call("matching_loss", scale="a")),
+        "temperature": (
+            r"scale: expected a number, got a tensor, .*F.normalize\(query, dim=-1\) times it",
+            call("matching_loss", scale=temperature),
+        ),
+        "squared temperature": (
+            "scale: expected a number, got a tensor, .*multiply support and query by its square root",
+            call("matching_log_probs", scale=temperature, metric="sqeuclidean"),
+        ),
+        "y": ("y: expected a tensor, got list", distance(query, [[1.0]])),
+        "arrays": ("x: expected a tensor, got ndarray", distance(query.numpy(), support.numpy())),
+        "weight": ("weight: expected a tensor, got float", distance(query, support, weight=1.0)),
+        "bias": ("bias: expected a tensor, got None", relation(bias=None)),
+        "out_weight": (
+            "out_weight: expected a tensor, got ndarray",
+            relation(out_weight=torch.zeros(7).numpy()),
+        ),
+        "labels": (
+            "labels: expected a tensor, got list",
+            lambda: metafast.prototypes(support, labels.tolist(), 4),
+        ),
+        "classes": (
+            "num_classes: expected an integer, got 4.0",
+            lambda: metafast.prototypes(support, labels, 4.0),
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", calls_of_wrong_types())
+def test_wrong_types_are_named(case: str) -> None:
+    message, call = calls_of_wrong_types()[case]
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call()
+
+
+def test_wrong_types_are_named_in_a_transform() -> None:
+    support, labels, *rest = episode()
+    with pytest.raises(TypeError, match=r"^num_classes: expected an integer, got 4\.0"):
+        torch.func.grad(lambda support: metafast.prototypical_loss(support, labels, *rest, 4.0))(support)
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["matching_loss", "matching_log_probs"])
+def test_scale_is_finite(name: str, scale: float) -> None:
+    args = episode()[: 4 if name == "matching_loss" else 3]
+    with pytest.raises(ValueError, match=f"scale: expected a finite number, got {scale}"):
+        getattr(metafast, name)(*args, 4, scale=scale)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_learned_scale_goes_into_the_embeddings(metric: str) -> None:
+    """What the error of a tensor advises is the same function, and has a gradient."""
+    support, labels, query, query_labels = episode()
+    scale = torch.tensor(2.5, **DOUBLE, requires_grad=True)
+    scaled = {
+        "sqeuclidean": (support * scale.sqrt(), query * scale.sqrt()),
+        "cosine": (F.normalize(support, dim=-1), F.normalize(query, dim=-1) * scale),
+        "dot": (support, query * scale),
+    }.get(metric, (support * scale, query * scale))
+    options = {"metric": "dot" if metric == "cosine" else metric}
+    loss = metafast.matching_loss(scaled[0], labels, scaled[1], query_labels, 4, **options)
+
+    def given(scale: float) -> Tensor:
+        return metafast.matching_loss(support, labels, query, query_labels, 4, metric=metric, scale=scale)
+
+    assert_close(loss, given(2.5), torch.float64)
+    slope = (given(2.5 + 1e-6) - given(2.5 - 1e-6)) / 2e-6
+    torch.testing.assert_close(*torch.autograd.grad(loss, scale), slope, rtol=1e-6, atol=1e-8)
+
+
 # --- the doors ------------------------------------------------------------------------------------------
+
+
+def test_labels_are_checked_in_a_traced_transform() -> None:
+    """A graph cannot ask for values, so it asserts them where it runs."""
+    args = episode()
+
+    def tangent(support: Tensor, *rest: Tensor) -> Tensor:
+        return torch.func.jvp(lambda s: metafast.prototypical_loss(s, *rest, 4), (support,), (support,))[1]
+
+    for mode in ("real", "fake"):
+        graph = make_fx(tangent, tracing_mode=mode)(*args)
+        assert_close(graph(*args), tangent(*args), torch.float64)
+        with pytest.raises(RuntimeError, match="query_labels: expected classes"):
+            graph(*args[:3], torch.full_like(args[3], 4))
 
 
 def test_trace_doors() -> None:

@@ -217,3 +217,17 @@ def test_labels() -> None:
         torch.vmap(
             lambda *data: metafast.maml_loss(args[0], *data, lr=0.1, loss="cross_entropy", steps=STEPS)
         )(*args[1:])
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+def test_negative_numbers_are_refused(name: str) -> None:
+    theta, examples = params(), data(TASKS)
+    options = {"lr": 0.1, name: -1.0}
+    message = f"{name}: expected a number >= 0, got -1.0"
+    with pytest.raises(ValueError, match=message):
+        metafast.sgd_update(theta, theta, **options)
+    if name == "weight_decay":
+        return
+    for call, given in ((metafast.maml_loss, examples), (metafast.inner_sgd, examples[:2])):
+        with pytest.raises(ValueError, match=message):
+            call(theta, *given, loss="mse", steps=1, **options)

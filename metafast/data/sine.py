@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .episodes import Episodes
-from .sampling import check_sizes, random_bits, unit
+from .sampling import random_bits
 
 _AMPLITUDES = (0.1, 5.0)
 _PHASES = (0.0, math.pi)
@@ -43,7 +43,9 @@ class SineSampler:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_sizes(shots=shots, queries=queries, tasks=tasks)
+        for name, value in (("shots", shots), ("queries", queries), ("tasks", tasks)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         self.shots = shots
         self.queries = queries
         self.tasks = tasks
@@ -65,9 +67,9 @@ class SineSampler:
     def _draw(self, block: int) -> list[Episodes]:
         steps = torch.arange(block * _BLOCK, (block + 1) * _BLOCK, device=self.device)
         draws = 2 + self.shots + self.queries
-        drawn = unit(random_bits(self.seed, steps, (self.tasks, draws), self.device))  # [block, T, draws]
-        amplitude, phase = _between(drawn[..., :1], _AMPLITUDES), _between(drawn[..., 1:2], _PHASES)
-        x = _between(drawn[..., 2:], _INPUTS)
+        unit = _unit(random_bits(self.seed, steps, (self.tasks, draws), self.device))  # [block, T, draws]
+        amplitude, phase = _between(unit[..., :1], _AMPLITUDES), _between(unit[..., 1:2], _PHASES)
+        x = _between(unit[..., 2:], _INPUTS)
         y = amplitude * torch.sin(x - phase)
         pieces = [
             part.unsqueeze(-1).contiguous().unbind()
@@ -78,6 +80,11 @@ class SineSampler:
         return list(map(Episodes, support, support_labels, query, query_labels))
 
 
-def _between(share: Tensor, interval: tuple[float, float]) -> Tensor:
+def _unit(bits: Tensor) -> Tensor:
+    """int64 in 0..2^63-1 -> float32 in [0, 1): the leading 24 bits, all that float32 holds."""
+    return (bits >> 39).float() * 2**-24
+
+
+def _between(unit: Tensor, interval: tuple[float, float]) -> Tensor:
     low, high = interval
-    return low + (high - low) * share
+    return low + (high - low) * unit

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
-from metafast.options import Recipes
+
+Recipes = Mapping[str, Mapping[str, Any]]
 
 
 class Learner(nn.Module, ABC):
@@ -21,7 +23,7 @@ class Learner(nn.Module, ABC):
 
     recipes: ClassVar[Recipes]
     """The defaults of the options that depend on the data: ``"images"``, ``"sine"`` -> option -> value. What
-    the method cannot learn from is absent, and so is an option from the data that it does not belong to."""
+    the method cannot learn from is absent."""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
