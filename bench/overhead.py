@@ -163,10 +163,14 @@ def inner_loop_calls(x: Tensor, y: Tensor) -> dict[str, Calls]:
     lr, options = torch.full((), 0.01, device=x.device), ("mse", 1, "relu", 0.0, False)
 
     adapt: dict[str, Callable[[list[Tensor]], object]] = {
+        "pybind typed entry": lambda params: _C.inner_sgd(params, *support, [lr], *options),
         "torch.ops, .default": lambda params: ops.inner_sgd.default(params, *support, [lr], *options),
         "metafast.inner_sgd": lambda params: metafast.inner_sgd(params, *support, **keywords),
     }
     losses: dict[str, Callable[[list[Tensor]], Tensor]] = {
+        "pybind typed entry": lambda params: _C.maml_loss(
+            params, *support, *query, [lr], None, *options, True
+        ),
         "torch.ops, .default": lambda params: ops.maml_loss.default(
             params, *support, *query, [lr], None, *options, True
         ),

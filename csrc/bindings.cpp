@@ -10,6 +10,7 @@
 #include "common/checks.h"
 #include "common/isa.h"
 #include "inner_loop/ops.h"
+#include "learned_optimizer/ops.h"
 #include "pairwise/ops.h"
 
 #ifdef METAFAST_WITH_CUDA
@@ -90,6 +91,37 @@ PYBIND11_MODULE(_C, m) {
          std::string_view method, std::string_view metric, double scale, int64_t reduction) {
         return std::get<0>(classify(support, support_labels, query, query_labels, ways, num_classes, method,
                                     metric, scale, reduction));
+      },
+      release);
+  using Tensors = std::vector<Tensor>;  // pybind11 fills no reference to a list
+  m.def(
+      "inner_sgd",
+      [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr, std::string_view loss,
+         int64_t steps, std::string_view activation, double momentum, bool first_order) {
+        return inner_sgd(params, x, y, lr, loss, steps, activation, momentum, first_order);
+      },
+      release);
+  m.def(
+      "maml_loss",
+      [](const Tensors& params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
+         const Tensor& query_y, const Tensors& lr, const OptionalTensor& step_weights, std::string_view loss,
+         int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean) {
+        return maml_loss(params, support_x, support_y, query_x, query_y, lr, step_weights, loss, steps,
+                         activation, momentum, first_order, mean);
+      },
+      release);
+  m.def(
+      "sgd_update",
+      [](const Tensors& params, const Tensors& grads, const Tensors& lr, const Tensors& momentum_buffers,
+         double momentum, double weight_decay, bool nesterov) {
+        return sgd_update(params, grads, lr, momentum_buffers, momentum, weight_decay, nesterov);
+      },
+      release);
+  m.def(
+      "lstm_unroll",
+      [](const Tensors& grads, const Tensors& params, const Tensor& state, const Tensors& weights,
+         std::string_view head, std::string_view preprocess, double p, double scale, bool unrolled) {
+        return lstm_unroll(grads, params, state, weights, head, preprocess, p, scale, unrolled);
       },
       release);
 }

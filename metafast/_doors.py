@@ -150,9 +150,11 @@ def call_listed(
     `second` gives the chain that the second door takes, and what to do with its op as a function of tensors;
     None for an op without this door.
     """
-    if not _transforms_active() and (torch.compiler.is_compiling() or forward_ad._current_level < 0):
-        _record(name, "op")
-        return getattr(ops, name).default(*args)
+    if not _transforms_active():
+        compiling = torch.compiler.is_compiling()
+        if compiling or forward_ad._current_level < 0:
+            _record(name, "op")
+            return getattr(ops, name).default(*args) if compiling else getattr(typed, name)(*args)
     if second is not None:
         chain, function = second()
         if _kernels_compose(chain):

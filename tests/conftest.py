@@ -31,11 +31,12 @@ def _typed(ops: Any) -> SimpleNamespace:
     def entry(name: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             result = getattr(ops, name).default(*args)
-            return result[0] if isinstance(result, tuple) else result
+            return result[0] if name == "classify" else result
 
         return call
 
-    return SimpleNamespace(**{name: entry(name) for name in ("prototypes", "pairwise", "classify")})
+    names = ("prototypes", "pairwise", "classify", "inner_sgd", "maml_loss", "sgd_update", "lstm_unroll")
+    return SimpleNamespace(**{name: entry(name) for name in names})
 
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -92,10 +93,12 @@ inline at::Tensor to_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
 }
 
-// An uninitialised tensor for a result. Large ones on the CPU ask for huge pages: a first write to fresh
-// memory costs a page fault every 4 KiB otherwise, which takes longer than the kernels themselves.
+// An uninitialised tensor for a result. On the CPU without the dispatcher: a small call has a dozen results.
+// Large ones there ask for huge pages: a first write to fresh memory costs a page fault every 4 KiB
+// otherwise, which takes longer than the kernels themselves.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor result = at::empty(sizes, options);
+  at::Tensor result = options.device().is_cpu() ? at::Tensor(at::detail::empty_cpu(sizes, options))
+                                                : at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = 2 << 20;
   if (result.is_cpu() && result.nbytes() >= 2 * kHugePage) {

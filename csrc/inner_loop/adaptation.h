@@ -38,14 +38,14 @@ class Adaptation {
   const bool keeps_buffers_;
   Batch<Layout, T> support_, query_;
   const Parameters<Layout, T> parameters_;
-  Network<Layout, T> network_;
+  Network<Layout, T> support_network_, query_network_;
   const int64_t vectors_;
   T* theta_;          // [slots, vectors] with a trajectory, else [1, vectors], overwritten step by step
   T* buffers_;        // momentum m_1, ..., m_K, [slots, vectors], or [1, vectors], or null
   T* v_;              // [vectors], dL/dtheta
   T* m_;              // [vectors], dL/dm, or null where it is v times a number
   T* elements_;       // learning rates of elements, or null
-  T* grad_shared_;    // [vectors], sum of v over groups, or null where an item is one task
+  T* grad_shared_;    // [vectors], sum of v over groups, or null where an item is one group
   T* grad_elements_;  // [vectors], gradient of `elements`, or null
   T* grad_rates_;     // [K, L], in lanes, gradient of `rates`, or null
   T* grad_weights_;   // [K], in lanes, gradient of step_weights, or null
@@ -65,8 +65,8 @@ class Adaptation {
         support_(arena, p.mlp, p.support),
         query_(arena, p.mlp, p.query),
         parameters_(p.mlp, dual_ ? p.support.count + p.query.count : 0),
-        network_(arena, p.mlp, parameters_, std::max(p.support.count, p.query.count), reverses_,
-                 p.support.grad_x != nullptr || p.query.grad_x != nullptr),
+        support_network_(arena, p.mlp, parameters_, p.support.count, reverses_, p.support.grad_x != nullptr),
+        query_network_(arena, p.mlp, parameters_, p.query.count, false, p.query.grad_x != nullptr),
         vectors_(parameters_.vectors()),
         theta_(arena.take((trajectory_ ? slots() : 1) * vectors_)),
         buffers_(
@@ -74,8 +74,7 @@ class Adaptation {
         v_(arena.take_if(p.backward, vectors_)),
         m_(arena.take_if(reverses_ && !m_is_v_scaled(p), vectors_)),
         elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
-        grad_shared_(
-            arena.take_if(p.sums.params >= 0 && (Layout::kTasks > 1 || p.tasks_per_item() > 1), vectors_)),
+        grad_shared_(arena.take_if(p.sums.params >= 0 && p.tasks_per_item() > Layout::kTasks, vectors_)),
         grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
         grad_rates_(arena.take_if(p.lr_gradient() && p.sgd.rates != nullptr, p.sgd.steps * p.mlp.layers)),
         grad_weights_(arena.take_if(p.sums.step_weights >= 0, p.sgd.steps)),
@@ -234,6 +233,8 @@ class Adaptation {
     if (grad_shared_ != nullptr) {
       for (int64_t i = 0; i < vectors_; ++i)
         add_in_use(grad_shared_ + i * kLanes<T>, load(v_ + i * kLanes<T>));
+    } else if (tasks_ < Layout::kTasks) {
+      for (int64_t i = 0; i < vectors_; ++i) store(v_ + i * kLanes<T>, in_use(load(v_ + i * kLanes<T>)));
     }
     store_examples(p_.support, support_);
     store_examples(p_.query, query_);
@@ -250,18 +251,18 @@ class Adaptation {
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);
     const T *theta = this->theta(k), *old_buffer = momentum != 0 ? buffer(k) : nullptr;
     T *next = this->theta(k + 1), *new_buffer = buffers_ ? buffer(k + 1) : nullptr;
-    network_.forward(theta, support_);
-    const auto backward = [&](const auto& consumer) {
-      network_.backward(theta, without_gradients(support_), Vec<T>{} + 1, consumer);
+    differentiate_support(k);
+    const auto update = [&](const auto& consumer) {
+      support_network_.gradient(theta, without_gradients(support_), consumer);
     };
     if (new_buffer == nullptr && elements_ == nullptr) {
-      backward([&](int l) {
+      update([&](int l) {
         return [theta, next, lr = rate(k, l).value](int64_t i, Vec<T> grad) __attribute__((always_inline)) {
           store(next + i * kLanes<T>, load(theta + i * kLanes<T>) - lr * grad);
         };
       });
     } else {
-      backward([&](int l) {
+      update([&](int l) {
         return [=, lr = rate(k, l)](int64_t i, Vec<T> grad) __attribute__((always_inline)) {
           if (old_buffer != nullptr) grad += momentum * load(old_buffer + i * kLanes<T>);
           if (new_buffer != nullptr) store(new_buffer + i * kLanes<T>, grad);
@@ -269,6 +270,11 @@ class Adaptation {
         };
       });
     }
+  }
+
+  void differentiate_support(int64_t k) {
+    support_network_.forward(theta(k), support_);
+    support_network_.backward(theta(k), support_, Vec<T>{} + 1);
   }
 
   static Batch<Layout, T> without_gradients(Batch<Layout, T> batch) {
@@ -284,13 +290,14 @@ class Adaptation {
   }
 
   void query_step(int64_t k, T weight) {
-    network_.forward(theta(k), query_);
-    const Vec<T> loss = network_.loss(query_);
+    query_network_.forward(theta(k), query_);
+    const Vec<T> loss = query_network_.loss(query_);
     if (grad_weights_ != nullptr) add_in_use(grad_weights_ + (k - 1) * kLanes<T>, task_weights_ * loss);
     if (weight == 0) return;
     losses_ += weight * loss;
     if (!p_.backward) return;
-    network_.backward(theta(k), query_, weight * task_weights_, [this](int) { return add_to_v(); });
+    query_network_.backward(theta(k), query_, weight * task_weights_);
+    query_network_.gradient(theta(k), query_, [this](int) { return add_to_v(); });
   }
 
   auto add_to_v() const {
@@ -301,12 +308,13 @@ class Adaptation {
   void step_back(int64_t k) {
     for (int l = 0; l < p_.mlp.layers && p_.lr_gradient(); ++l) add_rate_gradient(k, l);
     if (!reverses_) return;
-    if (m_ == nullptr) {  // M = -lr v, and the product is linear in it
-      network_.hessian_product(theta(k), v_, support_,
-                               [v = v_, lr = rate(k, 0).value](int64_t i, Vec<T> product)
-                                   __attribute__((always_inline)) {
-                                     store(v + i * kLanes<T>, load(v + i * kLanes<T>) - lr * product);
-                                   });
+    if (k + 1 < p_.sgd.steps) differentiate_support(k);  // else the step has left it so
+    if (m_ == nullptr) {                                 // M = -lr v, and the product is linear in it
+      support_network_.hessian_product(theta(k), v_, support_,
+                                       [v = v_, lr = rate(k, 0).value](int64_t i, Vec<T> product)
+                                           __attribute__((always_inline)) {
+                                             store(v + i * kLanes<T>, load(v + i * kLanes<T>) - lr * product);
+                                           });
       return;
     }
     const T momentum = k + 1 < p_.sgd.steps ? p_.sgd.momentum : T(0);
@@ -320,7 +328,7 @@ class Adaptation {
         store(m + i, momentum != 0 ? own + momentum * load(m + i) : own);
       }
     }
-    network_.hessian_product(theta(k), m_, support_, add_to_v());
+    support_network_.hessian_product(theta(k), m_, support_, add_to_v());
   }
 
   // Of lr in step k, layer l: -v m_{k+1}.
@@ -330,7 +338,7 @@ class Adaptation {
       if (dual_ && l == 0) {  // <v, m> = sum over support s of m_s (v x_s)
         const int64_t cols = parameters_.cols(0);
         const T* m = buffer(k + 1) + parameters_.offset(0) * kLanes<T>;
-        network_.dual_product(v_, support_.dual.examples, support_, dual_scratch_, cols);
+        support_network_.dual_product(v_, support_.dual.examples, support_, dual_scratch_, cols);
         for (int64_t i = 0; i < support_.samples * cols * kLanes<T>; i += kLanes<T>) {
           sum -= load(dual_scratch_ + i) * load(m + i);
         }

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "inner_loop/finish.h"
 #include "inner_loop/lanes.h"
 
 namespace metafast::METAFAST_ISA {
@@ -36,7 +37,7 @@ struct Strides {
 
 template <class Layout, int kRows, int kCols, int kFactors, bool kAdds = false, typename T>
 METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_t row, int64_t col, T* out,
-                               int64_t out_pitch) {
+                               int64_t out_pitch, const Finish<T>& finish) {
   Vec<T> sums[kRows][kCols] = {};
   if constexpr (kAdds) {
 #pragma GCC unroll 8
@@ -63,11 +64,7 @@ METAFAST_HD void multiply_tile(const Factor<T>* factors, Strides strides, int64_
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; ++c) store(out + ((row + r) * out_pitch + col + c) * kLanes<T>, sums[r][c]);
-  }
+  finish.store_tile(sums, row, col, out, out_pitch);
 }
 
 // Whether the activations of a factor stay in the first-level cache beside a tile of parameters.
@@ -81,13 +78,16 @@ bool stays_near(const Factor<T>& factor, int64_t rows) {
 // other, come from the second-level cache once instead of once for each tile of rows.
 template <class Layout, int kFactors, typename T>
 void multiply_near(const Factor<T>* factors, Strides strides, int64_t rows, int64_t cols, T* out,
-                   int64_t out_pitch) {
-  const auto tile = [&]<int kCols, bool kAdds>(const Factor<T>* factor,
-                                               int64_t col) __attribute__((always_inline)) {
-    for (int64_t row = 0; row < rows; row += 5) {
-      multiply_tile<Layout, 5, kCols, 1, kAdds>(factor, strides, row, col, out, out_pitch);
-    }
-  };
+                   int64_t out_pitch, const Finish<T>& finish) {
+  const Finish<T> as_it_is;
+  const auto tile = [&]<int kCols, bool kAdds>(const Factor<T>* factor, int64_t col)
+                        __attribute__((always_inline)) {
+                          const bool last = factor + 1 == factors + kFactors;
+                          for (int64_t row = 0; row < rows; row += 5) {
+                            multiply_tile<Layout, 5, kCols, 1, kAdds>(factor, strides, row, col, out,
+                                                                      out_pitch, last ? finish : as_it_is);
+                          }
+                        };
   const auto pass = [&]<bool kAdds>(const Factor<T>* factor) __attribute__((always_inline)) {
     int64_t col = 0;
     for (; col + 4 <= cols; col += 4) tile.template operator()<4, kAdds>(factor, col);
@@ -97,26 +97,26 @@ void multiply_near(const Factor<T>* factors, Strides strides, int64_t rows, int6
   for (int f = 1; f < kFactors; ++f) pass.template operator()<true>(factors + f);
 }
 
-// out[r][c] = sum over factors and k of parameters[c][k] * activations[r][k]. FeaturesInLanes: c counts
-// vectors.
+// out[r][c] = what `finish` makes of the sum over factors and k of parameters[c][k] * activations[r][k].
+// FeaturesInLanes: c counts vectors.
 template <class Layout, int kFactors, typename T>
 void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t cols, T* out,
-              int64_t out_pitch) {
+              int64_t out_pitch, const Finish<T>& finish) {
   // Enough sums in flight to hide the latency of the multiply-add, few enough for the registers.
   constexpr bool kMany = kRegisters == 32;
   const auto tiles = [&]<int kRows, int kCols>(int64_t row) __attribute__((always_inline)) {
     int64_t col = 0;
     for (; col + kCols <= cols; col += kCols) {
-      multiply_tile<Layout, kRows, kCols, kFactors>(factors, strides, row, col, out, out_pitch);
+      multiply_tile<Layout, kRows, kCols, kFactors>(factors, strides, row, col, out, out_pitch, finish);
     }
     for (; col < cols; ++col)
-      multiply_tile<Layout, kRows, 1, kFactors>(factors, strides, row, col, out, out_pitch);
+      multiply_tile<Layout, kRows, 1, kFactors>(factors, strides, row, col, out, out_pitch, finish);
   };
   int64_t row = 0;
   if constexpr (kMany) {
     if (rows >= 10 && stays_near(factors[0], rows)) {
       row = rows / 5 * 5;
-      multiply_near<Layout, kFactors>(factors, strides, row, cols, out, out_pitch);
+      multiply_near<Layout, kFactors>(factors, strides, row, cols, out, out_pitch, finish);
     }
     for (; row + 5 <= rows; row += 5) tiles.template operator()<5, 4>(row);
     if (rows - row >= 3) {

@@ -13,18 +13,6 @@
 namespace metafast::METAFAST_ISA {
 
 template <class F>
-METAFAST_HD void with_activation(Activation activation, F&& f) {
-  switch (activation) {
-    case Activation::relu:
-      return f.template operator()<Relu>();
-    case Activation::tanh:
-      return f.template operator()<Tanh>();
-    case Activation::none:
-      return f.template operator()<Identity>();
-  }
-}
-
-template <class F>
 METAFAST_HD void with_loss(Loss loss, F&& f) {
   if (loss == Loss::mse) {
     f.template operator()<MeanSquaredError>();
@@ -48,6 +36,10 @@ class Network {
       layer.grad = arena.take(rows * layer.grad_pitch);
       layer.out_tangent = arena.take_if(tangents && l + 1 < layers(), rows * layer.pitch);
       layer.grad_tangent = arena.take_if(tangents, rows * layer.grad_pitch);
+      with_activation(mlp.activation, [&]<class A>() {
+        const bool bends = A::kCurved && tangents && l + 1 < layers();
+        layer.out_grad = arena.take_if(bends, rows * layer.grad_pitch);
+      });
       layer.out_rows = layer.out;
       layer.tangent_rows = layer.out_tangent;
       if (Layout::kSamples > 1 && l + 1 < layers()) {
@@ -70,20 +62,17 @@ class Network {
     layers_[0].out_rows = batch.x_transposed;
     for (int l = 0; l < layers(); ++l) {
       const Layer in = layers_[l], layer = layers_[l + 1];
+      const bool last = l + 1 == layers();
+      const Finish<T> finish{last ? Activation::none : mlp_.activation};
       if (is_dual(l, batch)) {
         dual_product(theta, batch.dual.support, batch, layer.out, layer.pitch);
-        each(layer, l + 1, batch.rows, [&](int64_t a, int64_t g) {
-          store(layer.out + a, load(layer.out + a) + load(batch.dual.start + g));
-        });
+        add_start(batch, layer);
+        finish.finish_block(layer.out, layer.pitch, 0, batch.rows, 0, layer.grad_pitch);
       } else {
         const Factor<T> factor{layer_of(theta, l), in.out, in.pitch, Layout::row(width(l) + 1)};
-        apply<1>(&factor, l, batch, layer.out, layer.pitch);
+        apply<1>(&factor, l, batch, layer.out, layer.pitch, finish);
       }
-      if (l + 1 == layers()) break;
-      with_activation(mlp_.activation, [&]<class A>() {
-        each(layer, l + 1, batch.rows,
-             [&](int64_t out, int64_t) { store(layer.out + out, A::value(load(layer.out + out))); });
-      });
+      if (last) break;
       if (kPads) set_feature(layer.out, layer.pitch, batch.rows, width(l + 1), T(1));
       if (Layout::kSamples > 1) {
         transpose_samples(layer.out, layer.pitch, batch.samples, cols(l + 1), layer.out_rows);
@@ -104,12 +93,21 @@ class Network {
     return Layout::lanes(sum) + batch.undefined;
   }
 
-  // After forward: the gradient of `weight` times the loss. consumer_of(l)(i, v) takes vector i of the
-  // parameters, a part of layer l, once that layer has passed its gradient on: it may overwrite the
-  // parameters. Of a dual layer these are coordinates.
-  template <class Consumer>
-  void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight, const Consumer& consumer_of) {
+  // After forward: the gradients dloss/dz of all layers, of `weight` times the loss.
+  void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight) {
     loss_gradient(batch, weight);
+    for (int l = layers() - 1; l > 0; --l) {
+      const Layer in = layers_[l], out = layers_[l + 1];
+      const Factor<T> factor{layer_of(theta, l), out.grad, out.grad_pitch, width(l + 1)};
+      apply_transposed<1>(&factor, l, batch, in.grad, behind_slope(in, nullptr));
+      clear_padding(in.grad, l, batch.rows);
+    }
+  }
+
+  // After backward: the gradient of what that went back from. consumer_of(l)(i, v) takes vector i of the
+  // parameters, a part of layer l: it may overwrite the parameters. Of a dual layer these are coordinates.
+  template <class Consumer>
+  void gradient(const T* theta, const Batch<Layout, T>& batch, const Consumer& consumer_of) {
     if (batch.grad_y != nullptr) {  // the targets enter mse as -z
       for (int64_t i = 0; i < batch.rows * batch.out_pitch; ++i) {
         subtract(batch.grad_y + i * kLanes<T>, load(layers_[layers()].grad + i * kLanes<T>));
@@ -121,16 +119,8 @@ class Network {
         dual_gradient(out.grad, batch, consumer_of(l));
         return;
       }
-      const Factor<T> factor{layer_of(theta, l), out.grad, out.grad_pitch, width(l + 1)};
-      if (l > 0) {
-        apply_transposed<1>(&factor, l, batch, in.grad);
-        with_activation(mlp_.activation, [&]<class A>() {
-          each(in, l, batch.rows, [&](int64_t a, int64_t g) {
-            store(in.grad + g, load(in.grad + g) * A::slope(load(in.out + a)));
-          });
-        });
-        clear_padding(in.grad, l, batch.rows);
-      } else if (batch.grad_x != nullptr) {
+      if (l == 0 && batch.grad_x != nullptr) {
+        const Factor<T> factor{layer_of(theta, l), out.grad, out.grad_pitch, width(l + 1)};
         add_input_gradient<1>(&factor, batch);
       }
       const OuterFactor<T> outer_factor{out.grad, in.out_rows};
@@ -139,13 +129,12 @@ class Network {
     }
   }
 
-  // consume(i, v) takes vector i of the Hessian of the loss times the tangent u of the parameters theta.
-  // Gradients of the inputs and targets get the derivative of <u, gradient of the loss>.
+  // After backward, of the loss itself: consume(i, v) takes vector i of the Hessian of the loss times the
+  // tangent u of the parameters theta. Gradients of the inputs and targets get the derivative of <u, gradient
+  // of the loss>.
   template <class Consume>
   void hessian_product(const T* theta, const T* u, const Batch<Layout, T>& batch, const Consume& consume) {
-    forward(theta, batch);
     forward_tangent(theta, u, batch);
-    loss_gradient(batch, Vec<T>{} + 1);
     loss_tangent(batch);
     for (int l = layers() - 1; l >= 0; --l) {
       const Layer in = layers_[l], out = layers_[l + 1];
@@ -163,19 +152,7 @@ class Network {
                          consume);
         return;
       }
-      apply_transposed<2>(factors, l, batch, in.grad_tangent);
-      const Factor<T> factor{layer_of(theta, l), out.grad, out.grad_pitch, width(l + 1)};
-      apply_transposed<1>(&factor, l, batch, in.grad);
-      with_activation(mlp_.activation, [&]<class A>() {
-        each(in, l, batch.rows, [&](int64_t a, int64_t g) {
-          const Vec<T> out = load(in.out + a), slope = A::slope(out), grad = load(in.grad + g);
-          Vec<T> tangent = load(in.grad_tangent + g) * slope;
-          if constexpr (A::kCurved) tangent += grad * A::bend(out, load(in.out_tangent + a));
-          store(in.grad_tangent + g, tangent);
-          store(in.grad + g, grad * slope);
-        });
-      });
-      clear_padding(in.grad, l, batch.rows);
+      apply_transposed<2>(factors, l, batch, in.grad_tangent, behind_slope(in, in.out_tangent));
       clear_padding(in.grad_tangent, l, batch.rows);
       outer<Layout, 2>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), parameters_.offset(l),
                        consume);
@@ -188,7 +165,7 @@ class Network {
                     int64_t pitch) const {
     const Factor<T> factor{u + parameters_.offset(0) * kLanes<T>, batch.dual.gram, batch.dual.pitch,
                            examples};
-    multiply<Layout, 1>(&factor, {kLanes<T>, cols(0) * kLanes<T>}, batch.rows, cols(0), out, pitch);
+    multiply<Layout, 1>(&factor, {kLanes<T>, cols(0) * kLanes<T>}, batch.rows, cols(0), out, pitch, {});
   }
 
  private:
@@ -201,6 +178,7 @@ class Network {
     T *out, *out_tangent;        // activations a and R a, [rows, pitch]
     T *out_rows, *tangent_rows;  // the same as the outer product reads them (lanes.h)
     T *grad, *grad_tangent;      // dloss/dz and its tangent, [rows, width]
+    T* out_grad;                 // dloss/da, if its tangent needs it, or null
   };
 
   static const Number* row(const T* array, int64_t r, int64_t pitch) {
@@ -223,21 +201,29 @@ class Network {
 
   // out [rows, pitch], the outputs of the layer, from its inputs.
   template <int kFactors>
-  void apply(const Factor<T>* factors, int l, const Batch<Layout, T>& batch, T* out, int64_t pitch) const {
+  void apply(const Factor<T>* factors, int l, const Batch<Layout, T>& batch, T* out, int64_t pitch,
+             const Finish<T>& finish) const {
     if constexpr (kPads) {
       dots<kFactors>(factors, batch.rows, width(l + 1), out, pitch);
+      finish.finish_block(out, pitch, 0, batch.rows, 0, Layout::row(width(l + 1)));
     } else {
       multiply<Layout, kFactors>(factors, {cols(l) * kLanes<T>, Layout::kTasks}, batch.rows, width(l + 1),
-                                 out, pitch);
+                                 out, pitch, finish);
     }
   }
 
   // grad [rows, features], of its inputs, from that of its outputs. It leaves anything in the padding.
   template <int kFactors>
-  void apply_transposed(const Factor<T>* factors, int l, const Batch<Layout, T>& batch, T* grad) const {
+  void apply_transposed(const Factor<T>* factors, int l, const Batch<Layout, T>& batch, T* grad,
+                        const Finish<T>& finish) const {
     const int64_t pitch = Layout::row(width(l));
     const Strides strides{kPads ? kLanes<T> : Layout::kTasks, cols(l) * kLanes<T>};
-    multiply<Layout, kFactors>(factors, strides, batch.rows, pitch, grad, pitch);
+    multiply<Layout, kFactors>(factors, strides, batch.rows, pitch, grad, pitch, finish);
+  }
+
+  // Of gradients with respect to the layer's activations, and with their tangents R a of tangents of them.
+  Finish<T> behind_slope(const Layer& layer, const T* tangents) const {
+    return {mlp_.activation, layer.out, tangents, layer.out_grad, layer.pitch, layer.grad_pitch};
   }
 
   template <class Consume>
@@ -261,14 +247,13 @@ class Network {
     if (kPads && width(l) < pitch * kLanes<T>) set_feature(grad, pitch, rows, width(l), T(0));
   }
 
-  // f(offset in out, offset in grad) for every feature of activations l. Layers are copied where this runs:
-  // behind a reference, the compiler would have to expect that f's stores change the pointers in them.
-  template <class F>
-  METAFAST_HD void each(const Layer layer, int l, int64_t rows, const F& f) const {
-    const int64_t vectors = Layout::row(width(l));
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t out = r * layer.pitch * kLanes<T>, grad = r * vectors * kLanes<T>;
-      for (int64_t i = 0; i < vectors * kLanes<T>; i += kLanes<T>) f(out + i, grad + i);
+  // To outputs of a dual layer, those at theta_0.
+  static void add_start(const Batch<Layout, T>& batch, const Layer& layer) {
+    for (int64_t r = 0; r < batch.rows; ++r) {
+      for (int64_t i = 0; i < layer.grad_pitch; ++i) {
+        subtract(layer.out + (r * layer.pitch + i) * kLanes<T>,
+                 -load(batch.dual.start + (r * layer.grad_pitch + i) * kLanes<T>));
+      }
     }
   }
 
@@ -280,19 +265,17 @@ class Network {
       const Factor<T> factors[2] = {{layer_of(u, l), in.out, in.pitch, Layout::row(width(l) + 1)},
                                     {layer_of(theta, l), in.out_tangent, in.pitch,
                                      kPads ? in.pitch : width(l)}};  // without the constant, if it can be
+      const Finish<T> finish = {last ? Activation::none : mlp_.activation, layer.out, nullptr, nullptr,
+                                layer.pitch};
       if (is_dual(l, batch)) {
-        dual_product(u, batch.dual.examples, batch, out, last ? layer.grad_pitch : layer.pitch);
+        dual_product(u, batch.dual.examples, batch, out, layer.pitch);
+        finish.finish_block(out, layer.pitch, 0, batch.rows, 0, layer.grad_pitch);
       } else if (l == 0) {
-        apply<1>(factors, l, batch, out, layer.pitch);
+        apply<1>(factors, l, batch, out, layer.pitch, finish);
       } else {
-        apply<2>(factors, l, batch, out, layer.pitch);
+        apply<2>(factors, l, batch, out, layer.pitch, finish);
       }
       if (last) break;
-      with_activation(mlp_.activation, [&]<class A>() {
-        each(layer, l + 1, batch.rows, [&](int64_t a, int64_t) {
-          store(layer.out_tangent + a, load(layer.out_tangent + a) * A::slope(load(layer.out + a)));
-        });
-      });
       if (Layout::kSamples > 1) {
         transpose_samples(layer.out_tangent, layer.pitch, batch.samples, cols(l + 1), layer.tangent_rows);
       }
@@ -327,7 +310,7 @@ class Network {
 
   template <int kFactors>
   void add_input_gradient(const Factor<T>* factors, const Batch<Layout, T>& batch) {
-    apply_transposed<kFactors>(factors, 0, batch, input_scratch_);
+    apply_transposed<kFactors>(factors, 0, batch, input_scratch_, {});
     for (int64_t i = 0; i < batch.rows * Layout::row(width(0)); ++i) {
       subtract(batch.grad_x + i * kLanes<T>, -load(input_scratch_ + i * kLanes<T>));
     }

@@ -261,7 +261,7 @@ class Gradients {
       : problem_(problem), want_params_(params), want_lr_(lr), want_step_weights_(step_weights) {
     const at::TensorOptions options = problem.options();
     const auto like = [&](const Tensor& tensor, bool wanted) {
-      return wanted ? empty(tensor.sizes(), options) : at::empty({0}, options);
+      return wanted ? empty(tensor.sizes(), options) : empty({0}, options);
     };
     const auto like_targets = [&](const Tensor& tensor, bool wanted) {  // labels have no gradient
       return like(tensor, wanted && tensor.is_floating_point());
@@ -300,7 +300,7 @@ class Gradients {
       if (of_tasks) {
         params_.push_back(empty(problem_.task_shape(i), problem_.options()));
       } else {  // what is wanted of shared ones, finish() finds
-        params_.push_back(want_params_ ? Tensor() : at::empty({0}, problem_.options()));
+        params_.push_back(want_params_ ? Tensor() : empty({0}, problem_.options()));
       }
       p.grad_params[i] = of_tasks ? present(params_[i].mutable_data_ptr<T>()) : nullptr;
       if (by_kernel && problem_.shared()) {
@@ -321,7 +321,7 @@ class Gradients {
       params_[1] = bias;
     }
     std::vector<Tensor> lr;
-    for (size_t i = 0; i < problem_.lr().size(); ++i) lr.push_back(at::empty({0}, problem_.options()));
+    for (size_t i = 0; i < problem_.lr().size(); ++i) lr.push_back(empty({0}, problem_.options()));
     if (p.sums.lr >= 0 && lr.size() > 1) {
       split<T>(sums, p.sums.lr, lr, 0);
     } else if (p.sums.lr >= 0) {
@@ -334,7 +334,7 @@ class Gradients {
     if (query_.x.defined()) {
       all.insert(all.end(), {query_.x, query_.y});
       all.push_back(want_step_weights_ ? copy_of<T>(sums, p.sums.step_weights, {p.sgd.steps})
-                                       : at::empty({0}, problem_.options()));
+                                       : empty({0}, problem_.options()));
     }
     return all;
   }
@@ -370,10 +370,11 @@ Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
     p.workspace = workspace.mutable_data_ptr<T>();
   }
 #endif
-  const Tensor rows = empty({items, p.sums.columns}, like.options());
-  const Tensor sums = empty({p.sums.columns}, like.options());
+  const Tensor rows = empty({items * p.sums.columns}, like.options());
   if (p.sums.columns > 0) p.sums.rows = rows.mutable_data_ptr<T>();
   if (items > 0) run_kernel(p, like);
+  if (items == 1) return rows;
+  const Tensor sums = empty({p.sums.columns}, like.options());
   if (p.sums.columns > 0) {
     run_kernel(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, items, p.sums.columns}, like);
   }
