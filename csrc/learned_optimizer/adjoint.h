@@ -7,11 +7,11 @@
 namespace metafast::METAFAST_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kInputRows = 12;                       // of a register tile: kInputRows x kVecs sums
-constexpr int kWeightUnits = 2, kWeightColumns = 2;  // kWeightUnits x 4 gates x kWeightColumns sums
+constexpr int kInputRows = 10;     // of a register tile: kInputRows x kVecs sums
+constexpr int kWeightColumns = 5;  // of another: 4 gates x kWeightColumns sums
 #else
 constexpr int kInputRows = 4;
-constexpr int kWeightUnits = 1, kWeightColumns = 2;
+constexpr int kWeightColumns = 2;
 #endif
 
 // The gradient of the weights, a vector for each, with a partial sum in each lane.
@@ -114,32 +114,33 @@ struct SlotRuns {
   int64_t runs, run_stride, steps, slot_stride;
 };
 
-// kUnitCount units x 4 gates against kColumns inputs, over all slots: dgates x inputs^T.
-template <int kUnitCount, int kColumns, typename T>
+// A unit's 4 gates against kColumns inputs, over all slots: dgates x inputs^T.
+template <int kColumns, typename T>
 METAFAST_HD void weight_tile(const SlotRuns<T>& over, int64_t dgates, int64_t inputs, int64_t hidden,
                              T* out) {
-  Vec<T> sums[kUnitCount * 4][kColumns] = {};
+  Vec<T> sums[4][kColumns] = {};
   for (int64_t run = 0; run < over.runs; ++run) {
-    const T* slot = over.slots + run * over.run_stride;
-    for (int64_t t = 0; t < over.steps; ++t, slot += over.slot_stride) {
+    const T* d = over.slots + run * over.run_stride + dgates;
+    const T* in = over.slots + run * over.run_stride + inputs;
+    for (int64_t t = 0; t < over.steps; ++t, d += over.slot_stride, in += over.slot_stride) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         Vec<T> x[kColumns];
 #pragma GCC unroll 8
-        for (int c = 0; c < kColumns; ++c) x[c] = load(slot + inputs + c * kGroup<T> + v * kLanes<T>);
-#pragma GCC unroll 16
-        for (int r = 0; r < kUnitCount * 4; ++r) {
-          const Vec<T> d = load(slot + dgates + r * kGroup<T> + v * kLanes<T>);
+        for (int c = 0; c < kColumns; ++c) x[c] = load(in + c * kGroup<T> + v * kLanes<T>);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+          const Vec<T> gate = load(d + q * kGroup<T> + v * kLanes<T>);
 #pragma GCC unroll 8
-          for (int c = 0; c < kColumns; ++c) sums[r][c] += d * x[c];
+          for (int c = 0; c < kColumns; ++c) sums[q][c] += gate * x[c];
         }
       }
     }
   }
 #pragma GCC unroll 8
   for (int c = 0; c < kColumns; ++c) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kUnitCount * 4; ++r) add_to(out + (c * hidden * 4 + r) * kLanes<T>, sums[r][c]);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) add_to(out + (c * hidden * 4 + q) * kLanes<T>, sums[q][c]);
   }
 }
 
@@ -147,20 +148,12 @@ METAFAST_HD void weight_tile(const SlotRuns<T>& over, int64_t dgates, int64_t in
 template <typename T>
 void weight_columns(const SlotRuns<T>& over, int64_t dgates, int64_t inputs, int64_t count, int64_t hidden,
                     T* out) {
-  const auto tile = [&]<int kUnitCount, int kColumns>(int64_t u, int64_t k) __attribute__((always_inline)) {
-    weight_tile<kUnitCount, kColumns>(over, (dgates + u * 4) * kGroup<T>, (inputs + k) * kGroup<T>, hidden,
-                                      out + (k * hidden + u) * 4 * kLanes<T>);
-  };
-  const auto columns = [&]<int kUnitCount>(int64_t u) __attribute__((always_inline)) {
-    int64_t k = 0;
-    for (; k + kWeightColumns <= count; k += kWeightColumns) {
-      tile.template operator()<kUnitCount, kWeightColumns>(u, k);
+  for_tiles<kWeightColumns>(0, count, [&]<int kColumns>(int64_t k) __attribute__((always_inline)) {
+    for (int64_t u = 0; u < hidden; ++u) {
+      weight_tile<kColumns>(over, (dgates + u * 4) * kGroup<T>, (inputs + k) * kGroup<T>, hidden,
+                            out + (k * hidden + u) * 4 * kLanes<T>);
     }
-    for (; k < count; ++k) tile.template operator()<kUnitCount, 1>(u, k);
-  };
-  int64_t u = 0;
-  for (; u + kWeightUnits <= hidden; u += kWeightUnits) columns.template operator()<kWeightUnits>(u);
-  for (; u < hidden; ++u) columns.template operator()<1>(u);
+  });
 }
 
 // All layers' weights, when the slots' gates have become their gradients.
@@ -283,14 +276,10 @@ void layer_backward(const Weights<T>& weights, int l, int64_t step, T* slot, con
     if (bias == nullptr) continue;
     for (int q = 0; q < 4; ++q) add_to(bias + (u * 4 + q) * kLanes<T>, totals[q]);
   }
-  int64_t k = wants_inputs ? 0 : I;
-  for (; k + kInputRows <= I + H; k += kInputRows) {
-    input_rows<kInputRows>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
-  }
-  if constexpr (kInputRows > 4) {
-    for (; k + 4 <= I + H; k += 4) input_rows<4>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
-  }
-  for (; k < I + H; ++k) input_rows<1>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
+  for_tiles<kInputRows>(wants_inputs ? 0 : I, I + H,
+                        [&]<int kRows>(int64_t k) __attribute__((always_inline)) {
+                          input_rows<kRows>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
+                        });
   std::copy_n(adjoint.inputs + I * kGroup<T>, H * kGroup<T>, grad_h);
 }
 

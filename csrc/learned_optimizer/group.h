@@ -40,6 +40,14 @@ inline int lanes_of(const Span& span, int vec, int lanes) {
   return std::clamp(span.count - vec * lanes, 0, lanes);
 }
 
+// Calls f.template operator()<n>(i) for pieces [i, i + n) of [begin, end): kSize at a time, then what is left
+// in ever smaller ones.
+template <int kSize, class F>
+METAFAST_HD void for_tiles(int64_t begin, int64_t end, F&& f) {
+  for (; begin + kSize <= end; begin += kSize) f.template operator()<kSize>(begin);
+  if constexpr (kSize > 1) for_tiles<(kSize + 1) / 2>(begin, end, f);
+}
+
 // A row of a tensor's elements; empty lanes are 0.
 template <typename T>
 METAFAST_HD void load_row(const T* tensor, const Span& span, T* row) {
