@@ -204,6 +204,8 @@ void lstm_step(const Weights<T>& weights, int64_t step, T* slot, T* after, T* up
     lstm_layer<kRecord>(weights, l, step, x, slot, after, kRecord ? row(rows.gates(l)) : nullptr);
     x = after + lstm.h_row(l) * kGroup<T>;
   }
+  // Back through a sum, nobody asks what theta was.
+  if (kRecord && lstm.head == Head::update) return;
   apply_head(weights, step, x, row(rows.gradient()), slot, after, update);
 }
 

@@ -58,6 +58,14 @@ METAFAST_HD void load_row(const T* tensor, const Span& span, T* row) {
   }
 }
 
+// Row k of a tensor [K, size]; `next` is the one that is read after it. Rows are far apart, so that no
+// processor guesses it.
+template <typename T>
+METAFAST_HD void load_step(const T* tensor, int64_t size, int64_t k, int64_t next, const Span& span, T* row) {
+  for (int v = 0; v < kVecs; ++v) __builtin_prefetch(tensor + next * size + span.first + v * kLanes<T>);
+  load_row(tensor + k * size, span, row);
+}
+
 template <typename T>
 METAFAST_HD void store_row(const T* row, const Span& span, T* tensor) {
   for (int v = 0; v < kVecs; ++v) {
