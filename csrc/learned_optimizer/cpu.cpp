@@ -23,7 +23,8 @@ void run(const LstmUnroll<T>& p, int64_t begin, int64_t end) {
       load_state(p, p.state, span, now);
       load_theta(item.params, span, now + rows.theta() * kGroup<T>);
       for (int64_t k = 0; k < p.steps && span.count > 0; ++k) {
-        load_step(item.grads, item.size, k, k + 1, span, now + rows.gradient() * kGroup<T>);
+        load_step(item.grads, item.size, k, std::min(k + 1, p.steps - 1), span,
+                  now + rows.gradient() * kGroup<T>);
         lstm_step<false>(weights, k, now, next, update);
         std::swap(now, next);
         if (item.out == nullptr) continue;
@@ -82,7 +83,8 @@ class Backward {
 
   void load_gradient(const Span& span, int64_t k, T* slot) const {
     const auto& item = forward_.list[span.item];
-    load_step(item.grads, item.size, k, k + 1, span, slot + rows_.gradient() * kGroup<T>);
+    load_step(item.grads, item.size, k, std::min(k + 1, forward_.steps - 1), span,
+              slot + rows_.gradient() * kGroup<T>);
   }
 
   void find_starts(const Span& span) {
@@ -144,7 +146,7 @@ class Backward {
     const bool keeps = forward_.list[span.item].params != nullptr;  // else the update of one step alone
     if (!keeps) std::fill_n(theta, kGroup<T>, T(0));
     if (item.grad_out != nullptr) {
-      load_step(item.grad_out, size, k, k - 1, span, adjoint_.gradient);
+      load_step(item.grad_out, size, k, std::max<int64_t>(k - 1, 0), span, adjoint_.gradient);
       for (int v = 0; v < kVecs; ++v) {
         add_to(theta + v * kLanes<T>, load(adjoint_.gradient + v * kLanes<T>));
       }
