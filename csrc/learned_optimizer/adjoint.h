@@ -7,11 +7,11 @@
 namespace metafast::METAFAST_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kInputRows = 12;                       // of a register tile: kInputRows x kVecs sums
-constexpr int kWeightUnits = 2, kWeightColumns = 2;  // kWeightUnits x 4 gates x kWeightColumns sums
+constexpr int kInputRows = 10;     // of a register tile: kInputRows x kVecs sums
+constexpr int kWeightColumns = 5;  // of another: 4 gates x kWeightColumns sums
 #else
 constexpr int kInputRows = 4;
-constexpr int kWeightUnits = 1, kWeightColumns = 2;
+constexpr int kWeightColumns = 2;
 #endif
 
 // The gradient of the weights, a vector for each, with a partial sum in each lane.
@@ -80,13 +80,12 @@ METAFAST_HD void add_to(T* p, Vec<T> v) {
   store(p, load(p) + v);
 }
 
-// kRows rows of W^T dgates from row `k` of [x; h] on. dgates is [H, 4].
+// kRows rows of W^T dgates. `weights` is at the first's column of a unit's `depth`; dgates is [H, 4].
 template <int kRows, typename T>
-METAFAST_HD void input_rows(const T* weights, int64_t depth, int64_t hidden, int64_t k, const T* dgates,
-                            T* out) {
+METAFAST_HD void input_rows(const T* weights, int64_t depth, int64_t hidden, const T* dgates, T* out) {
   Vec<T> sums[kRows][kVecs] = {};
   for (int64_t u = 0; u < hidden; ++u) {
-    const T* w = weights + (u * depth + k) * 4;
+    const T* w = weights + u * depth * 4;
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       Vec<T> d[kVecs];
@@ -103,7 +102,7 @@ METAFAST_HD void input_rows(const T* weights, int64_t depth, int64_t hidden, int
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(out + (k + r) * kGroup<T> + v * kLanes<T>, sums[r][v]);
+    for (int v = 0; v < kVecs; ++v) store(out + r * kGroup<T> + v * kLanes<T>, sums[r][v]);
   }
 }
 
@@ -114,32 +113,33 @@ struct SlotRuns {
   int64_t runs, run_stride, steps, slot_stride;
 };
 
-// kUnitCount units x 4 gates against kColumns inputs, over all slots: dgates x inputs^T.
-template <int kUnitCount, int kColumns, typename T>
+// A unit's 4 gates against kColumns inputs, over all slots: dgates x inputs^T.
+template <int kColumns, typename T>
 METAFAST_HD void weight_tile(const SlotRuns<T>& over, int64_t dgates, int64_t inputs, int64_t hidden,
                              T* out) {
-  Vec<T> sums[kUnitCount * 4][kColumns] = {};
+  Vec<T> sums[4][kColumns] = {};
   for (int64_t run = 0; run < over.runs; ++run) {
-    const T* slot = over.slots + run * over.run_stride;
-    for (int64_t t = 0; t < over.steps; ++t, slot += over.slot_stride) {
+    const T* d = over.slots + run * over.run_stride + dgates;
+    const T* in = over.slots + run * over.run_stride + inputs;
+    for (int64_t t = 0; t < over.steps; ++t, d += over.slot_stride, in += over.slot_stride) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         Vec<T> x[kColumns];
 #pragma GCC unroll 8
-        for (int c = 0; c < kColumns; ++c) x[c] = load(slot + inputs + c * kGroup<T> + v * kLanes<T>);
-#pragma GCC unroll 16
-        for (int r = 0; r < kUnitCount * 4; ++r) {
-          const Vec<T> d = load(slot + dgates + r * kGroup<T> + v * kLanes<T>);
+        for (int c = 0; c < kColumns; ++c) x[c] = load(in + c * kGroup<T> + v * kLanes<T>);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+          const Vec<T> gate = load(d + q * kGroup<T> + v * kLanes<T>);
 #pragma GCC unroll 8
-          for (int c = 0; c < kColumns; ++c) sums[r][c] += d * x[c];
+          for (int c = 0; c < kColumns; ++c) sums[q][c] += gate * x[c];
         }
       }
     }
   }
 #pragma GCC unroll 8
   for (int c = 0; c < kColumns; ++c) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kUnitCount * 4; ++r) add_to(out + (c * hidden * 4 + r) * kLanes<T>, sums[r][c]);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) add_to(out + (c * hidden * 4 + q) * kLanes<T>, sums[q][c]);
   }
 }
 
@@ -147,20 +147,12 @@ METAFAST_HD void weight_tile(const SlotRuns<T>& over, int64_t dgates, int64_t in
 template <typename T>
 void weight_columns(const SlotRuns<T>& over, int64_t dgates, int64_t inputs, int64_t count, int64_t hidden,
                     T* out) {
-  const auto tile = [&]<int kUnitCount, int kColumns>(int64_t u, int64_t k) __attribute__((always_inline)) {
-    weight_tile<kUnitCount, kColumns>(over, (dgates + u * 4) * kGroup<T>, (inputs + k) * kGroup<T>, hidden,
-                                      out + (k * hidden + u) * 4 * kLanes<T>);
-  };
-  const auto columns = [&]<int kUnitCount>(int64_t u) __attribute__((always_inline)) {
-    int64_t k = 0;
-    for (; k + kWeightColumns <= count; k += kWeightColumns) {
-      tile.template operator()<kUnitCount, kWeightColumns>(u, k);
+  for_tiles<kWeightColumns>(0, count, [&]<int kColumns>(int64_t k) __attribute__((always_inline)) {
+    for (int64_t u = 0; u < hidden; ++u) {
+      weight_tile<kColumns>(over, (dgates + u * 4) * kGroup<T>, (inputs + k) * kGroup<T>, hidden,
+                            out + (k * hidden + u) * 4 * kLanes<T>);
     }
-    for (; k < count; ++k) tile.template operator()<kUnitCount, 1>(u, k);
-  };
-  int64_t u = 0;
-  for (; u + kWeightUnits <= hidden; u += kWeightUnits) columns.template operator()<kWeightUnits>(u);
-  for (; u < hidden; ++u) columns.template operator()<1>(u);
+  });
 }
 
 // All layers' weights, when the slots' gates have become their gradients.
@@ -181,13 +173,13 @@ template <typename T>
 struct Adjoint {
   T* carried;   // of what goes from step to step (Slot); of theta with params, else of the update
   T* top;       // [H or I] of the head's inputs
-  T* inputs;    // [I + H] of a layer's inputs
+  T* inputs;    // [I] of a layer's inputs
   T* gradient;  // [1] of the given gradient
 
   Adjoint(Arena<T>& arena, const Lstm<T>& lstm)
       : carried(arena.take(Slot<T>{lstm}.carried() * kVecs)),
         top(arena.take(lstm.top() * kVecs)),
-        inputs(arena.take((std::max(lstm.inputs(), lstm.hidden) + lstm.hidden) * kVecs)),
+        inputs(arena.take(std::max(lstm.inputs(), lstm.hidden) * kVecs)),
         gradient(arena.take(kVecs)) {}
 };
 
@@ -247,11 +239,11 @@ void head_backward(const Weights<T>& weights, int64_t step, const T* slot, const
 }
 
 // Through layer l: the gates become their gradients; `carried` has the gradient of h and c after the step and
-// gets that of before; `above` is the gradient that h gets from above in the same step; `inputs` is set, of
-// the first layer only if wanted.
+// gets that of before, that of h only if wanted; `above` is the gradient that h gets from above in the same
+// step; `inputs` is set, of the first layer only if wanted.
 template <typename T>
 void layer_backward(const Weights<T>& weights, int l, int64_t step, T* slot, const T* after, const T* above,
-                    Adjoint<T>& adjoint, bool wants_inputs, WeightGradient<T>* sums) {
+                    Adjoint<T>& adjoint, bool wants_h, bool wants_inputs, WeightGradient<T>* sums) {
   const Lstm<T>& lstm = weights.lstm;
   const int64_t H = lstm.hidden, I = lstm.layer_inputs(l);
   T* gates = slot + Slot<T>{lstm}.gates(l) * kGroup<T>;
@@ -283,22 +275,21 @@ void layer_backward(const Weights<T>& weights, int l, int64_t step, T* slot, con
     if (bias == nullptr) continue;
     for (int q = 0; q < 4; ++q) add_to(bias + (u * 4 + q) * kLanes<T>, totals[q]);
   }
-  int64_t k = wants_inputs ? 0 : I;
-  for (; k + kInputRows <= I + H; k += kInputRows) {
-    input_rows<kInputRows>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
-  }
-  if constexpr (kInputRows > 4) {
-    for (; k + 4 <= I + H; k += 4) input_rows<4>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
-  }
-  for (; k < I + H; ++k) input_rows<1>(weights.layer[l], I + H, H, k, gates, adjoint.inputs);
-  std::copy_n(adjoint.inputs + I * kGroup<T>, H * kGroup<T>, grad_h);
+  const auto products = [&](int64_t first, int64_t count, T* out) __attribute__((always_inline)) {
+    for_tiles<kInputRows>(0, count, [&]<int kRows>(int64_t k) __attribute__((always_inline)) {
+      input_rows<kRows>(weights.layer[l] + (first + k) * 4, I + H, H, gates, out + k * kGroup<T>);
+    });
+  };
+  if (wants_inputs) products(0, I, adjoint.inputs);
+  if (wants_h) products(I, H, grad_h);
 }
 
-// Back through the step of `slot`, `after` it what the next slot has. Where `wants_gradient`,
-// adjoint.gradient becomes the gradient of the given gradient.
+// Back through the step of `slot`, `after` it what the next slot has. Where `wants_state`, `carried` becomes
+// the gradient of all that was there before, else of theta alone; where `wants_gradient`, adjoint.gradient
+// becomes the gradient of the given gradient.
 template <typename T>
 void step_backward(const Weights<T>& weights, int64_t step, T* slot, const T* after, Adjoint<T>& adjoint,
-                   bool wants_gradient, WeightGradient<T>* sums) {
+                   bool wants_state, bool wants_gradient, WeightGradient<T>* sums) {
   const Lstm<T>& lstm = weights.lstm;
   const Slot<T> rows{lstm};
   const T* top =
@@ -306,7 +297,7 @@ void step_backward(const Weights<T>& weights, int64_t step, T* slot, const T* af
   head_backward(weights, step, slot, after, top, adjoint, sums);
   const T* above = adjoint.top;
   for (int l = lstm.layers - 1; l >= 0; --l) {
-    layer_backward(weights, l, step, slot, after, above, adjoint, l > 0 || wants_gradient, sums);
+    layer_backward(weights, l, step, slot, after, above, adjoint, wants_state, l > 0 || wants_gradient, sums);
     above = adjoint.inputs;
   }
   if (!wants_gradient) return;

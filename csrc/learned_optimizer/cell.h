@@ -130,18 +130,12 @@ void lstm_layer(const Weights<T>& weights, int l, int64_t step, const T* x, cons
   const Lstm<T>& lstm = weights.lstm;
   const int64_t H = lstm.hidden, inputs = lstm.layer_inputs(l), h = lstm.h_row(l), c = lstm.c_row(l);
   const T* bias = weights.bias_of(l, step);
-  const auto units = [&]<int kCount>(int64_t u) __attribute__((always_inline)) {
+  for_tiles<kUnits>(0, H, [&]<int kCount>(int64_t u) __attribute__((always_inline)) {
     lstm_units<kCount, kRecord>(weights.layer[l] + u * (inputs + H) * 4, bias + u * 4, inputs, H, x,
                                 before + h * kGroup<T>, before + (c + u) * kGroup<T>,
                                 after + (h + u) * kGroup<T>, after + (c + u) * kGroup<T>,
                                 gates + u * 4 * kGroup<T>);
-  };
-  int64_t u = 0;
-  for (; u + kUnits <= H; u += kUnits) units.template operator()<kUnits>(u);
-  if constexpr (kUnits > 1) {
-    if (H - u == 2) return units.template operator()<2>(u);
-  }
-  for (; u < H; ++u) units.template operator()<1>(u);
+  });
 }
 
 // The LSTM's inputs for a row of gradients.
@@ -210,6 +204,8 @@ void lstm_step(const Weights<T>& weights, int64_t step, T* slot, T* after, T* up
     lstm_layer<kRecord>(weights, l, step, x, slot, after, kRecord ? row(rows.gates(l)) : nullptr);
     x = after + lstm.h_row(l) * kGroup<T>;
   }
+  // Back through a sum, nobody asks what theta was.
+  if (kRecord && lstm.head == Head::update) return;
   apply_head(weights, step, x, row(rows.gradient()), slot, after, update);
 }
 

@@ -23,7 +23,8 @@ void run(const LstmUnroll<T>& p, int64_t begin, int64_t end) {
       load_state(p, p.state, span, now);
       load_theta(item.params, span, now + rows.theta() * kGroup<T>);
       for (int64_t k = 0; k < p.steps && span.count > 0; ++k) {
-        load_row(item.grads + k * item.size, span, now + rows.gradient() * kGroup<T>);
+        load_step(item.grads, item.size, k, std::min(k + 1, p.steps - 1), span,
+                  now + rows.gradient() * kGroup<T>);
         lstm_step<false>(weights, k, now, next, update);
         std::swap(now, next);
         if (item.out == nullptr) continue;
@@ -47,7 +48,7 @@ class Backward {
         rows_{lstm_},
         part_(std::max<int64_t>(1, std::min(forward_.steps, slots_in_memory() - 1))),
         parts_((forward_.steps + part_ - 1) / part_),
-        max_runs_(std::max<int64_t>(1, parts_ > 1 ? 1 : slots_in_memory() / (part_ + 1))),
+        max_runs_(std::max<int64_t>(1, std::min(kStepsAtOnce / part_, slots_in_memory() / (part_ + 1)))),
         weights_(arena, lstm_, forward_.steps),
         sums_(arena, lstm_, p.sums == nullptr ? 0 : forward_.steps),
         adjoint_(arena, lstm_),
@@ -56,10 +57,9 @@ class Backward {
 
   void run(int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item * p_.blocks_per_item();
-      const int64_t last = std::min(first + p_.blocks_per_item(), forward_.blocks());
       if (wants_weights()) sums_.clear();
-      for_groups(forward_, first, last, [&](const Span& span) { run_group(span); });
+      for_groups(forward_, p_.item_block(item), p_.item_block(item + 1),
+                 [&](const Span& span) { run_group(span); });
       if (!wants_weights()) continue;
       finish_runs();
       sums_.finish(lstm_, forward_.steps, p_.sums + item * p_.columns());
@@ -71,6 +71,9 @@ class Backward {
   WeightGradient<T>* sums() { return wants_weights() ? &sums_ : nullptr; }
   int64_t carried() const { return rows_.carried() * kVecs; }     // in vectors
   int64_t slot_size() const { return rows_.rows() * kGroup<T>; }  // in elements
+  // A thread holds as many slots as the second-level cache does, but no more groups than give the weights'
+  // gradient enough steps at once.
+  static constexpr int64_t kStepsAtOnce = 20;
   int64_t slots_in_memory() const {
     constexpr int64_t kCacheBytes = 3 << 18;  // of a second-level cache
     return kCacheBytes / (slot_size() * static_cast<int64_t>(sizeof(T)));
@@ -80,7 +83,8 @@ class Backward {
 
   void load_gradient(const Span& span, int64_t k, T* slot) const {
     const auto& item = forward_.list[span.item];
-    load_row(item.grads + k * item.size, span, slot + rows_.gradient() * kGroup<T>);
+    load_step(item.grads, item.size, k, std::min(k + 1, forward_.steps - 1), span,
+              slot + rows_.gradient() * kGroup<T>);
   }
 
   void find_starts(const Span& span) {
@@ -142,12 +146,13 @@ class Backward {
     const bool keeps = forward_.list[span.item].params != nullptr;  // else the update of one step alone
     if (!keeps) std::fill_n(theta, kGroup<T>, T(0));
     if (item.grad_out != nullptr) {
-      load_row(item.grad_out + k * size, span, adjoint_.gradient);
+      load_step(item.grad_out, size, k, std::max<int64_t>(k - 1, 0), span, adjoint_.gradient);
       for (int v = 0; v < kVecs; ++v) {
         add_to(theta + v * kLanes<T>, load(adjoint_.gradient + v * kLanes<T>));
       }
     }
-    step_backward(weights_, k, slot, after, adjoint_, item.grad_grads != nullptr, sums());
+    step_backward(weights_, k, slot, after, adjoint_, k > 0 || p_.grad_state != nullptr,
+                  item.grad_grads != nullptr, sums());
     if (item.grad_grads != nullptr) store_row(adjoint_.gradient, span, item.grad_grads + k * size);
   }
 

@@ -40,6 +40,14 @@ inline int lanes_of(const Span& span, int vec, int lanes) {
   return std::clamp(span.count - vec * lanes, 0, lanes);
 }
 
+// Calls f.template operator()<n>(i) for pieces [i, i + n) of [begin, end): kSize at a time, then what is left
+// in ever smaller ones.
+template <int kSize, class F>
+METAFAST_HD void for_tiles(int64_t begin, int64_t end, F&& f) {
+  for (; begin + kSize <= end; begin += kSize) f.template operator()<kSize>(begin);
+  if constexpr (kSize > 1) for_tiles<(kSize + 1) / 2>(begin, end, f);
+}
+
 // A row of a tensor's elements; empty lanes are 0.
 template <typename T>
 METAFAST_HD void load_row(const T* tensor, const Span& span, T* row) {
@@ -48,6 +56,14 @@ METAFAST_HD void load_row(const T* tensor, const Span& span, T* row) {
     store(row + v * kLanes<T>,
           span.count == kGroup<T> ? load(p) : load_partial(p, lanes_of(span, v, kLanes<T>)));
   }
+}
+
+// Row k of a tensor [K, size]; `next` is the one that is read after it. Rows are far apart, so that no
+// processor guesses it.
+template <typename T>
+METAFAST_HD void load_step(const T* tensor, int64_t size, int64_t k, int64_t next, const Span& span, T* row) {
+  for (int v = 0; v < kVecs; ++v) __builtin_prefetch(tensor + next * size + span.first + v * kLanes<T>);
+  load_row(tensor + k * size, span, row);
 }
 
 template <typename T>

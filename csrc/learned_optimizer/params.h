@@ -3,6 +3,8 @@
 // units, R rows of state. Scalars T are float or double.
 #pragma once
 
+#include <algorithm>
+
 #include "common/kernel.h"
 #include "common/math.h"
 
@@ -139,14 +141,15 @@ struct LstmUnrollBackward {
 
   // What follows holds for the CPU kernel; it follows from the shapes alone, never from the number of
   // threads.
-  int64_t blocks_per_item() const {
-    constexpr int64_t kMaxItems = 64;
-    return (forward.blocks() + kMaxItems - 1) / kMaxItems;
-  }
+  // Each item costs a row of sums: as many as keep the threads busy, then one for every 64 blocks.
   int64_t items() const {
-    return forward.blocks() == 0 ? 0 : (forward.blocks() + blocks_per_item() - 1) / blocks_per_item();
+    constexpr int64_t kFewItems = 32, kBlocksPerItem = 64;
+    return std::min(forward.blocks(), std::max(kFewItems, forward.blocks() / kBlocksPerItem));
   }
-  int64_t item_cost() const { return blocks_per_item() * 4 * forward.item_cost(); }
+  int64_t item_block(int64_t item) const { return item * forward.blocks() / items(); }  // its first
+  int64_t item_cost() const {
+    return items() == 0 ? 0 : forward.blocks() / items() * 4 * forward.item_cost();
+  }
 };
 
 METAFAST_DECLARE_KERNEL(LstmUnroll)
