@@ -166,7 +166,9 @@ def maml_loss(
         step_weights: [K], numbers or a tensor of the dtype of `params`, which has a gradient: the result is
             the sum of the query losses after each step, so weighed (MAML++'s multi-step loss, Antoniou et
             al. 2019, section 4). By default the loss after the last step alone.
-        reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``.
+        reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``. Of the losses of ``"none"``
+            those that diverged can be left out, ``losses[losses.isfinite()].mean()``: a task whose loss gets
+            no gradient passes none on, where autograd would make NaN of 0 times infinity.
 
     Returns:
         [], or [T] with reduction ``"none"``, in the dtype of `params`. NaN for a task with no query example

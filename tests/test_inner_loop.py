@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -243,6 +243,35 @@ def test_nan_stays_in_its_task(tasks: int, value: float, backend: torch.device) 
     adapted = metafast.inner_sgd(problem.params, *problem.data[:2], lr=problem.lr, **problem.options)
     assert all(p[others].isfinite().all() for p in adapted)
     assert any(p[1].isnan().any() for p in adapted)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(lr="element", momentum=0.5),
+        Case(tasks=20, lr="step and layer", step_weights=(0.2, 0.3, 0.5)),
+        Case(tasks=20, per_task=True),
+        Case(widths=(3, 300, 300, 2), steps=2),
+    ],
+    ids=repr,
+)
+def test_a_task_left_out_of_the_loss_leaves_no_nan(case: Case, backend: torch.device) -> None:
+    """As `maml_loss(..., reduction="none")` invites to: the losses that are finite, and their gradient."""
+    problem = make(replace(case, reduction="none"), torch.float32, device=backend)
+    leaves = problem.leaves(query=True)
+    kept = torch.arange(case.tasks, device=backend) != 1
+
+    def gradients() -> tuple[Tensor, ...]:
+        loss = metafast.maml_loss(
+            problem.params, *problem.data, lr=problem.lr, **problem.options, **problem.query_options
+        )
+        assert loss[kept].isfinite().all()
+        return torch.autograd.grad(loss[kept].sum(), leaves)
+
+    clean = gradients()
+    with torch.no_grad():
+        problem.data[0][1, 2, 0] = torch.nan
+    assert all(torch.equal(one, other) for one, other in zip(gradients(), clean, strict=True))
 
 
 @pytest.mark.parametrize("tasks", [3, 20])

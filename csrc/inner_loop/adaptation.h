@@ -53,7 +53,7 @@ class Adaptation {
   Vec<T> losses_, total_loss_, task_weights_;
   int64_t first_;  // of the tasks of the group
   int tasks_;      // of the group
-  Vec<T> in_use_;  // 1 in lanes of tasks, 0 elsewhere
+  Vec<T> in_use_;  // 0 in lanes without a task, or whose task no gradient reaches, else 1
 
   Adaptation(const InnerLoop<T>& p, Arena<T>& arena)
       : p_(p),
@@ -170,8 +170,8 @@ class Adaptation {
     for (int lane = 0; lane < kLanes<T>; ++lane) {
       const int task = Layout::kTasks == 1 ? 0 : lane;
       if (task >= tasks) continue;
-      in_use_[lane] = 1;
       const T weight = p_.task_weights ? p_.task_weights[(first + task) * p_.task_weight_stride] : T(1);
+      in_use_[lane] = weight != 0;
       task_weights_[lane] = p_.loss_scale * weight;
     }
     support_.load_tasks(p_.support, first, tasks);
@@ -222,6 +222,7 @@ class Adaptation {
       }
     }
     if (!p_.backward) return;
+    keep_in_use(v_, vectors_);
     if (p_.grad_params[2 * p_.mlp.layers - 1] != nullptr)
       parameters_.store_tasks(v_, first_, tasks_, p_.grad_params);
     if (dual_ && p_.dual.grad_support != nullptr) {
@@ -230,17 +231,16 @@ class Adaptation {
       v += support_.samples * parameters_.cols(0) * kLanes<T>;
       query_.store_tasks(v, p_.mlp.widths[1], first_, 1, p_.dual.grad_query);
     }
-    if (grad_shared_ != nullptr) {
-      for (int64_t i = 0; i < vectors_; ++i)
-        add_in_use(grad_shared_ + i * kLanes<T>, load(v_ + i * kLanes<T>));
-    } else if (tasks_ < Layout::kTasks) {
-      for (int64_t i = 0; i < vectors_; ++i) store(v_ + i * kLanes<T>, in_use(load(v_ + i * kLanes<T>)));
+    for (int64_t i = 0; grad_shared_ != nullptr && i < vectors_ * kLanes<T>; i += kLanes<T>) {
+      store(grad_shared_ + i, load(grad_shared_ + i) + load(v_ + i));
     }
     store_examples(p_.support, support_);
     store_examples(p_.query, query_);
   }
 
   void store_examples(const Examples<T>& examples, const Batch<Layout, T>& batch) const {
+    keep_in_use(batch.grad_x, batch.rows * Layout::row(batch.features));
+    keep_in_use(batch.grad_y, batch.rows * batch.out_pitch);
     if (examples.grad_x) batch.store_tasks(batch.grad_x, batch.features, first_, tasks_, examples.grad_x);
     if (examples.grad_y) batch.store_tasks(batch.grad_y, batch.outputs, first_, tasks_, examples.grad_y);
   }
@@ -354,7 +354,11 @@ class Adaptation {
     if (grad_rates_ != nullptr) add_in_use(grad_rates_ + (k * p_.mlp.layers + l) * kLanes<T>, sum);
   }
 
-  // Lanes without a task may hold anything.
+  // Lanes not in use may hold anything, NaN too.
+  void keep_in_use(T* array, int64_t vectors) const {
+    if (array == nullptr || !any<T>(in_use_ == Vec<T>{})) return;
+    for (int64_t i = 0; i < vectors * kLanes<T>; i += kLanes<T>) store(array + i, in_use(load(array + i)));
+  }
   METAFAST_HD Vec<T> in_use(Vec<T> v) const { return in_use_ > Vec<T>{} ? v : Vec<T>{}; }
   METAFAST_HD void add_in_use(T* to, Vec<T> v) const { store(to, load(to) + in_use(v)); }
   static void clear(T* array, int64_t vectors) { std::fill_n(array, vectors * kLanes<T>, T(0)); }

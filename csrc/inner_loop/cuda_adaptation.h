@@ -59,6 +59,8 @@ class Adaptation {
 
     const T task_weight =
         p_.loss_scale * (p_.task_weights == nullptr ? T(1) : p_.task_weights[task * p_.task_weight_stride]);
+    // A task that no gradient reaches leaves zeros, NaN or not: so far there is nothing else.
+    if (p_.backward && p_.task_weights != nullptr && task_weight == T(0)) return finish(task, T(0), T(0));
     // To theta_K and, where the backward needs more than that, back again, with the query loss on the way it
     // counts on. One loop for both ways, since each of the passes is inlined wherever it is called.
     const bool returns = p_.keeps_trajectory();
