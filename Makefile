@@ -1,10 +1,11 @@
 # `make help` lists the targets. Each sets itself up from nothing: a virtual environment, torch, the build.
 #
-#   TORCH     the torch to install. On Linux without an NVIDIA GPU, point pip at torch's CPU wheels, else the
-#             default index sends the CUDA build, gigabytes of it: make test PIP_ARGS="--index-url <CPU wheels>"
-#   PIP_ARGS  more arguments for every pip install
-#   PYTHON    the interpreter the environment is made from; `make gpu-check` runs on it as it is
-#   OUT       where `make gpu-check` and `make bench` write
+#   TORCH       the torch to install
+#   TORCH_ARGS  more arguments for its pip install. On Linux without an NVIDIA GPU, point it at torch's CPU wheels, else
+#               the default index sends the CUDA build, gigabytes of it: make test TORCH_ARGS="--index-url <CPU wheels>"
+#   PIP_ARGS    more arguments for every pip install
+#   PYTHON      the interpreter the environment is made from; `make gpu-check` runs on it as it is
+#   OUT         where `make gpu-check` and `make bench` write
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,6 +13,7 @@ SHELL := bash
 .NOTPARALLEL:
 
 TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
 PIP_ARGS ?=
 PYTHON ?= python3
 OUT ?= bench/results
@@ -52,7 +54,8 @@ clean:  ## Remove what was built (the environment stays: rm -rf .venv)
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)" numpy "scikit-build-core>=0.11" "cmake>=3.26" ninja
+	$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	$(PIP) numpy "scikit-build-core>=0.11" "cmake>=3.26" ninja
 	touch $@
 
 $(VENV)/metafast.stamp: $(VENV)/torch.stamp $(SOURCES)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _MOST_LAYERS = 3
+_EXTRA = "_extra_state"  # where a state_dict has what get_extra_state gives
+
+Self = TypeVar("Self", bound="Cell")
 
 
 class Cell(nn.Module):
     """The weights of ``layers`` LSTM layers of ``hidden`` units on ``inputs`` numbers, and of a head.
 
+    With other options the same weights are another optimizer. So a ``state_dict`` holds those of ``_kept``,
+    which no weight's shape tells, and a cell refuses weights that belong to others.
+
     Args:
         head: name and shape of the head's weights.
         least_layers: the fewest layers that the cell can have.
     """
+
+    _kept: ClassVar[tuple[str, ...]] = ("p",)
 
     def __init__(
         self,
@@ -51,6 +61,31 @@ class Cell(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self._names = tuple(shapes)
 
+    @classmethod
+    def from_checkpoint(
+        cls: type[Self], path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
+    ) -> Self:
+        """The cell that a run of ``metafast train`` has trained, with its options and its weights.
+
+        Needs ``metafast[cli]``.
+
+        Args:
+            path: the folder of the run, for its latest checkpoint, or a checkpoint in it.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: the run has trained something else.
+        """
+        from metafast.jobs import load_method  # of packages that only the command line needs
+
+        method, options = load_method(Path(path), device)
+        cell = getattr(method, "cell", None)
+        if not isinstance(cell, cls):
+            raise ValueError(
+                f"path: expected a run that trains a {cls.__name__}, got one of {options.method}"
+            )
+        return cell
+
     @property
     def weights(self) -> list[Tensor]:
         """[W_ih, W_hh, b, ..., W, b], as the functions of :mod:`metafast.learned_optimizer` take them."""
@@ -64,7 +99,17 @@ class Cell(nn.Module):
         found = {"layers": sum(name in state_dict for name in layers)}
         if layers[0] in state_dict and self.layers:
             found["hidden"] = state_dict[layers[0]].shape[-1]
+        if f"{prefix}{_EXTRA}" in state_dict:
+            found |= zip(self._kept, state_dict[f"{prefix}{_EXTRA}"].tolist(), strict=True)
         return found
+
+    def get_extra_state(self) -> Tensor:
+        """The options of ``_kept``, float64, which travel with the weights."""
+        numbers = [getattr(self, name) for name in self._kept]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: they are this cell's, or its weights would not have been loaded."""
 
     def _load_from_state_dict(
         self,
@@ -76,7 +121,7 @@ class Cell(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A cell of another size differs in every weight: one line says why.
+        # A cell of another size differs in every weight, one with other options in none: one line says why.
         wrong = [
             f"{name}: expected the weights of a cell with {getattr(self, name)!r}, got {value!r}"
             for name, value in self.kind_of(state_dict, prefix).items()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,12 +43,18 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Raises ``ValueError`` when the file is no checkpoint of metafast."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        """Raises ``ValueError`` when the file is no checkpoint of metafast, or not a whole one."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: expected a whole safetensors file, got a broken one ({error})"
+            ) from error
         return cls(tensors=tensors, **json.loads(metadata["state"]))
 
     def restore_model(self, model: nn.Module) -> None:
@@ -97,7 +104,7 @@ class Checkpoints:
         self.config = dict(config)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> Path:
-        """Writes the state after ``step`` steps, then removes the oldest."""
+        """Writes the state after ``step`` steps, then removes the oldest up to there."""
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_initialized():
@@ -117,18 +124,33 @@ class Checkpoints:
         path = self.directory / f"step-{step:08d}.safetensors"
         self.directory.mkdir(parents=True, exist_ok=True)
         _write(path, tensors, {"format": _FORMAT, "state": json.dumps(state)})
-        for old in list_checkpoints(self.directory)[: -self.keep]:
+        # A later one is there where it was broken and an earlier one resumed from: it must not crowd out any.
+        written = [other for other in list_checkpoints(self.directory) if other <= path]
+        for old in written[: -self.keep]:
             old.unlink()
         return path
 
     def latest(self) -> Checkpoint | None:
-        """The last complete checkpoint; ``None`` when there is none yet."""
+        """The last checkpoint, with a warning the last that can be read; ``None`` when there is none yet.
+
+        A broken one costs the steps since the one before: done again, they end in the same bits.
+
+        Raises:
+            ValueError: none of them can be read.
+        """
         paths = list_checkpoints(self.directory)
-        return Checkpoint.read(paths[-1]) if paths else None
+        for path in reversed(paths):
+            try:
+                return Checkpoint.read(path)
+            except ValueError as error:
+                if path == paths[0]:
+                    raise
+                warnings.warn(f"{error}; the one before it is taken", stacklevel=1)
+        return None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first; none when there is no such folder."""
+    """The checkpoints in a folder, oldest first; none when there is no such folder."""
     return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,26 @@ class CoordinatewiseLSTM(Cell):
             x = h[i]
         step = scale * out(x)[:, 0]  # nn.Linear(H, 1)
 
+    The state is an argument and a result: :meth:`initial_state` begins an optimisation, and ``detach()`` of
+    the state and the parameters is where the meta-gradient ends. So truncated backpropagation, with the
+    gradients that the LSTM sees taken as given (section 2.1 of the paper), is::
+
+        state = cell.initial_state(params)
+        for _ in range(parts):
+            params, state = [p.detach().requires_grad_() for p in params], state.detach()
+            value, total = loss(params), 0
+            for _ in range(truncation):
+                grads = torch.autograd.grad(value, params, retain_graph=True)
+                params, state = cell(grads, state, params)
+                value = loss(params)
+                total = total + value
+            meta_optimizer.zero_grad()
+            total.backward()
+            meta_optimizer.step()
+
+    ``metafast train l2l`` does it with one :meth:`unroll` for all parts, which records no graph
+    (:class:`metafast.methods.LearnedOptimizer`); :meth:`from_checkpoint` loads the cell of such a run.
+
     Args:
         hidden: H, units of a layer.
         layers: of the LSTM, 1 to 3.
@@ -49,6 +69,8 @@ class CoordinatewiseLSTM(Cell):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    _kept: ClassVar[tuple[str, ...]] = ("p", "scale")
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[
     Args:
         episodes: images [T, S, ch, H, W] and [T, Q, ch, H, W], of which the first channel is drawn; one
             support example per class, in the order of the classes.
-        log_probs: [T, Q, N], as :meth:`metafast.methods.Method.log_probs` gives them.
+        log_probs: [T, Q, N], as :meth:`metafast.methods.Method.predict` gives them.
         path: the file to write, of a kind that matplotlib knows; its folder is made if it is absent.
         title: the first line of the picture.
     """

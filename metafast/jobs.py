@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,16 +28,38 @@ from metafast.data.floors import pixel_floor
 from metafast.evaluate import Estimate, estimate, evaluate, mean_score, score
 from metafast.learning_curves import RATES, RIVALS, final_loss, learned, learning_curves, tune
 from metafast.methods import MAML, METHODS, Adaptation, LearnedOptimizer, Learner, Method
-from metafast.sources import describe, load_optimizees, load_sampler
+from metafast.options import Recipes, settle
+from metafast.sources import TASKS, describe, load_optimizees, load_sampler, settle_data
 from metafast.train import train
 
 Sampler = EpisodeSampler | SineSampler | QuadraticSampler | TrainingSampler | ScaledSampler
 
 LOG = "log.jsonl"
-_EPISODES, _WAYS, _SHOTS, _QUERIES = 600, 5, 1, 5  # of an evaluation
-_PROBLEMS, _PROBLEMS_AT_ONCE = 64, 32  # of an optimizer's evaluation
-WAVE_SHOTS, WAVE_STEPS, _WAVE_QUERIES = (5, 10), (1, 5, 10, 32), 100
+_PROBLEMS_AT_ONCE = 32  # of an optimizer's evaluation
+_BENCHMARK_WAYS = 20
+WAVE_SHOTS, WAVE_STEPS = [5, 10], [1, 5, 10, 32]
 _FLOOR = "nearest in raw pixels, by cosine"
+
+_IMAGES, _ADAPTING, _BENCHMARK = "images", "images with an inner loop", "the 20-run benchmark"
+_WAVES, _PROBLEMS = "sine waves", "problems of l2l"
+_ANY: Mapping[str, Any] = {"split": "test", "seed": 1}
+_EPISODES: Mapping[str, Any] = {**_ANY, "episodes": 600, "precision": None}
+_OF_CLASSES: Mapping[str, Any] = {**_EPISODES, "runs": None, "ways": 5, "shots": [1], "queries": 5}
+EVALUATIONS: Recipes = {
+    _IMAGES: _OF_CLASSES,
+    _ADAPTING: {**_OF_CLASSES, "ways": None, "inner_steps": None, "sgd": None},
+    _BENCHMARK: {"runs": None, "precision": None},
+    _WAVES: {**_EPISODES, "shots": WAVE_SHOTS, "queries": 100, "inner_steps": WAVE_STEPS},
+    _PROBLEMS: {
+        **_ANY,
+        "episodes": 64,
+        "task": None,
+        "batch_size": None,
+        "inner_steps": None,
+        "figure": None,
+    },
+}
+"""The options of each kind of evaluation, with their defaults; ``None``: as trained, or none."""
 
 # Options that say where and how often, not what: a resumed run may change them.
 _FREE = {"command", "run", "out", "resume", "data_root", "checkpoint_every", "keep", "log_every"}
@@ -164,51 +187,51 @@ def _check_same_run(checkpoints: Checkpoints, kept: dict[str, object]) -> None:
 def run_eval(options: Namespace) -> None:
     """``metafast eval``."""
     method, trained = load_method(options.checkpoint, options.device, options.data_root)
+    kind = _evaluation(method, trained, options)
+    settle(options, EVALUATIONS, kind)
     if isinstance(method, LearnedOptimizer):
         _eval_optimizer(method, trained, options)
         return
-    for name in ("task", "figure"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"{name}: {trained.method} is no learned optimizer")
-    options.episodes = _EPISODES if options.episodes is None else options.episodes
+    settle_data(options, Namespace(data="omniglot") if options.runs else trained)
     dtype = autocast_dtype(options.precision or trained.precision, options.device)
-    precision = torch.autocast(options.device, dtype, enabled=dtype is not None)
-    _check_episodes(options.episodes)
-    if options.inner_steps is not None and not isinstance(method, Adaptation):
-        raise ValueError(f"inner_steps: {trained.method} has no inner loop")
-    if options.sgd is not None and (not isinstance(method, Adaptation) or trained.data == "sine"):
-        raise ValueError(
-            f"sgd: expected a method with an inner loop on images, got {trained.method} on {trained.data}"
-        )
-    with precision:
-        if trained.data == "sine":
+    with torch.autocast(options.device, dtype, enabled=dtype is not None):
+        if kind == _WAVES:
             _eval_waves(method, trained, options)
-        elif options.runs:
+        elif kind == _BENCHMARK:
             _eval_runs(method, trained, options)
         else:
             _eval_split(method, trained, options)
 
 
-def _check_episodes(count: int) -> None:
-    if count < 2:
-        raise ValueError(f"episodes: expected at least 2 for an interval, got {count}")
+def _evaluation(method: Learner, trained: Namespace, options: Namespace) -> str:
+    """The kind of evaluation that a method, and what it learned from, ask for."""
+    if isinstance(method, LearnedOptimizer):
+        return _PROBLEMS
+    if trained.data == "sine":
+        return _WAVES
+    if options.runs:
+        return _BENCHMARK
+    return _ADAPTING if isinstance(method, Adaptation) else _IMAGES
 
 
 def _eval_optimizer(method: LearnedOptimizer, trained: Namespace, options: Namespace) -> None:
     """For each number of steps a line for the learned optimizer and one for each rival: the same problems."""
-    count = _PROBLEMS if options.episodes is None else options.episodes
-    _check_episodes(count)
-    lengths = options.inner_steps or [trained.inner_steps]
+    count, lengths = options.episodes, options.inner_steps or [trained.inner_steps]
     if options.figure is not None and len(lengths) > 1:
         raise ValueError(f"figure: expected one number of inner steps, got {lengths}")
+    if min(lengths) < 1:
+        raise ValueError(f"inner_steps: expected at least 1, got {min(lengths)}")
     task = options.task or trained.task
+    if options.batch_size is None and "batch_size" in TASKS[task]:
+        options.batch_size = trained.batch_size
+    settle_data(options, Namespace(task=task))
     for steps in lengths:
         sampler = load_optimizees(
             task,
             options.split,
             tasks=min(count, _PROBLEMS_AT_ONCE),
             steps=steps,
-            batch_size=trained.batch_size,
+            batch_size=options.batch_size,
             seed=options.seed,
             data_root=options.data_root,
             device=options.device,
@@ -240,24 +263,31 @@ def _eval_optimizer(method: LearnedOptimizer, trained: Namespace, options: Names
 
 def _eval_waves(method: Adaptation, trained: Namespace, options: Namespace) -> None:
     """A line for each number of points, a column for each number of steps: all on the same waves."""
-    if options.runs:
-        raise ValueError("runs: the benchmark is Omniglot's, got a run on sine waves")
-    columns = options.inner_steps or WAVE_STEPS
+    samplers = _samplers(trained, options, ways=None, tasks=options.episodes)
     print(f"Mean squared error of {trained.method} on {options.episodes} waves, after steps of fine-tuning:")
-    print("points" + "".join(f"{steps:>17}" for steps in columns))
-    for shots in options.shots or WAVE_SHOTS:
-        sampler = load_sampler(
+    print("points" + "".join(f"{steps:>17}" for steps in options.inner_steps))
+    for shots, sampler in samplers.items():
+        errors = wave_errors(method, sampler.batch(0), options.inner_steps)
+        print(f"{shots:>6}" + "".join(f"{error:>9.3f}" for error in errors))
+
+
+def _samplers(
+    trained: Namespace, options: Namespace, *, ways: int | None, tasks: int
+) -> dict[int, EpisodeSampler | SineSampler]:
+    """One for each number of shots, all made before one is used: what does not fit is said at once."""
+    return {
+        shots: load_sampler(
             trained,
             options.split,
-            ways=options.ways,
+            ways=ways,
             shots=shots,
-            queries=options.queries or _WAVE_QUERIES,
-            tasks=options.episodes,
+            queries=options.queries,
+            tasks=tasks,
             seed=options.seed,
             device=options.device,
         )
-        errors = wave_errors(method, sampler.batch(0), columns)
-        print(f"{shots:>6}" + "".join(f"{error:>9.3f}" for error in errors))
+        for shots in options.shots
+    }
 
 
 def wave_errors(method: Adaptation, waves: Episodes, steps: Sequence[int]) -> list[Estimate]:
@@ -266,18 +296,9 @@ def wave_errors(method: Adaptation, waves: Episodes, steps: Sequence[int]) -> li
 
 
 def _eval_split(method: Method, trained: Namespace, options: Namespace) -> None:
-    ways = options.ways or _WAYS
-    for shots in options.shots or [_SHOTS]:
-        sampler = load_sampler(
-            trained,
-            options.split,
-            ways=ways,
-            shots=shots,
-            queries=options.queries or _QUERIES,
-            tasks=1,
-            seed=options.seed,
-            device=options.device,
-        )
+    ways = options.ways or trained.ways
+    _check_ways("ways", ways, method, trained)
+    for shots, sampler in _samplers(trained, options, ways=ways, tasks=1).items():
         floor = sum(pixel_floor(sampler.batch(step)) for step in range(options.episodes)) / options.episodes
         for steps in options.inner_steps or [None]:
             after = "" if steps is None else f", {steps} inner steps"
@@ -293,6 +314,13 @@ def _eval_split(method: Method, trained: Namespace, options: Namespace) -> None:
                 )
 
 
+def _check_ways(name: str, ways: int, method: Method, trained: Namespace) -> None:
+    if isinstance(method, Adaptation) and ways > trained.ways:
+        raise ValueError(
+            f"{name}: expected at most {trained.ways} classes, as {trained.method} was trained, got {ways}"
+        )
+
+
 def _sgd_from(method: Adaptation, lr: float) -> Adaptation:
     """Plain gradient descent from where a method's inner loop begins, with as many steps."""
     return MAML(method.network, loss=method.loss_name, lr=lr, steps=method.test_steps)
@@ -303,6 +331,7 @@ def _eval_runs(method: Method, trained: Namespace, options: Namespace) -> None:
         raise ValueError(
             "runs: the vinyals split trains on characters of the benchmark; train with --protocol background"
         )
+    _check_ways("runs", _BENCHMARK_WAYS, method, trained)
     runs = omniglot_runs(trained.data_root, image_size=trained.image_size).to(options.device)
     if trained.center:
         runs = replace(runs, support=center(runs.support), query=center(runs.query))

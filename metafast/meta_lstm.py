@@ -33,6 +33,9 @@ class MetaLSTM(Cell):
         f = forget_gate(torch.stack([*x.T, theta, f], 1))[:, 0].sigmoid()  # another
         theta = f * theta - i * g
 
+    A training loop of one's own is :class:`metafast.CoordinatewiseLSTM`'s, where it steps by ``theta, state =
+    cell(theta, grads, value.detach(), state)``.
+
     Args:
         hidden: H, units of a layer.
         layers: LSTM layers below the gates, 0 to 3. One is the paper's model, whose gates remember gradients;

@@ -14,7 +14,7 @@ from metafast.coordinatewise_lstm import CoordinatewiseLSTM
 from metafast.learned_optimizer import lstm_optimizer_step_
 
 _DTYPES = (torch.float32, torch.float64)
-_STATE = "lstm"
+_STATE, _SHAPE = "lstm", "shape"
 
 
 class LSTMOptimizer(Optimizer):
@@ -34,18 +34,22 @@ class LSTMOptimizer(Optimizer):
     Args:
         params: parameters, (name, parameter) pairs, or groups of them, as for every optimizer of torch;
             float32 or float64, dense.
-        cell: what proposes the steps; on the parameters' device.
+        cell: what proposes the steps; on the parameters' device. ``CoordinatewiseLSTM.from_checkpoint`` has
+            that of a run of ``metafast train l2l``.
         lr: what its steps are multiplied by: 1 is as it was trained. Of each group.
         state_dtype: of the state, 8H bytes a coordinate and layer in float32; ``torch.bfloat16`` halves it,
-            with arithmetic as before. Default: that of each parameter. Of each group.
+            with arithmetic as before, beside float32 parameters. Default: that of each parameter. Of each
+            group.
 
     Attributes:
         state: ``state[p]["lstm"]`` is parameter p's state, [ceil(numel / 64), 2LH, 64], from its first
-            gradient on; :func:`metafast.learned_optimizer.state_views` shows h and c.
+            gradient on, and ``state[p]["shape"]`` the shape that p has; :func:`metafast.state_views` shows h
+            and c.
 
     Raises:
         TypeError: a parameter or ``state_dtype`` of another dtype; a sparse gradient.
-        ValueError: ``lr`` is negative; in :meth:`load_state_dict`, a state does not fit its parameter.
+        ValueError: ``lr`` is negative; :meth:`load_state_dict` gets what another optimizer saved, or a state
+            that does not fit its parameter.
     """
 
     def __init__(
@@ -74,17 +78,12 @@ class LSTMOptimizer(Optimizer):
         lr = param_group.get("lr", self.defaults["lr"])
         if not lr >= 0:
             raise ValueError(f"lr: expected a number >= 0, got {lr}")
-        dtype = param_group.get("state_dtype", self.defaults["state_dtype"])
-        if dtype not in (None, torch.bfloat16, *_DTYPES):
-            raise TypeError(f"state_dtype: expected float32, float64 or bfloat16, got {dtype}")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for index, param in enumerate(group["params"]):
-            if param.dtype not in _DTYPES:
-                self.param_groups.pop()
-                raise TypeError(
-                    f"params: expected float32 or float64, got {param.dtype} ({_name(group, index)})"
-                )
+        try:
+            _check_dtypes(self.param_groups[-1], self.param_groups[-1]["state_dtype"])
+        except TypeError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -120,7 +119,9 @@ class LSTMOptimizer(Optimizer):
         """As :meth:`torch.optim.Optimizer.load_state_dict`; states keep their dtype.
 
         Raises:
-            ValueError: a state does not fit its parameter, which the message names. Nothing is changed.
+            ValueError: another optimizer saved it, or a state does not fit its parameter, which the message
+                names. Nothing is changed.
+            TypeError: its ``state_dtype`` does not go with the parameters. Nothing is changed.
         """
         self._check_fit(state_dict)
         super().load_state_dict(state_dict)
@@ -132,15 +133,28 @@ class LSTMOptimizer(Optimizer):
 
     def _check_fit(self, state_dict: dict[str, Any]) -> None:
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if not self.defaults.keys() <= saved.keys():
+                raise ValueError(
+                    f"state_dict: expected an LSTMOptimizer's, with {', '.join(self.defaults)} in a group, "
+                    f"got one with {', '.join(name for name in saved if name != 'params')}"
+                )
+            _check_dtypes(group, saved["state_dtype"])
             for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
-                state = state_dict["state"].get(key, {}).get(_STATE)
-                expected = self.cell.initial_state([param.detach().to("meta")]).shape
-                if state is not None and state.shape != expected:
-                    raise ValueError(
-                        f"state of {_name(group, index)}: expected {tuple(expected)}, for shape "
-                        f"{tuple(param.shape)} and a cell of {self.cell.layers} layers of {self.cell.hidden} "
-                        f"units, got {tuple(state.shape)}"
-                    )
+                state = state_dict["state"].get(key)
+                if state:
+                    self._check_state(state, param, _name(group, index))
+
+    def _check_state(self, state: dict[str, Any], param: Tensor, name: str) -> None:
+        if not {_STATE, _SHAPE} <= state.keys():
+            raise ValueError(f"state of {name}: expected {_STATE} and {_SHAPE}, got {', '.join(state)}")
+        expected = tuple(self.cell.initial_state([param.detach().to("meta")]).shape)
+        got = tuple(state[_STATE].shape)
+        if tuple(state[_SHAPE]) != param.shape or got != expected:
+            raise ValueError(
+                f"state of {name}: expected {expected}, for shape {tuple(param.shape)} and a cell of "
+                f"{self.cell.layers} layers of {self.cell.hidden} units, got {got}, for shape "
+                f"{tuple(state[_SHAPE])}"
+            )
 
     def _pack(self, params: list[Tensor], dtype: torch.dtype | None) -> Tensor:
         """The states of ``params`` as one tensor, of which each is a part; new ones are 0.
@@ -158,7 +172,7 @@ class LSTMOptimizer(Optimizer):
         packed = torch.cat(new)
         parts = list(packed.split([len(state) for state in new]))
         for param, part in zip(params, parts, strict=True):
-            self.state[param][_STATE] = part
+            self.state[param] |= {_STATE: part, _SHAPE: tuple(param.shape)}
         live = {id(state[_STATE]) for state in self.state.values() if _STATE in state}
         self._packs = [pack for pack in self._packs if all(id(part) in live for part in pack[0])]
         self._packs.append((parts, packed))
@@ -171,6 +185,19 @@ def _alike(params: list[Tensor]) -> list[list[Tensor]]:
     for param in params:
         parts.setdefault((param.device, param.dtype), []).append(param)
     return list(parts.values())
+
+
+def _check_dtypes(group: dict[str, Any], state_dtype: torch.dtype | None) -> None:
+    """May states of this dtype, of their parameter's with None, go with the parameters of a group?"""
+    for index, param in enumerate(group["params"]):
+        if param.dtype not in _DTYPES:
+            raise TypeError(f"params: expected float32 or float64, got {param.dtype} ({_name(group, index)})")
+        allowed = [param.dtype, *([torch.bfloat16] if param.dtype == torch.float32 else [])]
+        if state_dtype not in (None, *allowed):
+            raise TypeError(
+                f"state_dtype: expected {' or '.join(map(str, allowed))} beside {param.dtype}, got "
+                f"{state_dtype} ({_name(group, index)})"
+            )
 
 
 def _name(group: dict[str, Any], index: int) -> str:

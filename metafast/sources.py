@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,13 +22,30 @@ from metafast.data import (
 )
 from metafast.data.networks import elman_rnn, relu_cnn, sigmoid_mlp
 from metafast.data.resize import resize_area
+from metafast.options import COUNT, NOT_NEGATIVE, Recipes, settle
 
 DATA_ROOT_HELP = "where the data lie, and are downloaded to (default: METAFAST_DATA, else the user's cache)"
 _SPLITS = ("train", "val", "test")  # of what is drawn without end
 _DIGITS_TRAIN = 90  # of the 174 to 183 drawings of each digit
 
-TASKS = ("quadratic", "digits-mlp", "digits-cnn", "digits-rnn", "omniglot-mlp")
-"""What learned optimizers optimise, by name: 10-d quadratics, and the training of small networks."""
+DATA: Recipes = {
+    "omniglot": {"protocol": "vinyals", "image_size": 28, "data_root": None},
+    "digits": {"image_size": 28, "data_root": None},
+    "a folder": {"image_size": 28},
+    "sine": {},
+}
+"""What episodes are drawn from, with the options that belong to it."""
+
+_TRAINING: Mapping[str, Any] = {"batch_size": 128, "data_root": None}
+TASKS: Recipes = {
+    "quadratic": {},
+    "digits-mlp": _TRAINING,
+    "digits-cnn": _TRAINING,
+    "digits-rnn": _TRAINING,
+    "omniglot-mlp": _TRAINING,
+}
+"""What learned optimizers optimise, with the options that belong to it: 10-d quadratics, and the training of
+small networks."""
 _OMNIGLOT_SIDE, _OMNIGLOT_WAYS = 14, 10
 
 
@@ -42,18 +60,11 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--protocol",
-        default="vinyals",
         choices=("vinyals", "alphabets", "background"),
         help="omniglot's split: as in the papers' tables, by alphabet, or all of background for the 20-run "
-        "benchmark (default: %(default)s)",
+        "benchmark",
     )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        default=28,
-        metavar="PIXELS",
-        help="side of the images (default: %(default)s)",
-    )
+    parser.add_argument("--image-size", type=COUNT, metavar="PIXELS", help="side of the images")
     parser.add_argument(
         "--center",
         action=BooleanOptionalAction,
@@ -64,10 +75,12 @@ def add_options(parser: ArgumentParser) -> None:
 
 def add_task_options(parser: ArgumentParser, tasks: Sequence[str]) -> None:
     parser.add_argument("--task", default=tasks[0], choices=tasks, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="examples that a network sees in a step")
+    parser.add_argument(
+        "--batch-size", type=COUNT, metavar="B", help="examples that a network sees in a step"
+    )
     parser.add_argument(
         "--random-scaling",
-        type=float,
+        type=NOT_NEGATIVE,
         metavar="X",
         help="every coordinate in units of its own, exp(-X) to exp(X), against overfitting to the task",
     )
@@ -79,6 +92,15 @@ def describe(options: Namespace) -> str:
     if "task" in options:
         return options.task
     return f"omniglot ({options.protocol})" if options.data == "omniglot" else options.data
+
+
+def settle_data(options: Namespace, data: Namespace) -> None:
+    """Gives the options above that were not given their defaults, for the data set or task that ``data``
+    names; refuses those that belong to others."""
+    if "task" in data:
+        settle(options, TASKS, data.task)
+    else:
+        settle(options, DATA, data.data if data.data in DATA else "a folder")
 
 
 def kind(options: Namespace) -> str:
@@ -121,13 +143,13 @@ def load_optimizees(
     *,
     tasks: int,
     steps: int,
-    batch_size: int = 128,
+    batch_size: int | None,
     random_scaling: float = 0.0,
     seed: int,
     data_root: str | None,
     device: torch.device | str,
 ) -> QuadraticSampler | TrainingSampler | ScaledSampler:
-    """Draws the problems of one of :data:`TASKS`.
+    """Draws the problems of one of :data:`TASKS`; quadratics have neither ``batch_size`` nor ``data_root``.
 
     The networks are trained on the drawings of the split: digits of all ten classes, or ten characters that
     are drawn anew for each batch.
@@ -151,7 +173,7 @@ def load_optimizees(
             "digits-rnn": elman_rnn(8, 32, 10),
         }
         if task not in networks:
-            raise ValueError(f"task: expected one of {TASKS}, got {task!r}")
+            raise ValueError(f"task: expected one of {tuple(TASKS)}, got {task!r}")
         classes = _digits_split(digits(data_root), split, 8).to(device)
         sampler = TrainingSampler(networks[task], classes, batch_size=batch_size, **sizes)
     return ScaledSampler(sampler, size=random_scaling, seed=sizes["seed"]) if random_scaling else sampler

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ def train(
             from the start if there is none yet.
         log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the ``result``
             on its episodes (the accuracy, or in regression the mean squared error, in evaluation mode),
-            learning rate and speed; and one for every step in which tasks diverged. A resumed run drops the
-            records after its checkpoint and goes on from there.
+            learning rate and speed; and one for every step in which tasks diverged. A number that is not
+            finite, which JSON does not have, is ``null``, and ``error`` says what it was. A resumed run drops
+            the records after its checkpoint and goes on from there.
         result: the name and value of the figure in the log beside the loss.
 
     A task whose loss or gradient is not finite, because its inner loop diverged, is left out: the step goes
@@ -161,4 +162,15 @@ class _Journal:
 
     def write(self, **record: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for numbers that JSON does not have, and an error that says what they were."""
+    odd = {
+        name: value for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    if not odd:
+        return dict(record)
+    error = ", ".join(f"{name} is {value}" for name, value in odd.items())
+    return {**record, **dict.fromkeys(odd), "error": error}

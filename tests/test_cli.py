@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,49 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def runs(images: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each kind of evaluation."""
+    folder = tmp_path_factory.mktemp("kinds")
+    few = "--hidden 8 --tasks 1 --steps 1"
+    commands = {
+        "waves": f"train maml --data sine {few}",
+        "adapting": f"train maml --data {images} --image-size 16 --ways 3 --queries 2 {few}",
+        "optimizer": f"train l2l --inner-steps 2 --truncation 1 {few}",
+    }
+    for name, command in commands.items():
+        assert main([*command.split(), "--out", str(folder / name)]) == 0
+    return {"images": images, "run": trained, **{name: folder / name for name in commands}}
+
+
+Refused = Callable[[str], str]
+
+
+@pytest.fixture
+def refused(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command that must fail before any work, and gives the one line that it says."""
+
+    def run(command: str) -> str:
+        out = tmp_path / "out"
+        words = command.format(**runs).split()
+        if words[0] == "train" and "--out" not in words:
+            words += ["--out", str(out)]
+        capsys.readouterr()
+        try:
+            status = main(words)
+        except SystemExit as exit:  # of argparse
+            status = exit.code
+        printed = capsys.readouterr()
+        assert status in (1, 2)
+        assert printed.out == ""
+        assert not out.exists()
+        assert printed.err.startswith("metafast: error: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return run
+
+
 def test_train_writes_a_log_and_checkpoints(trained: Path) -> None:
     steps = [json.loads(line)["step"] for line in (trained / "log.jsonl").read_text().splitlines()]
     assert steps == [4, 8]
@@ -81,7 +124,7 @@ def test_resume_continues_and_a_second_run_does_not_overwrite(
 
 def test_resume_refuses_another_run(images: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(images, trained, "--resume", "--lr", "1")) == 1
-    assert "lr: the run in" in capsys.readouterr().err
+    assert "--lr: the run in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["maml", "fomaml", "reptile", "metasgd", "pretrain"])
@@ -147,8 +190,8 @@ def test_learned_optimizers_are_trained_resumed_and_evaluated(
 def test_learned_optimizers_are_tried_on_other_tasks(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "l2l", "--out", str(tmp_path), *OPTIMISE, "--batch-size", "8"]) == 0
-    asked = ["--task", task, "--episodes", "2", "--inner-steps", "2", "3"]
+    assert main(["train", "l2l", "--out", str(tmp_path), *OPTIMISE]) == 0
+    asked = ["--task", task, "--batch-size", "8", "--episodes", "2", "--inner-steps", "2", "3"]
     assert main(["eval", str(tmp_path), *asked]) == 0
     printed = capsys.readouterr().out
     assert f"Loss after 2 steps on 2 new problems, {task} test" in printed
@@ -188,53 +231,142 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: sine 70000, images" in said
     assert "per step (default: sine 25, images 16)" in said
+    assert "else --inner-steps (default: images 5)" in said
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train protonet --data sine", "data: protonet learns from images, got 'sine'"),
-        ("train pretrain", "data: pretrain learns from sine, got 'omniglot'"),
-        ("train maml --data sine --ways 5", "ways: sine waves have no classes, got 5"),
-        ("train maml --data sine --inner-steps -1", "steps: expected a number >= 0, got -1"),
-        ("eval {run} --inner-steps 3", "inner_steps: protonet has no inner loop"),
-        ("eval {run} --sgd 0.1", "sgd: expected a method with an inner loop on images, got protonet on"),
+        ("train protonet --data sine", "--data: protonet learns from images, got 'sine'"),
+        ("train pretrain", "--data: pretrain learns from sine, got 'omniglot'"),
         (
             "train protonet --data nowhere",
-            "data: expected 'omniglot', 'digits', 'sine' or a folder, got 'nowhere'",
+            "--data: expected 'omniglot', 'digits', 'sine' or a folder, got 'nowhere'",
         ),
         (
             "train protonet --data {images} --ways 2 --queries 2 --image-size 8",
-            "image size: expected at least 16",
+            "--image-size: expected at least 16, which Conv4 halves four times, got 8",
         ),
-        ("train protonet --data {images} --ways 7", "ways: expected at most 6"),
-        ("train protonet --data {images} --ways 2 --queries 9", "shots \\+ queries: expected at most 5"),
-        ("train protonet --data {images} --ways 2 --queries 2 --lr -1", "[Ii]nvalid learning rate"),
-        ("train l2l --truncation 7", "truncation: expected a divisor of the 100 steps, got 7"),
-        ("train l2l --random-scaling -1", "size: expected a number >= 0, got -1"),
-        ("eval {run} --task quadratic", "task: protonet is no learned optimizer"),
-        ("eval {run} --figure x.png", "figure: protonet is no learned optimizer"),
+        ("train protonet --data {images} --ways 7", "--ways: expected at most 6"),
+        ("train protonet --data {images} --ways 2 --queries 9", "--shots + --queries: expected at most 5"),
+        ("train l2l --truncation 7", "--truncation: expected a divisor of the 100 steps, got 7"),
+        (
+            "train maml --data digits --inner-steps 0",
+            "--inner-steps: expected at least 1, whose rates are learned, got 0",
+        ),
         ("eval {images}", "expected a checkpoint"),
-        ("eval {run} --episodes 1", "episodes: expected at least 2"),
         ("eval {run} --split val", "expected a folder of class folders"),
+        ("eval {run} --shots 1 4 --queries 2", "--shots + --queries: expected at most 5"),
+        ("eval {waves} --split x", "--split: expected one of ('train', 'val', 'test') for sine, got 'x'"),
+        ("eval {adapting} --ways 4", "--ways: expected at most 3 classes, as maml was trained, got 4"),
+        ("eval {adapting} --runs", "--runs: expected at most 3 classes, as maml was trained, got 20"),
+        ("eval {optimizer} --inner-steps 2 0", "--inner-steps: expected at least 1, got 0"),
+        ("eval {optimizer} --inner-steps 2 3 --figure x.png", "--figure: expected one number of inner steps"),
     ],
 )
-def test_errors_are_one_helpful_line(
-    command: str,
-    message: str,
-    images: Path,
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_errors_are_one_helpful_line(command: str, message: str, refused: Refused) -> None:
+    assert message in refused(command)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("maml --ways 0", "a whole number of at least 1, got 0"),
+        ("maml --shots 1.5", "a whole number of at least 1, got 1.5"),
+        ("maml --hidden 8 0", "a whole number of at least 1, got 0"),
+        ("maml --inner-lr -0.1", "a finite number >= 0, got -0.1"),
+        ("maml --inner-steps -1", "a whole number of at least 0, got -1"),
+        ("maml --test-steps -3", "a whole number of at least 0, got -3"),
+        ("maml --checkpoint-every 0", "a whole number of at least 1, got 0"),
+        ("maml --log-every 0", "a whole number of at least 1, got 0"),
+        ("maml --keep 0", "a whole number of at least 1, got 0"),
+        ("maml --steps 0", "a whole number of at least 1, got 0"),
+        ("maml --lr -1", "a finite number > 0, got -1"),
+        ("maml --lr nan", "a finite number > 0, got nan"),
+        ("maml --seed -1", "a whole number from 0 to 9223372036854775807, got -1"),
+        ("protonet --hidden 0", "a whole number of at least 1, got 0"),
+        ("meta-lstm --inner-lr 2", "a number between 0 and 1, got 2"),
+        ("meta-lstm --cell-layers 4", "a whole number from 0 to 3, got 4"),
+        ("l2l --layers 0", "a whole number from 1 to 3, got 0"),
+        ("l2l --scale inf", "a finite number, got inf"),
+        ("l2l --random-scaling -1", "a finite number >= 0, got -1"),
+        ("l2l --p 0", "a finite number > 0, got 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_the_name_of_its_option(
+    option: str, message: str, refused: Refused
 ) -> None:
-    words = command.format(images=images, run=trained).split()
-    if words[0] == "train":
-        words += ["--out", str(tmp_path / "out")]
-    assert main(words) == 1
-    printed = capsys.readouterr().err
-    assert printed.startswith("metafast: error: ")
-    assert printed.count("\n") == 1
-    assert re.search(message, printed)
+    assert f"{option.split()[1]}: expected {message}" in refused(f"train {option}")
+
+
+@pytest.mark.parametrize("values", ["--episodes 1", "--inner-steps -1", "--shots 5 0", "--sgd -1"])
+def test_evaluation_too_refuses_by_the_name_of_the_option(values: str, refused: Refused) -> None:
+    assert f"{values.split()[0]}: expected" in refused("eval {run} " + values)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train maml --data sine --ways 5", "images, got 5 for sine"),
+        ("train maml --data sine --center", "images, got True for sine"),
+        ("train maml --data sine --image-size 28", "omniglot or digits or a folder, got 28 for sine"),
+        ("train maml --data sine --protocol vinyals", "omniglot, got vinyals for sine"),
+        ("train maml --data sine --data-root x", "omniglot or digits, got x for sine"),
+        ("train maml --data digits --protocol vinyals", "omniglot, got vinyals for digits"),
+        ("train protonet --data {images} --data-root x", "omniglot or digits, got x for a folder"),
+        ("train l2l --batch-size 8", "digits-mlp or digits-cnn or digits-rnn or omniglot-mlp, got 8 for qu"),
+        ("eval {run} --inner-steps 3", "or sine waves or problems of l2l, got 3 for images"),
+        ("eval {run} --sgd 0.1 1", "images with an inner loop, got 0.1 1.0 for images"),
+        ("eval {run} --task quadratic", "problems of l2l, got quadratic for images"),
+        ("eval {run} --figure x.png", "problems of l2l, got x.png for images"),
+        ("eval {run} --data-root x", "omniglot or digits, got x for a folder"),
+        ("eval {waves} --runs", "or the 20-run benchmark, got True for sine waves"),
+        ("eval {waves} --ways 5", "images or images with an inner loop, got 5 for sine waves"),
+        ("eval {waves} --sgd 0.1", "images with an inner loop, got 0.1 for sine waves"),
+        ("eval {optimizer} --runs", "or the 20-run benchmark, got True for problems of l2l"),
+        ("eval {optimizer} --sgd 0.1", "images with an inner loop, got 0.1 for problems of l2l"),
+        ("eval {optimizer} --ways 5", "images or images with an inner loop, got 5 for problems of l2l"),
+        ("eval {optimizer} --shots 5", "or sine waves, got 5 for problems of l2l"),
+        ("eval {optimizer} --queries 5", "or sine waves, got 5 for problems of l2l"),
+        ("eval {optimizer} --precision float32", "or sine waves, got float32 for problems of l2l"),
+        ("eval {optimizer} --batch-size 8", "or omniglot-mlp, got 8 for quadratic"),
+        ("eval {run} --runs --episodes 5", "or problems of l2l, got 5 for the 20-run benchmark"),
+        ("eval {run} --runs --split val", "or problems of l2l, got val for the 20-run benchmark"),
+    ],
+)
+def test_an_option_that_does_not_apply_is_refused(command: str, message: str, refused: Refused) -> None:
+    option = next(word for word in reversed(command.split()) if word.startswith("--"))
+    said = refused(command)
+    assert said.startswith(f"metafast: error: {option}: expected only for ")
+    assert message in said
+
+
+def test_out_is_a_folder(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        for command in ("train maml", "demo"):
+            said = refused(f"{command} --out {out}")
+            assert f"--out: expected a folder to write to, there or to be made, got {out}" in said
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000])
+def test_a_broken_checkpoint_is_named(size: int, trained: Path, refused: Refused, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(find_checkpoint(trained).read_bytes()[:size])
+    assert f"{broken}: expected a whole safetensors file, got a broken one" in refused(f"eval {broken}")
+
+
+def test_a_broken_checkpoint_is_passed_over_by_resume(
+    images: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(images, tmp_path / "y")) == 0
+    newest = find_checkpoint(tmp_path / "y")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=rf"{newest.name}: expected a whole .*; the one before it is taken"):
+        assert main(arguments(images, tmp_path / "y", "--resume")) == 0
+    assert "resumes after step 6" in capsys.readouterr().out
+    whole, resumed = (Checkpoint.read(find_checkpoint(path)).tensors for path in (trained, tmp_path / "y"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_model_that_saw_the_benchmark_is_not_scored_on_it(

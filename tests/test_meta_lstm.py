@@ -106,6 +106,7 @@ def test_weights_are_saved_and_loaded() -> None:
         (MetaLSTM(8), "hidden: expected the weights of a cell with 20, got 8"),
         (MetaLSTM(20, 0), "layers: expected the weights of a cell with 1, got 0"),
         (MetaLSTM(20, 2), "layers: expected the weights of a cell with 1, got 2"),
+        (MetaLSTM(p=7.0), r"p: expected the weights of a cell with 10\.0, got 7\.0"),
     ],
 )
 def test_weights_of_another_cell_are_refused(other: MetaLSTM, message: str) -> None:
@@ -260,13 +261,16 @@ def test_trains_resumes_bit_for_bit_and_evaluates(
     first, second = (Checkpoint.read(find_checkpoint(path)).tensors for path in (whole, parts))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(name.startswith("model.cell.") for name in first)
+    cell = MetaLSTM.from_checkpoint(whole)
+    assert (cell.hidden, cell.layers, cell.p) == (4, layers, 10.0)
+    for name, weight in cell.named_parameters():
+        assert torch.equal(weight, first[f"model.cell.{name}"])
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [20, 40, 60]
     assert log[-1]["loss"] < log[0]["loss"]
 
     assert main([*train, "--out", str(parts), "--resume", "--cell-hidden", "5"]) == 1
-    assert "cell_hidden: the run in" in capsys.readouterr().err
+    assert "--cell-hidden: the run in" in capsys.readouterr().err
     few = ["--ways", "3", "--shots", "5", "--queries", "2", "--episodes", "20"]
     assert main(["eval", str(whole), *few, "--sgd", "0.001", "0.3"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 
 import metafast
 from metafast import CoordinatewiseLSTM, LSTMOptimizer
+from metafast.data import QuadraticSampler
+from metafast.methods import LearnedOptimizer
 from metafast.reference import learned_optimizer as reference
 
 
@@ -102,6 +107,31 @@ def test_the_unroll_is_as_many_steps_and_trains_the_weights() -> None:
     assert all(weight.grad.abs().sum() > 0 for weight in learned.parameters())
 
 
+def test_truncated_backpropagation_by_hand_is_that_of_training() -> None:
+    """The loop of the class's docstring, but that the weights stay until its end."""
+    learned = cell(dtype=torch.float64)
+    problems = QuadraticSampler(tasks=3, steps=6).batch(0)
+    problems = type(problems)(
+        [start.double() for start in problems.start], 6, problems.matrix.double(), problems.target.double()
+    )
+    LearnedOptimizer(learned, truncation=2).loss(problems).backward()
+    expected = [weight.grad.clone() for weight in learned.weights]
+    learned.zero_grad()
+
+    params = problems.start
+    state = learned.initial_state(params)
+    for _ in range(3):
+        params, state = [p.detach().requires_grad_() for p in params], state.detach()
+        value, total = problems.objective(params).sum(), 0
+        for _ in range(2):
+            grads = torch.autograd.grad(value, params, retain_graph=True)
+            params, state = learned(grads, state, params)
+            value = problems.objective(params).sum()
+            total = total + value
+        (total / (6 * 3)).backward()
+    torch.testing.assert_close([weight.grad for weight in learned.weights], expected)
+
+
 def test_the_modules_state_dict() -> None:
     learned = cell()
     other = CoordinatewiseLSTM(5)
@@ -118,6 +148,8 @@ def test_the_modules_state_dict() -> None:
         ({"layers": 1}, "layers: expected the weights of a cell with 1, got 2"),
         ({"layers": 3}, "layers: expected the weights of a cell with 3, got 2"),
         ({"preprocess": "none"}, "preprocess: expected the weights of a cell with 'none', got 'log_sign'"),
+        ({"p": 5.0}, r"p: expected the weights of a cell with 5\.0, got 10\.0"),
+        ({"scale": 1}, r"scale: expected the weights of a cell with 1, got 0\.1"),
     ],
 )
 def test_weights_of_another_cell_are_refused_in_one_line(options: dict, message: str) -> None:
@@ -135,7 +167,9 @@ def test_weights_of_another_cell_are_refused_in_one_line(options: dict, message:
     ("options", "message"),
     [
         ({"hidden": 0}, "hidden: expected at least 1, got 0"),
+        ({"layers": 0}, "layers: expected 1 to 3, got 0"),
         ({"layers": 4}, "layers: expected 1 to 3, got 4"),
+        ({"layers": 9}, "layers: expected 1 to 3, got 9"),
         ({"preprocess": "log"}, "preprocess: expected one of"),
         ({"p": 0.0}, "p: expected a number > 0, got 0.0"),
     ],
@@ -143,6 +177,59 @@ def test_weights_of_another_cell_are_refused_in_one_line(options: dict, message:
 def test_a_cells_bad_arguments_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CoordinatewiseLSTM(**options)
+
+
+def test_options_travel_with_the_weights() -> None:
+    file = io.BytesIO()
+    torch.save(cell(p=5.0, scale=0.3).half().state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert all(isinstance(value, Tensor) for value in saved.values())  # as safetensors want them
+    CoordinatewiseLSTM(5, p=5, scale=0.3).load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"p: expected .*; scale: expected"):
+        CoordinatewiseLSTM(5).load_state_dict(saved)
+    del saved["_extra_state"]
+    with pytest.raises(RuntimeError, match=r"Missing key.* \"_extra_state\""):
+        CoordinatewiseLSTM(5, p=5, scale=0.3).load_state_dict(saved)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run with two checkpoints, whose cell differs from the default in every option."""
+    pytest.importorskip("rich", reason="training needs metafast[cli]")
+    pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
+    from metafast.cli import main
+
+    options = "--hidden 4 --layers 1 --preprocess none --p 3 --scale 0.2 --inner-steps 4 --truncation 2"
+    loop = "--tasks 2 --steps 2 --checkpoint-every 1 --log-every 1"
+    command = ["train", "l2l", "--task", "quadratic", *options.split(), *loop.split()]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    return tmp_path / "run"
+
+
+def test_the_cell_of_a_run_trains_a_network(run: Path) -> None:
+    from metafast.checkpoint import Checkpoint, list_checkpoints
+
+    loaded = CoordinatewiseLSTM.from_checkpoint(str(run))
+    assert repr(loaded) == "CoordinatewiseLSTM(4, layers=1, preprocess='none', p=3.0, scale=0.2)"
+    first, last = list_checkpoints(run)
+    for path, of_file in ((last, loaded), (first, CoordinatewiseLSTM.from_checkpoint(first))):
+        saved = Checkpoint.read(path).tensors
+        for name, weight in of_file.named_parameters():
+            assert torch.equal(weight, saved[f"model.cell.{name}"])
+    assert not torch.equal(loaded.weight_out, CoordinatewiseLSTM.from_checkpoint(first).weight_out)
+
+    model = network()
+    before = weights(model)
+    steps(model, LSTMOptimizer(model.parameters(), loaded), 1)
+    assert not any(map(torch.equal, before, weights(model)))
+
+
+def test_a_checkpoint_of_something_else_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="path: expected a run that trains a MetaLSTM, got one of l2l"):
+        metafast.MetaLSTM.from_checkpoint(run)
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint"):
+        CoordinatewiseLSTM.from_checkpoint(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -352,6 +439,67 @@ def test_a_state_that_does_not_fit_names_its_parameter(named: bool) -> None:
     other = LSTMOptimizer(network().parameters(), cell(8))
     with pytest.raises(ValueError, match=r"a cell of 2 layers of 8 units, got \(1, 20, 64\)"):
         other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 3), (4, 5)), ((2, 3), (3, 2)), ((6,), (2, 3))])
+def test_a_state_of_as_many_blocks_but_another_shape_is_refused(before: tuple, after: tuple) -> None:
+    param = nn.Parameter(torch.zeros(before))
+    optimizer = LSTMOptimizer([param], cell())
+    param.grad = torch.ones(before)
+    optimizer.step()
+    other = LSTMOptimizer([("weight", nn.Parameter(torch.zeros(after)))], cell())
+    shapes = [re.escape(f"for shape {shape}") for shape in (after, before)]
+    with pytest.raises(ValueError, match=rf"state of 'weight': expected .* {shapes[0]} .* {shapes[1]}"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_another_optimizers_state_dict_is_refused(kind: Callable, stepped: bool) -> None:
+    model = network()
+    other = kind(model.parameters(), lr=0.1)
+    steps(model, other, int(stepped))
+    optimizer = LSTMOptimizer(model.parameters(), cell())
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict: expected .* lr, state_dtype .* got .* lr, "):
+        optimizer.load_state_dict(other.state_dict())
+    saved = {"state": other.state_dict()["state"], "param_groups": before["param_groups"]}
+    if kind is torch.optim.Adam and stepped:
+        with pytest.raises(
+            ValueError, match="state of parameter 0 of its group: expected lstm and shape, got"
+        ):
+            optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == before
+    steps(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "allowed"),
+    [
+        (torch.float32, torch.float64, "torch.float32 or torch.bfloat16 beside torch.float32"),
+        (torch.float64, torch.float32, "torch.float64 beside torch.float64"),
+        (torch.float64, torch.bfloat16, "torch.float64 beside torch.float64"),
+    ],
+)
+def test_a_state_dtype_that_does_not_fit_its_parameters_is_refused(
+    dtype: torch.dtype, state_dtype: torch.dtype, allowed: str
+) -> None:
+    learned, model = cell(), network(dtype)
+    message = rf"state_dtype: expected {allowed}, got {state_dtype} \(parameter 0 of its group\)"
+    with pytest.raises(TypeError, match=message):
+        LSTMOptimizer(model.parameters(), learned, state_dtype=state_dtype)
+    optimizer = LSTMOptimizer(model.parameters(), learned)
+    added = {"params": [nn.Parameter(torch.zeros(1, dtype=dtype))], "state_dtype": state_dtype}
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group(added)
+    assert len(optimizer.param_groups) == 1
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = state_dtype
+    with pytest.raises(TypeError, match=message):
+        optimizer.load_state_dict(saved)
+    steps(model, optimizer, 1)
+    assert {state["lstm"].dtype for state in optimizer.state.values()} == {dtype}
 
 
 def test_bad_arguments_are_named() -> None:

@@ -50,6 +50,18 @@ def test_many_close_points_have_no_negative_distance(backend: torch.device) -> N
     assert (distance.diagonal() == 0).all()
 
 
+@pytest.mark.parametrize("of", [metafast.prototypical_log_probs, metafast.matching_log_probs])
+def test_distant_classes_keep_the_digits_of_their_probabilities(
+    of: Callable[..., Tensor], backend: torch.device
+) -> None:
+    support = torch.tensor([[100.0, 3.0], [100.0, -3.0]], device=backend)
+    labels, query = torch.tensor([0, 1], device=backend), torch.zeros(1, 2, device=backend).requires_grad_()
+    log_probs = of(support, labels, query, 2, metric="sqeuclidean")
+    torch.testing.assert_close(log_probs, torch.full_like(log_probs, 0.5).log())
+    (grad,) = torch.autograd.grad(log_probs[0, 0], query)
+    torch.testing.assert_close(grad, torch.tensor([[0.0, 6.0]], device=backend), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "cityblock"])
 def test_derivatives_where_they_do_not_exist_are_finite(metric: str, backend: torch.device) -> None:
     x = torch.zeros(3, 4, **DOUBLE, device=backend).requires_grad_()

@@ -254,6 +254,47 @@ def test_a_step_goes_by_the_problems_that_did_not_diverge(tmp_path: Path) -> Non
         assert torch.equal(whole, some)
 
 
+@pytest.mark.parametrize("scale", [1e30, torch.nan])
+def test_a_score_that_is_not_finite_is_null_in_the_log(tmp_path: Path, scale: float) -> None:
+    """The inner loop of evaluation may diverge where that of training does not."""
+    torch.manual_seed(0)
+    method = MAML(mlp(1, [8], 1), loss="mse", lr=0.01, steps=0, test_steps=3)
+    sampler = SineSampler(shots=5, queries=5, tasks=2)
+    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2, fused=True)
+    log = tmp_path / "log.jsonl"
+    train(
+        method,
+        lambda step: spoiled(sampler.batch(step), [0], scale),
+        steps=1,
+        optimizer=optimizer,
+        log=log,
+        log_every=1,
+    )
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    record = json.loads(log.read_text(), parse_constant=refuse)
+    assert record["mse"] is None
+    assert record["error"] in ("mse is nan", "mse is inf")
+    assert record["loss"] > 0
+
+
+def test_a_later_checkpoint_that_is_broken_crowds_out_none(tmp_path: Path) -> None:
+    run(tmp_path, steps=4)
+    (tmp_path / "step-00000099.safetensors").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match=r"step-00000099.*; the one before it is taken"):
+        run(tmp_path, steps=8, resume=True)
+    steps = [int(path.stem.removeprefix("step-")) for path in list_checkpoints(tmp_path)]
+    assert steps == [6, 8, 99]
+
+
+def test_checkpoints_of_which_none_can_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"step-00000001.safetensors: expected a whole safetensors file"):
+        run(tmp_path, resume=True)
+
+
 def test_training_stops_where_every_task_diverges(tmp_path: Path) -> None:
     sampler = SineSampler(shots=5, queries=5, tasks=2)
     method = maml()

@@ -19,6 +19,7 @@ struct Math {
   static METAFAST_HD V constant(double c) { return static_cast<V>(c); }
   static METAFAST_HD V exp(V x) { return ::exp(x); }
   static METAFAST_HD V log(V x) { return ::log(x); }
+  static METAFAST_HD V log1p(V x) { return ::log1p(x); }
   static METAFAST_HD V sqrt(V x) { return ::sqrt(x); }
   static METAFAST_HD V tanh(V x) { return ::tanh(x); }
 };
@@ -28,6 +29,7 @@ struct Math<float> {
   static METAFAST_HD float constant(double c) { return static_cast<float>(c); }
   static METAFAST_HD float exp(float x) { return ::expf(x); }
   static METAFAST_HD float log(float x) { return ::logf(x); }
+  static METAFAST_HD float log1p(float x) { return ::log1pf(x); }
   static METAFAST_HD float sqrt(float x) { return ::sqrtf(x); }
   static METAFAST_HD float tanh(float x) { return ::tanhf(x); }
 };

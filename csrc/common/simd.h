@@ -186,8 +186,9 @@ namespace metafast {
 
 // ---- elementary functions ----
 
-// float: minimax polynomials on reduced arguments, within 2 units in the last place (tests/test_simd.py
-// measures it); exp flushes results below FLT_MIN to zero. double: the C library, lane by lane.
+// float: minimax polynomials on reduced arguments, within 2 units in the last place, log1p from 0 up 2.5
+// (tests/test_simd.py measures it); exp flushes results below FLT_MIN to zero. double: the C library, lane by
+// lane.
 
 template <>
 struct Math<METAFAST_ISA::Vec<float>> {
@@ -240,6 +241,12 @@ struct Math<METAFAST_ISA::Vec<float>> {
     return x >= V{} ? y : constant(__builtin_nan(""));
   }
 
+  static METAFAST_HD V log1p(V x) {
+    const V sum = 1 + x;
+    const V y = log(sum) + (x - (sum - 1)) / sum;  // with what of x was rounded away
+    return x == constant(__builtin_inf()) ? x : y;
+  }
+
   static METAFAST_HD V sqrt(V x) {
 #if defined(__AVX512F__)
     return _mm512_maskz_sqrt_ps(0xffff, x);  // g++ 12 warns about the plain one
@@ -283,6 +290,9 @@ struct Math<METAFAST_ISA::Vec<double>> {
   }
   static METAFAST_HD V log(V x) {
     return each(x, [](double v) { return ::log(v); });
+  }
+  static METAFAST_HD V log1p(V x) {
+    return each(x, [](double v) { return ::log1p(v); });
   }
   static METAFAST_HD V sqrt(V x) {
     return each(x, [](double v) { return __builtin_sqrt(v); });

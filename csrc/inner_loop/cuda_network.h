@@ -97,7 +97,7 @@ struct Network {
       home[at.grad[last] + i] = grad;
       if constexpr (kTangent) {
         grad = home[at.grad_tangent[last] + i];
-        L::tangent(&z, share, 1, &grad);
+        L::tangent(&z, &y, share, 1, &grad);
         home[at.grad_tangent[last] + i] = grad;
       }
       if (T* const grad_y = batch.grad_y(outputs)) grad_y[target] -= grad;  // the targets enter as -z
@@ -117,19 +117,25 @@ struct Network {
       T* tangent = kTangent ? home + at.grad_tangent[last] + s * at.pitch[last] : nullptr;
       const int64_t label = batch.label(s);
       const T share = label == kIgnoreLabel ? T(0) : batch.share;
-      T largest = z[0], sum = 0, mean = 0;
-      for (int o = lane; o < outputs; o += kWarpSize) largest = z[o] > largest ? z[o] : largest;
-      largest = warp_max(largest);
-      for (int o = lane; o < outputs; o += kWarpSize) sum += Math<T>::exp(z[o] - largest);
-      const T all = largest + Math<T>::log(warp_sum(sum));
+      const bool valid = share > T(0);
+      T top = z[0], others = 0, mean = 0;
+      for (int o = lane; o < outputs; o += kWarpSize) top = z[o] > top ? z[o] : top;
+      top = warp_max(top);
+      for (int o = lane; o < outputs; o += kWarpSize) others += o == label ? T(0) : Math<T>::exp(z[o] - top);
+      others = warp_sum(others);
+      const T own = valid ? Math<T>::exp(z[label] - top) : T(0), scale = share / (own + others);
+      const T own_tangent = kTangent && valid ? tangent[label] : T(0);
       if constexpr (kTangent) {
-        for (int o = lane; o < outputs; o += kWarpSize) mean += Math<T>::exp(z[o] - all) * tangent[o];
-        mean = warp_sum(mean);
+        for (int o = lane; o < outputs; o += kWarpSize) {
+          mean += Math<T>::exp(z[o] - top) * (tangent[o] - own_tangent);
+        }
+        mean = warp_sum(mean) / (own + others);
       }
-      if (lane == 0 && share > T(0)) loss += share * (all - z[label]);
+      if (lane == 0 && valid) loss += share * L::nll(top - z[label], own, others);
       for (int o = lane; o < outputs; o += kWarpSize) {
-        grad[o] = weight * L::slope(z[o], all, T(o == label), share);
-        if constexpr (kTangent) tangent[o] = L::curvature(z[o], all, tangent[o], mean, share);
+        const T e = Math<T>::exp(z[o] - top);
+        grad[o] = valid ? weight * L::slope(e, T(o == label), others, scale) : T(0);
+        if constexpr (kTangent) tangent[o] = valid ? scale * e * (tangent[o] - own_tangent - mean) : T(0);
       }
     }
     return loss;

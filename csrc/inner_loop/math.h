@@ -75,46 +75,69 @@ struct MeanSquaredError {
   }
   // Overwrites the tangent of z by that of the gradient.
   template <typename V>
-  static METAFAST_HD void tangent(const V*, V w, int64_t outputs, V* tangent) {
+  static METAFAST_HD void tangent(const V*, const V*, V w, int64_t outputs, V* tangent) {
     for (int64_t o = 0; o < outputs; ++o) tangent[o] = w > V{} ? 2 * w * tangent[o] : V{};
   }
 };
 
-// y is one-hot. Of one output, from `all`, the log_sum_exp of z, and `mean`, that of the tangent of z weighed
-// by softmax(z): slope() and curvature(), the gradient and its tangent.
+// y is one-hot. What a well classified example has left, a loss and a gradient near 0, is where cross entropy
+// would cancel, as the difference of large logits or as 1 - softmax. So the exponentials e of the outputs,
+// around the largest, are summed apart: `own`, of the label, and `others`; `scale` is w / (own + others).
 struct CrossEntropy {
+  // Of an example whose label's output is `gap` below the largest.
   template <typename V>
-  static METAFAST_HD V slope(V z, V all, V y, V w) {
-    return w > V{} ? w * (Math<V>::exp(z - all) - y) : V{};
+  static METAFAST_HD V nll(V gap, V own, V others) {
+    return gap + Math<V>::log1p(own - 1 + others);
   }
   template <typename V>
-  static METAFAST_HD V curvature(V z, V all, V tangent, V mean, V w) {
-    return w > V{} ? w * Math<V>::exp(z - all) * (tangent - mean) : V{};
+  static METAFAST_HD V slope(V e, V is_own, V others, V scale) {
+    return scale * (is_own > V{} ? -others : e);
   }
   template <typename V>
-  static METAFAST_HD V log_sum_exp(const V* z, int64_t outputs) {
-    V largest = z[0], sum{};
-    for (int64_t o = 1; o < outputs; ++o) largest = z[o] > largest ? z[o] : largest;
-    for (int64_t o = 0; o < outputs; ++o) sum += Math<V>::exp(z[o] - largest);
-    return largest + Math<V>::log(sum);
+  static METAFAST_HD V largest(const V* z, int64_t outputs) {
+    V top = z[0];
+    for (int64_t o = 1; o < outputs; ++o) top = z[o] > top ? z[o] : top;
+    return top;
   }
   template <typename V>
   static METAFAST_HD V value(const V* z, const V* y, V w, int64_t outputs) {
-    V own{}, all = log_sum_exp(z, outputs);
-    for (int64_t o = 0; o < outputs; ++o) own = y[o] > V{} ? z[o] : own;
-    return w > V{} ? w * (all - own) : V{};
+    const V top = largest(z, outputs);
+    V label{}, own{}, others{};
+    for (int64_t o = 0; o < outputs; ++o) {
+      const V e = Math<V>::exp(z[o] - top);
+      label = y[o] > V{} ? z[o] : label;
+      own = y[o] > V{} ? e : own;
+      others += y[o] > V{} ? V{} : e;
+    }
+    return w > V{} ? w * nll<V>(top - label, own, others) : V{};
   }
   template <typename V>
   static METAFAST_HD void gradient(const V* z, const V* y, V w, int64_t outputs, V* grad) {
-    const V all = log_sum_exp(z, outputs);
-    for (int64_t o = 0; o < outputs; ++o) grad[o] = slope(z[o], all, y[o], w);
+    const V top = largest(z, outputs);
+    V own{}, others{};
+    for (int64_t o = 0; o < outputs; ++o) {
+      const V e = grad[o] = Math<V>::exp(z[o] - top);
+      own = y[o] > V{} ? e : own;
+      others += y[o] > V{} ? V{} : e;
+    }
+    const V scale = w / (own + others);
+    for (int64_t o = 0; o < outputs; ++o) grad[o] = w > V{} ? slope<V>(grad[o], y[o], others, scale) : V{};
   }
   template <typename V>
-  static METAFAST_HD void tangent(const V* z, V w, int64_t outputs, V* tangent) {
-    const V all = log_sum_exp(z, outputs);
-    V mean{};
-    for (int64_t o = 0; o < outputs; ++o) mean += Math<V>::exp(z[o] - all) * tangent[o];
-    for (int64_t o = 0; o < outputs; ++o) tangent[o] = curvature(z[o], all, tangent[o], mean, w);
+  static METAFAST_HD void tangent(const V* z, const V* y, V w, int64_t outputs, V* tangent) {
+    const V top = largest(z, outputs);
+    V sum{}, mean{}, label{};
+    for (int64_t o = 0; o < outputs; ++o) label = y[o] > V{} ? tangent[o] : label;
+    for (int64_t o = 0; o < outputs; ++o) {
+      const V e = Math<V>::exp(z[o] - top);
+      tangent[o] -= label;  // where nearly all weight is the label's, its own change would cancel in the mean
+      sum += e;
+      mean += e * tangent[o];
+    }
+    mean /= sum;
+    for (int64_t o = 0; o < outputs; ++o) {
+      tangent[o] = w > V{} ? w / sum * Math<V>::exp(z[o] - top) * (tangent[o] - mean) : V{};
+    }
   }
 };
 

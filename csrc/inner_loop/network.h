@@ -298,8 +298,8 @@ class Network {
     const Layer& last = layers_[layers()];
     with_loss(mlp_.loss, [&]<class L>() {
       for (int64_t r = 0; r < batch.rows; ++r) {
-        L::tangent(row(last.out, r, last.pitch), *row(batch.share, r, 1), batch.outputs,
-                   row(last.grad_tangent, r, last.pitch));
+        L::tangent(row(last.out, r, last.pitch), row(batch.y, r, last.pitch), *row(batch.share, r, 1),
+                   batch.outputs, row(last.grad_tangent, r, last.pitch));
       }
     });
     if (batch.grad_y == nullptr) return;

@@ -51,7 +51,8 @@ class ClassProbabilities {
       all_[j] = class_of(j) >= 0 ? Math<V>::exp(logits[j] - top) : V{};
       sum += all_[j];
     }
-    log_sum_ = top + Math<V>::log(sum);
+    largest_ = top;
+    log_sum_ = Math<V>::log(sum);
     inverse_sum_ = 1 / sum;
     if (labels_ == nullptr) return;
 
@@ -76,23 +77,24 @@ class ClassProbabilities {
 
   // log p(n), for a class that takes part
   V log_prob(int64_t n) const {
-    const V log_class = labels_ ? top_[n] + Math<V>::log(sum_[n]) : logits_[n];
-    return log_class - log_sum_;
+    const V around = (labels_ ? top_[n] : logits_[n]) - largest_;
+    return labels_ ? around + Math<V>::log(sum_[n]) - log_sum_ : around - log_sum_;
   }
 
   // log p(label) of each of `count` queries, 0 where the label is ignored.
   V label_log_probs(const int64_t* labels, int count) const {
-    V log_class{}, sum = V{} + 1;
+    V top = largest_, sum = V{} + 1;
     Mask<T> valid{};
     for (int i = 0; i < count; ++i) {
       const int64_t n = labels[i];
       if (n < 0 || n >= ways_) continue;
       valid[i] = -1;
-      log_class[i] = labels_ ? top_[n][i] : logits_[n][i];
+      top[i] = labels_ ? top_[n][i] : logits_[n][i];
       if (labels_) sum[i] = sum_[n][i];
     }
-    if (labels_) log_class += Math<V>::log(sum);
-    return valid ? log_class - log_sum_ : V{};
+    V log_prob = top - largest_ - log_sum_;
+    if (labels_) log_prob += Math<V>::log(sum);
+    return valid ? log_prob : V{};
   }
 
   V all(int64_t j) const { return all_[j] * inverse_sum_; }  // probability of row j among all rows,
@@ -107,8 +109,8 @@ class ClassProbabilities {
   int64_t ways_ = 0;
   const int64_t* labels_ = nullptr;
   const V* logits_ = nullptr;
-  Scratch<V> all_, own_, top_, sum_;  // exponentials of the rows; maximum and sum of each class
-  V log_sum_{}, inverse_sum_{};
+  Scratch<V> all_, own_, top_, sum_;         // exponentials of the rows; maximum and sum of each class
+  V largest_{}, log_sum_{}, inverse_sum_{};  // logit of a row; of all rows' exponentials around it
 };
 
 // The gradients of the class log-probabilities of a tile, from those of log_probs or of the loss.

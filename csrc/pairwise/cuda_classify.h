@@ -216,7 +216,9 @@ class ClassifyBlock {
  private:
   __device__ int plane() const { return div_up(rows_, kMaxSelves) * kMaxSelves * plan_.tile; }
   __device__ T& at(int f, int j) const { return shared_.planes[f * plane() + j * plan_.tile + column_]; }
-  __device__ T logit(int j) const { return -p_.scale * at(0, j); }
+  // Around the query's largest, beside which what a likely class has left of its log-probability would
+  // vanish.
+  __device__ T logit(int j) const { return -p_.scale * at(0, j) - top_; }
   __device__ T change(int j) const { return -p_.scale * at(1, j); }
 
   // Combines a value of each of the threads that share a query.
@@ -230,18 +232,21 @@ class ClassifyBlock {
     return value;
   }
 
-  // log-sum-exp of the logits of the rows that `takes_part` names, this thread's own or (kShared) those of
-  // all that share the query.
+  // The largest logit, and the log-sum-exp from there, of the rows that `takes_part` names: this thread's own
+  // or (kShared) those of all that share the query.
   template <bool kShared, typename TakesPart>
-  __device__ T log_sum_exp(TakesPart takes_part) const {
-    const int first = kShared ? first_row_ : 0, step = kShared ? row_step_ : 1;
+  __device__ T largest(TakesPart takes_part) const {
     T top = -std::numeric_limits<T>::infinity();
-    for (int j = first; j < rows_; j += step) {
+    for (int j = kShared ? first_row_ : 0; j < rows_; j += kShared ? row_step_ : 1) {
       if (takes_part(shared_.row_class[j])) top = Max<T>{}(logit(j), top);
     }
-    if constexpr (kShared) top = over_rows(top, Max<T>{});
+    return kShared ? over_rows(top, Max<T>{}) : top;
+  }
+
+  template <bool kShared, typename TakesPart>
+  __device__ T log_sum_exp(T top, TakesPart takes_part) const {
     T sum = 0;
-    for (int j = first; j < rows_; j += step) {
+    for (int j = kShared ? first_row_ : 0; j < rows_; j += kShared ? row_step_ : 1) {
       if (takes_part(shared_.row_class[j])) sum += Math<T>::exp(logit(j) - top);
     }
     if constexpr (kShared) sum = over_rows(sum, Sum<T>{});
@@ -249,14 +254,18 @@ class ClassifyBlock {
   }
 
   __device__ void set_probabilities() {
-    log_all_ = log_sum_exp<true>([](int n) { return n >= 0; });
+    const auto any = [](int n) { return n >= 0; };
+    top_ = 0;
+    top_ = largest<true>(any);
+    log_all_ = log_sum_exp<true>(T(0), any);
     log_own_ = 0;
     if (p_.query_labels != nullptr) {
-      log_own_ = log_sum_exp<true>([this](int n) { return n == label_ && n >= 0; });
+      const auto own = [this](int n) { return n == label_ && n >= 0; };
+      log_own_ = log_sum_exp<true>(largest<true>(own), own);
     } else if (plan_.per_class) {
       for (int64_t n = first_row_; n < ways_; n += row_step_) {
-        shared_.class_log[n * plan_.tile + column_] =
-            log_sum_exp<false>([n](int of_row) { return of_row == n; });
+        const auto of_class = [n](int of_row) { return of_row == n; };
+        shared_.class_log[n * plan_.tile + column_] = log_sum_exp<false>(largest<false>(of_class), of_class);
       }
       __syncthreads();
     }
@@ -334,7 +343,7 @@ class ClassifyBlock {
   Rows<T> x_{}, u_{};
   ClassifyShared<T> shared_{};
   int64_t query_ = 0, label_ = -1;
-  T log_all_ = 0, log_own_ = 0, grad_sum_ = 0;
+  T top_ = 0, log_all_ = 0, log_own_ = 0, grad_sum_ = 0;
   const T* grad_ = nullptr;
 };
 

@@ -26,15 +26,18 @@ class Remote:
     digest: str  # hexadecimal
 
 
-def download(remote: Remote, target: Path) -> None:
+def download(remote: Remote, target: Path, advice: str) -> None:
     """Fetches ``remote`` to ``target``; on any failure ``target`` does not exist.
 
     The bytes go to a ``.part`` file in the same folder, which takes the name ``target`` once its digest is
     right, so that nobody ever sees half a file. A progress bar is drawn if stderr is a terminal and
     rich is installed.
 
+    Args:
+        advice: what to do instead, where it cannot be had: a sentence.
+
     Raises:
-        ConnectionError: the address could not be reached or the transfer broke off; says what to do instead.
+        ConnectionError: the address could not be reached or the transfer broke off; ends with ``advice``.
         ValueError: the digest is wrong; names the file, the digest expected and the one that came.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +46,7 @@ def download(remote: Remote, target: Path) -> None:
     digest = hashlib.new(remote.algorithm, usedforsecurity=False)
     try:
         with os.fdopen(handle, "wb") as file:
-            for block in _body(remote.url, target):
+            for block in _body(remote.url, target, advice):
                 file.write(block)
                 digest.update(block)
         if digest.hexdigest() != remote.digest:
@@ -57,12 +60,8 @@ def download(remote: Remote, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _body(url: str, target: Path) -> Iterator[bytes]:
+def _body(url: str, target: Path, advice: str) -> Iterator[bytes]:
     """The bytes behind ``url``, in blocks; ConnectionError if they cannot be had, or not all of them."""
-    advice = (
-        f"Put the file at {target} by hand, or set METAFAST_DATA to a data folder that has it "
-        f"(as {target.parent.name}/{target.name})."
-    )
     received = 0
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .download import Remote, download
+from .paths import data_root
 from .pixels import read_pixels
 
 _OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -73,15 +74,15 @@ def find_file(root: Path, path: str, may_download: bool) -> Path:
     target = root / path
     if target.exists():
         return target
+    # Where a folder was passed, METAFAST_DATA does not count.
+    other = "set METAFAST_DATA to" if root == data_root(None) else "pass as root (--data-root)"
+    advice = f"Put the file at {target} by hand, or {other} a data folder that has it as {path}."
     if not may_download:
-        raise FileNotFoundError(
-            f"{target} does not exist: put it there, set METAFAST_DATA to the folder that holds {path}, "
-            "or allow the download"
-        )
+        raise FileNotFoundError(f"{path} is absent, and not to be downloaded. {advice}")
     remote = REMOTES[path]
     if mirror := os.environ.get("METAFAST_MIRROR"):
         remote = Remote(f"{mirror.rstrip('/')}/{path}", remote.algorithm, remote.digest)
-    download(remote, target)
+    download(remote, target, advice)
     return target
 
 

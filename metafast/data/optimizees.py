@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .classes import ImageClasses
 from .networks import Network
-from .sampling import random_bits, sample_without_replacement
+from .sampling import check_sizes, open_unit, random_bits, sample_without_replacement
 
 _DIMENSIONS = 10  # of a quadratic
 _STREAMS = ("start", "rows", "scales", "classes")  # of random numbers
@@ -156,7 +156,7 @@ class QuadraticSampler:
     """
 
     def __init__(self, *, tasks: int, steps: int, seed: int = 0, device: torch.device | str = "cpu") -> None:
-        _check_sizes(tasks=tasks, steps=steps)
+        check_sizes(tasks=tasks, steps=steps)
         self.tasks = tasks
         self.steps = steps
         self.seed = seed
@@ -200,7 +200,7 @@ class TrainingSampler:
         batch_size: int = 128,
         seed: int = 0,
     ) -> None:
-        _check_sizes(tasks=tasks, steps=steps, batch_size=batch_size)
+        check_sizes(tasks=tasks, steps=steps, batch_size=batch_size)
         if ways is not None and not 1 <= ways <= len(classes):
             raise ValueError(f"ways: expected 1 to {len(classes)}, the number of classes, got {ways}")
         self.network = network
@@ -217,7 +217,7 @@ class TrainingSampler:
         images, labels = self._all or self._draw(step)
         device = images.device
         sizes = [shape.numel() for shape, _ in self.network.parameters]
-        unit = _unit(random_bits(_stream(self.seed, "start"), step, (self.tasks, sum(sizes)), device))
+        unit = open_unit(random_bits(_stream(self.seed, "start"), step, (self.tasks, sum(sizes)), device))
         start = [
             bound * (2 * flat - 1).unflatten(1, shape)
             for flat, (shape, bound) in zip(unit.split(sizes, dim=1), self.network.parameters, strict=True)
@@ -249,17 +249,11 @@ class ScaledSampler:
         problems = self.sampler.batch(step)
         sizes = [tensor[0].numel() for tensor in problems.start]
         shape = (len(problems), sum(sizes))
-        unit = _unit(random_bits(_stream(self.seed, "scales"), step, shape, problems.start[0].device))
+        unit = open_unit(random_bits(_stream(self.seed, "scales"), step, shape, problems.start[0].device))
         flat = (self.size * (2 * unit - 1)).exp().split(sizes, dim=1)
         scales = [part.view_as(tensor) for part, tensor in zip(flat, problems.start, strict=True)]
         start = [tensor / scale for tensor, scale in zip(problems.start, scales, strict=True)]
         return Scaled(start, problems.steps, problems, scales)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def _examples(classes: ImageClasses) -> tuple[Tensor, Tensor]:
@@ -278,11 +272,6 @@ def _stream(seed: int, name: str) -> int:
     return len(_STREAMS) * seed + _STREAMS.index(name)
 
 
-def _unit(bits: Tensor) -> Tensor:
-    """int64 in 0..2^63-1 -> float32 in (0, 1), never 0 or 1."""
-    return ((bits >> 40).float() + 0.5) * 2**-23
-
-
 def _normal(bits: Tensor) -> Tensor:
     """int64 in 0..2^63-1 -> standard normal float32."""
-    return torch.special.ndtri(_unit(bits).double()).float()
+    return torch.special.ndtri(open_unit(bits).double()).float()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .classes import ImageClasses
 from .episodes import Episodes
-from .sampling import random_bits, sample_without_replacement
+from .sampling import check_sizes, random_bits, sample_without_replacement
 
 
 class EpisodeSampler:
@@ -45,9 +45,7 @@ class EpisodeSampler:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        for name, value in (("ways", ways), ("shots", shots), ("queries", queries), ("tasks", tasks)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_sizes(ways=ways, shots=shots, queries=queries, tasks=tasks)
         if ways > len(classes):
             raise ValueError(f"ways: expected at most {len(classes)}, the number of classes, got {ways}")
         counts = classes.counts

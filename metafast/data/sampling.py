@@ -50,6 +50,23 @@ def random_bits(seed: int, step: int | Tensor, shape: tuple[int, ...], device: t
     return bits.view(*start.shape, *shape)
 
 
+def unit(bits: Tensor) -> Tensor:
+    """int64 in 0..2^63-1 -> float32 in [0, 1): the leading 24 bits, all that float32 holds."""
+    return (bits >> 39).float() * 2**-24
+
+
+def open_unit(bits: Tensor) -> Tensor:
+    """int64 in 0..2^63-1 -> float32 in (0, 1), never 0 or 1: the last of the 24 bits is set."""
+    return unit(bits | 1 << 39)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ``ValueError`` for a size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
 def sample_without_replacement(bits: Tensor, population: Tensor | int) -> Tensor:
     """For each row, K distinct integers out of 0..population-1, every ordered choice equally likely.
 

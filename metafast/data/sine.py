@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .episodes import Episodes
-from .sampling import random_bits
+from .sampling import check_sizes, random_bits, unit
 
 _AMPLITUDES = (0.1, 5.0)
 _PHASES = (0.0, math.pi)
@@ -43,9 +43,7 @@ class SineSampler:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("shots", shots), ("queries", queries), ("tasks", tasks)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_sizes(shots=shots, queries=queries, tasks=tasks)
         self.shots = shots
         self.queries = queries
         self.tasks = tasks
@@ -67,9 +65,9 @@ class SineSampler:
     def _draw(self, block: int) -> list[Episodes]:
         steps = torch.arange(block * _BLOCK, (block + 1) * _BLOCK, device=self.device)
         draws = 2 + self.shots + self.queries
-        unit = _unit(random_bits(self.seed, steps, (self.tasks, draws), self.device))  # [block, T, draws]
-        amplitude, phase = _between(unit[..., :1], _AMPLITUDES), _between(unit[..., 1:2], _PHASES)
-        x = _between(unit[..., 2:], _INPUTS)
+        drawn = unit(random_bits(self.seed, steps, (self.tasks, draws), self.device))  # [block, T, draws]
+        amplitude, phase = _between(drawn[..., :1], _AMPLITUDES), _between(drawn[..., 1:2], _PHASES)
+        x = _between(drawn[..., 2:], _INPUTS)
         y = amplitude * torch.sin(x - phase)
         pieces = [
             part.unsqueeze(-1).contiguous().unbind()
@@ -80,11 +78,6 @@ class SineSampler:
         return list(map(Episodes, support, support_labels, query, query_labels))
 
 
-def _unit(bits: Tensor) -> Tensor:
-    """int64 in 0..2^63-1 -> float32 in [0, 1): the leading 24 bits, all that float32 holds."""
-    return (bits >> 39).float() * 2**-24
-
-
-def _between(unit: Tensor, interval: tuple[float, float]) -> Tensor:
+def _between(share: Tensor, interval: tuple[float, float]) -> Tensor:
     low, high = interval
-    return low + (high - low) * unit
+    return low + (high - low) * share

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from metafast._structure import recognise
 from metafast.data import Episodes, Problem
 from metafast.inner_loop import inner_sgd, maml_loss, task_linear
+from metafast.options import COUNT, NOT_NEGATIVE, whole
 from metafast.reference.inner_loop import LearningRate
 
 from .method import Method
@@ -24,6 +26,7 @@ SINE: dict[str, Any] = {
     "activation": "relu",
     "inner_lr": 0.01,
     "inner_steps": 1,
+    "test_steps": None,
     "shots": 10,
     "queries": 10,
     "tasks": 25,
@@ -42,6 +45,7 @@ IMAGES: dict[str, Any] = {
     "activation": "relu",
     "inner_lr": 0.1,
     "inner_steps": 2,
+    "test_steps": None,
     "ways": 5,
     "shots": 1,
     "queries": 5,
@@ -74,6 +78,9 @@ class Adaptation(Method):
     Raises:
         ValueError: ``network`` is no such network, or ``steps`` is negative.
     """
+
+    inner_rates: ClassVar[Callable[[str], float]] = staticmethod(NOT_NEGATIVE)
+    """The values of ``--inner-lr``."""
 
     def __init__(
         self, network: nn.Module, *, loss: str, lr: float, steps: int, test_steps: int | None = None
@@ -150,12 +157,19 @@ class Adaptation(Method):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument("--hidden", type=int, nargs="+", metavar="H", help="widths of the hidden layers")
-        parser.add_argument("--activation", choices=("relu", "tanh"), help="between layers")
-        parser.add_argument("--inner-lr", type=float, metavar="X", help="learning rate of the inner loop")
-        parser.add_argument("--inner-steps", type=int, metavar="K", help="of the inner loop in training")
         parser.add_argument(
-            "--test-steps", type=int, metavar="K", help="of the inner loop in evaluation; else --inner-steps"
+            "--hidden", type=COUNT, nargs="+", metavar="H", help="widths of the hidden layers"
+        )
+        parser.add_argument("--activation", choices=("relu", "tanh"), help="between layers")
+        parser.add_argument(
+            "--inner-lr", type=cls.inner_rates, metavar="X", help="learning rate of the inner loop"
+        )
+        parser.add_argument("--inner-steps", type=whole(0), metavar="K", help="of the inner loop in training")
+        parser.add_argument(
+            "--test-steps",
+            type=whole(0),
+            metavar="K",
+            help="of the inner loop in evaluation; else --inner-steps",
         )
 
     @classmethod

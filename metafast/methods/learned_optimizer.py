@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metafast.coordinatewise_lstm import CoordinatewiseLSTM
 from metafast.data import Optimizees
+from metafast.options import COUNT, FINITE, POSITIVE, whole
 
 from .method import Learner
 
@@ -27,7 +28,6 @@ _QUADRATIC: Mapping[str, Any] = {
     "truncation": 20,
     "objective": "loss",
     "random_scaling": 0.0,
-    "batch_size": 128,
     "tasks": 16,
     "steps": 4000,
     "optimizer": "adam",
@@ -93,8 +93,7 @@ class LearnedOptimizer(Learner):
             ValueError: ``truncation`` does not divide the number of steps.
         """
         steps, length = problems.steps, self.truncation
-        if steps % length:
-            raise ValueError(f"truncation: expected a divisor of the {steps} steps, got {length}")
+        self.check_steps(steps)
         params = [tensor.clone() for tensor in problems.start]
         state = self.cell.initial_state(params)
         begun: list[Tensor] = []  # the parameters, and the states, that the parts begin from
@@ -127,19 +126,26 @@ class LearnedOptimizer(Learner):
         linear = sum((theta * slope).sum() for theta, slope in zip(trajectory, slopes, strict=True))
         return after.mean() + (linear - linear.detach()) / after.numel()
 
+    def check_steps(self, steps: int) -> None:
+        """Raises ``ValueError`` where ``truncation`` does not divide the number of steps of the problems."""
+        if steps % self.truncation:
+            raise ValueError(f"truncation: expected a divisor of the {steps} steps, got {self.truncation}")
+
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument("--hidden", type=int, metavar="H", help="units of a layer")
-        parser.add_argument("--layers", type=int, metavar="L", help="of the LSTM, 1 to 3")
+        parser.add_argument("--hidden", type=COUNT, metavar="H", help="units of a layer")
+        parser.add_argument("--layers", type=whole(1, 3), metavar="L", help="of the LSTM, 1 to 3")
         parser.add_argument("--preprocess", choices=("log_sign", "none"), help="of the gradients")
-        parser.add_argument("--p", type=float, help="of log_sign: gradients below exp(-p) count as small")
         parser.add_argument(
-            "--scale", type=float, metavar="X", help="what the LSTM's output is multiplied by"
+            "--p", type=POSITIVE, metavar="X", help="of log_sign: gradients below exp(-X) count as small"
         )
-        parser.add_argument("--inner-steps", type=int, metavar="K", help="steps of an optimisation")
+        parser.add_argument(
+            "--scale", type=FINITE, metavar="X", help="what the LSTM's output is multiplied by"
+        )
+        parser.add_argument("--inner-steps", type=COUNT, metavar="K", help="steps of an optimisation")
         parser.add_argument("--objective", choices=_OBJECTIVES, help="the loss of a step, or its logarithm")
         parser.add_argument(
-            "--truncation", type=int, metavar="K", help="steps that the meta-gradient goes through"
+            "--truncation", type=COUNT, metavar="K", help="steps that the meta-gradient goes through"
         )
 
     @classmethod
@@ -151,7 +157,9 @@ class LearnedOptimizer(Learner):
             p=options.p,
             scale=options.scale,
         )
-        return cls(cell, truncation=options.truncation, objective=options.objective)
+        method = cls(cell, truncation=options.truncation, objective=options.objective)
+        method.check_steps(options.inner_steps)
+        return method
 
 
 def _gradients(problems: Optimizees, params: list[Tensor], step: int) -> tuple[Tensor, list[Tensor]]:

@@ -55,4 +55,8 @@ class MAML(Adaptation):
 
     @classmethod
     def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
+        if options.learn_inner_lr and options.inner_steps < 1:
+            raise ValueError(
+                f"inner_steps: expected at least 1, whose rates are learned, got {options.inner_steps}"
+            )
         return {**super().settings(options, problem), "learn_lr": options.learn_inner_lr}

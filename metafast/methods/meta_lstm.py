@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
 from metafast.meta_lstm import MetaLSTM
+from metafast.options import COUNT, SHARE, whole
 
 from .adaptation import IMAGES, Adaptation
 from .method import Recipes
@@ -45,12 +46,17 @@ class MetaLSTMLearner(Adaptation):
         },
     }
 
+    inner_rates = staticmethod(SHARE)
+
     def __init__(self, network: nn.Module, cell: MetaLSTM, **settings: Any) -> None:
         super().__init__(network, lr=cell.first_gates[0], **settings)
         self.cell = cell
 
     def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
-        """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...]."""
+        """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...].
+
+        A call of the cell is one task's: the loss is an input that all coordinates of a call share.
+        """
         starts = self.params
         theta = [start.detach().expand(len(x), *start.shape).clone() for start in starts]
         states = [self.cell.initial_state(starts) for _ in x]
@@ -101,10 +107,12 @@ class MetaLSTMLearner(Adaptation):
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
         super().add_options(parser)
-        parser.add_argument("--cell-hidden", type=int, metavar="H", help="units of a layer of the meta-LSTM")
+        parser.add_argument(
+            "--cell-hidden", type=COUNT, metavar="H", help="units of a layer of the meta-LSTM"
+        )
         parser.add_argument(
             "--cell-layers",
-            type=int,
+            type=whole(0, 3),
             metavar="L",
             help="LSTM layers below its gates; with 0 the gates see the gradient, the loss, the weight and "
             "themselves alone. --inner-lr is where the input gate begins",

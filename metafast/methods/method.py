@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
-
-Recipes = Mapping[str, Mapping[str, Any]]
+from metafast.options import Recipes
 
 
 class Learner(nn.Module, ABC):
@@ -23,7 +21,7 @@ class Learner(nn.Module, ABC):
 
     recipes: ClassVar[Recipes]
     """The defaults of the options that depend on the data: ``"images"``, ``"sine"`` -> option -> value. What
-    the method cannot learn from is absent."""
+    the method cannot learn from is absent, and so is an option from the data that it does not belong to."""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:

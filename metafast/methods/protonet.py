@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
+from metafast.options import COUNT
 from metafast.pairwise import prototypical_log_probs, prototypical_loss
 
 from .conv4 import conv4
@@ -80,12 +81,12 @@ class ProtoNet(Method):
             help="distance of a query to a prototype (default: %(default)s)",
         )
         parser.add_argument(
-            "--hidden", type=int, default=64, metavar="H", help="channels of Conv4 (default: %(default)s)"
+            "--hidden", type=COUNT, default=64, metavar="H", help="channels of Conv4 (default: %(default)s)"
         )
 
     @classmethod
     def from_options(cls, options: Namespace, problem: Problem) -> ProtoNet:
         channels, height, width = problem.input_shape
         if min(height, width) < 16:
-            raise ValueError(f"image size: expected at least 16, which Conv4 halves four times, got {height}")
+            raise ValueError(f"image_size: expected at least 16, which Conv4 halves four times, got {height}")
         return cls(conv4(channels, options.hidden), metric=options.metric)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from metafast.data import Episodes, EpisodeSampler, ImageClasses, image_folder
 from metafast.data.floors import pixel_floor
 from metafast.data.resize import resize_area
-from metafast.data.sampling import random_bits, sample_without_replacement
+from metafast.data.sampling import open_unit, random_bits, sample_without_replacement, unit
 
 
 def numbered(classes: int, examples: int, counts: list[int] | None = None) -> ImageClasses:
@@ -278,3 +278,14 @@ def test_image_folder_says_what_is_absent(pictures, tmp_path):
     (pictures / "empty").mkdir()
     with pytest.raises(ValueError, match=r"expected images in .*empty"):
         image_folder(pictures, image_size=3)
+
+
+def test_bits_become_numbers_of_the_unit_interval() -> None:
+    most = 2**63 - 1
+    bits = torch.tensor([0, 1 << 39, most])
+    assert unit(bits).tolist() == [0, 2**-24, 1 - 2**-24]
+    assert open_unit(bits).tolist() == [2**-24, 2**-24, 1 - 2**-24]
+    drawn = random_bits(0, 0, (1000,), "cpu")
+    assert unit(drawn).dtype == open_unit(drawn).dtype == torch.float32
+    assert torch.equal(open_unit(drawn), ((drawn >> 40).float() + 0.5) * 2**-23)
+    assert abs(float(unit(drawn).mean()) - 0.5) < 5 / 12**0.5 / 1000**0.5

@@ -252,17 +252,28 @@ def test_without_the_file_on_the_net_the_error_says_what_to_do(mirror, tmp_path,
     else:
         monkeypatch.setenv("METAFAST_MIRROR", f"{mirror.url}/elsewhere/")
     target = tmp_path / "omniglot" / "all_runs.zip"
-    with pytest.raises(
-        ConnectionError, match=rf"could not be downloaded.*Put the file at {target}.*METAFAST_DATA"
-    ):
+    said = f"could not be downloaded.*Put the file at {target}"
+    with pytest.raises(ConnectionError, match=said):
         omniglot_runs(tmp_path)
     assert list((tmp_path / "omniglot").iterdir()) == []
 
 
+def test_the_advice_is_for_the_folder_that_was_asked(mirror, tmp_path, monkeypatch):
+    monkeypatch.setenv("METAFAST_MIRROR", f"{mirror.url}/elsewhere/")
+    path = "omniglot/splits_vinyals/test.txt"
+    passed, configured = tmp_path / "passed", tmp_path / "configured"
+    monkeypatch.setenv("METAFAST_DATA", str(configured))
+    advice = r"at {}/{} by hand, or {} a data folder that has it as {}\.$"
+    with pytest.raises(ConnectionError, match=advice.format(configured, path, "set METAFAST_DATA to", path)):
+        omniglot(split="test")
+    other = r"pass as root \(--data-root\)"
+    with pytest.raises(ConnectionError, match=advice.format(passed, path, other, path)):
+        omniglot(passed, split="test")
+
+
 def test_without_permission_nothing_is_downloaded(mirror, tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"train\.txt does not exist: put it there, set METAFAST_DATA"
-    ):
+    said = r"splits_vinyals/train\.txt is absent, and not to be downloaded\. Put the file at"
+    with pytest.raises(FileNotFoundError, match=said):
         omniglot(tmp_path, download=False)
     assert mirror.requested == []
 

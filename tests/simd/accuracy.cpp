@@ -1,5 +1,5 @@
-// Prints the largest error of exp, log and tanh of common/simd.h over the floats, in units in the last place
-// of the C library's double result, the largest absolute error of an LSTM's nonlinearities, and whether
+// Prints the largest error of exp, log, log1p and tanh of common/simd.h over the floats, in units in the last
+// place of the C library's double result, the largest absolute error of an LSTM's nonlinearities, and whether
 // special values and sum_lanes() come out right: "exp 0.9\nlog ...".
 #include <cmath>
 #include <cstdio>
@@ -69,8 +69,8 @@ bool specials() {
          Math<V>::exp(all(0))[0] == 1 && std::isnan(Math<V>::exp(all(nan))[0]) &&
          Math<V>::log(all(0))[0] == -kInfinity && Math<V>::log(all(kInfinity))[0] == kInfinity &&
          std::isnan(Math<V>::log(all(-1))[0]) && std::isnan(Math<V>::log(all(nan))[0]) &&
-         Math<V>::tanh(all(kInfinity))[0] == 1 && Math<V>::tanh(all(-kInfinity))[0] == -1 &&
-         std::isnan(Math<V>::tanh(all(nan))[0]);
+         std::isnan(Math<V>::log1p(all(nan))[0]) && Math<V>::tanh(all(kInfinity))[0] == 1 &&
+         Math<V>::tanh(all(-kInfinity))[0] == -1 && std::isnan(Math<V>::tanh(all(nan))[0]);
 }
 
 template <typename T>
@@ -110,6 +110,7 @@ bool loads_parts() {
 int main() {
   report("exp", true, [](V x) { return Math<V>::exp(x); }, [](double x) { return std::exp(x); });
   report("log", false, [](V x) { return Math<V>::log(x); }, [](double x) { return std::log(x); });
+  report("log1p", false, [](V x) { return Math<V>::log1p(x); }, [](double x) { return std::log1p(x); });
   report("tanh", true, [](V x) { return Math<V>::tanh(x); }, [](double x) { return std::tanh(x); });
   report_absolute("lstm_tanh", Nonlinear<float>::tanh, [](double x) { return std::tanh(x); });
   report_absolute("lstm_sigmoid", Nonlinear<float>::sigmoid, [](double x) { return 1 / (1 + std::exp(-x)); });
