@@ -31,15 +31,13 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   m.def("pairwise(Tensor x, Tensor y, Tensor? weight, Tensor? bias, str metric) -> Tensor");
   // -> grad_x, grad_y, grad_weight, grad_bias; the last two of size 0 without weight, without bias.
   m.def(
-      "pairwise_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor out, str "
-      "metric) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "pairwise_backward(Tensor grad, Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor out, "
+      "str metric) -> (Tensor, Tensor, Tensor, Tensor)");
   // -> grad_grad, grad_x, grad_y, grad_weight, grad_bias
   m.def(
       "pairwise_double_backward(Tensor gg_x, Tensor gg_y, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, "
-      "Tensor x, "
-      "Tensor y, Tensor? weight, Tensor? bias, Tensor out, str metric) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor out, str metric) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
 
   // Class log-probabilities or their loss, from logits -scale * distance(query, row):
   //   method prototypical  rows are the class means of the support; softmax over classes
@@ -60,10 +58,9 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "Tensor, Tensor, Tensor, Tensor)");
   // -> grad_support, grad_query
   m.def(
-      "classify_backward(Tensor grad, Tensor support, Tensor support_labels, Tensor query, Tensor? "
-      "query_labels, "
-      "Tensor? ways, Tensor rows, Tensor valid, SymInt num_classes, str method, str metric, float scale, "
-      "int reduction) -> (Tensor, Tensor)");
+      "classify_backward(Tensor grad, Tensor support, Tensor support_labels, Tensor query, "
+      "Tensor? query_labels, Tensor? ways, Tensor rows, Tensor valid, SymInt num_classes, str method, "
+      "str metric, float scale, int reduction) -> (Tensor, Tensor)");
   // -> grad_grad, grad_support, grad_query
   m.def(
       "classify_double_backward(Tensor gg_support, Tensor gg_query, Tensor grad, Tensor support, "
@@ -83,25 +80,21 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   // grads: of the adapted parameters. -> gradients of params, lr, x, y, in one list; of size 0 where not
   // wanted (wanted: params, lr, x, y). It cannot be differentiated.
   m.def(
-      "inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, str loss, int "
-      "steps, "
-      "str activation, float momentum, bool first_order, bool[4] wanted) -> Tensor[]");
+      "inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, str loss, "
+      "int steps, str activation, float momentum, bool first_order, bool[4] wanted) -> Tensor[]");
 
   // The query loss after inner_sgd on the support: [T], or with `mean` their mean []. With step_weights [K],
   // the sum of the losses after each step, weighed.
   m.def(
       "maml_loss(Tensor[] params, Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, "
-      "Tensor[] lr, "
-      "Tensor? step_weights, str loss, int steps, str activation, float momentum, bool first_order, bool "
-      "mean) "
-      "-> Tensor");
+      "Tensor[] lr, Tensor? step_weights, str loss, int steps, str activation, float momentum, "
+      "bool first_order, bool mean) -> Tensor");
   // grad: of the result. -> the result again, and gradients as of inner_sgd_backward (wanted: params, lr,
   // support_x, support_y, query_x, query_y, step_weights).
   m.def(
-      "maml_loss_backward(Tensor grad, Tensor[] params, Tensor support_x, Tensor support_y, Tensor query_x, "
-      "Tensor query_y, Tensor[] lr, Tensor? step_weights, str loss, int steps, str activation, float "
-      "momentum, "
-      "bool first_order, bool mean, bool[7] wanted) -> (Tensor, Tensor[])");
+      "maml_loss_backward(Tensor grad, Tensor[] params, Tensor support_x, Tensor support_y, "
+      "Tensor query_x, Tensor query_y, Tensor[] lr, Tensor? step_weights, str loss, int steps, "
+      "str activation, float momentum, bool first_order, bool mean, bool[7] wanted) -> (Tensor, Tensor[])");
 
   // One step of SGD on many tensors. lr: one tensor, or one for each of params, that broadcasts to it.
   // momentum_buffers may be empty: zeros. -> the new params, the new buffers (none without momentum).
@@ -130,18 +123,16 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   // One step, grads of the shapes of params; or unrolled: grads [K, ...], results [K, ...], and the first
   // bias may be [K, ...], one for each step. -> results, the new state.
   m.def(
-      "lstm_unroll(Tensor[] grads, Tensor[] params, Tensor state, Tensor[] weights, str head, str "
-      "preprocess, "
-      "float p, float scale, bool unrolled) -> (Tensor[], Tensor)");
+      "lstm_unroll(Tensor[] grads, Tensor[] params, Tensor state, Tensor[] weights, str head, "
+      "str preprocess, float p, float scale, bool unrolled) -> (Tensor[], Tensor)");
   // -> gradients of grads, params, state, weights, in one list; of size 0 where not wanted. It cannot be
   // differentiated.
   m.def(
-      "lstm_unroll_backward(Tensor[] grad_out, Tensor? grad_state, Tensor[] grads, Tensor[] params, Tensor "
-      "state, "
-      "Tensor[] weights, str head, str preprocess, float p, float scale, bool unrolled, bool[4] wanted) -> "
-      "Tensor[]");
+      "lstm_unroll_backward(Tensor[] grad_out, Tensor? grad_state, Tensor[] grads, Tensor[] params, "
+      "Tensor state, Tensor[] weights, str head, str preprocess, float p, float scale, bool unrolled, "
+      "bool[4] wanted) -> Tensor[]");
   // One step in place.
   m.def(
-      "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor[] weights, str head, str "
-      "preprocess, float p, float scale) -> ()");
+      "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor[] weights, str head, "
+      "str preprocess, float p, float scale) -> ()");
 }

@@ -89,8 +89,7 @@ struct PairwiseDoubleBackward : Pairs<T> {
   T* grad_bias;        // [T, chunks], partial sums; null without bias
 };
 
-// ---- around a matrix product of the library (large.h): distances from products, and gradients to factors
-// ----
+// ---- around a matrix product of the library (large.h) ----
 
 // The mean of rows.
 template <typename T>
