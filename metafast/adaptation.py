@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafast import _transformable
-from metafast._numbers import check_not_negative
+from metafast._arguments import check_not_negative
 from metafast._structure import Mlp, recognise
 from metafast.inner_loop import inner_sgd, sgd_update, task_linear
 from metafast.reference.labels import IGNORED, checked_labels

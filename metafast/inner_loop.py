@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from metafast import _C, _doors
-from metafast._numbers import check_not_negative
+from metafast._arguments import blame, check_not_negative, is_number, kind_of
 from metafast._task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
@@ -110,27 +110,31 @@ def inner_sgd(
             w, b = (p - lr * g for p, g in zip((w, b), grads))
     """
     check_not_negative(lr=lr, momentum=momentum)
-    rates = _rates(lr, params, x)
-    options = (loss, steps, activation, momentum, first_order)
-    return _doors.call_listed(
-        "inner_sgd",
-        (list(params), x, y, rates, *options),
-        lambda: reference.inner_sgd(
-            params,
-            x,
-            y,
-            loss=loss,
-            lr=lr,
-            steps=steps,
-            activation=activation,
-            momentum=momentum,
-            first_order=first_order,
-        ),
-        lambda: (
-            inner_sgd_chain(len(params), len(rates), loss == "cross_entropy"),
-            lambda op: list(op(*params, x, y, *rates, *options)),
-        ),
-    )
+    try:
+        rates = _rates(lr, params, x)
+        options = (loss, steps, activation, momentum, first_order)
+        return _doors.call_listed(
+            "inner_sgd",
+            (list(params), x, y, rates, *options),
+            lambda: reference.inner_sgd(
+                params,
+                x,
+                y,
+                loss=loss,
+                lr=lr,
+                steps=steps,
+                activation=activation,
+                momentum=momentum,
+                first_order=first_order,
+            ),
+            lambda: (
+                inner_sgd_chain(len(params), len(rates), loss == "cross_entropy"),
+                lambda op: list(op(*params, x, y, *rates, *options)),
+            ),
+        )
+    except Exception:
+        blame({"x": x, "y": y}, {"params": params}, {"steps": steps}, {"momentum": momentum})
+        raise
 
 
 def maml_loss(
@@ -187,34 +191,40 @@ def maml_loss(
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
-    if step_weights is not None and not isinstance(step_weights, Tensor):
-        step_weights = torch.tensor(step_weights, dtype=support_x.dtype, device=support_x.device)
-    data = (support_x, support_y, query_x, query_y)
     check_not_negative(lr=lr, momentum=momentum)
-    rates = _rates(lr, params, support_x)
+    data = (support_x, support_y, query_x, query_y)
     options = (loss, steps, activation, momentum, first_order)
+    try:
+        if step_weights is not None and not isinstance(step_weights, Tensor):
+            step_weights = torch.tensor(step_weights, dtype=support_x.dtype, device=support_x.device)
+        rates = _rates(lr, params, support_x)
 
-    def reduced(op: Callable[..., tuple[Tensor]]) -> Tensor:
-        (losses,) = op(*params, *data, *rates, step_weights, *options)
-        return losses.mean() if reduction == "mean" else losses
+        def reduced(op: Callable[..., tuple[Tensor]]) -> Tensor:
+            (losses,) = op(*params, *data, *rates, step_weights, *options)
+            return losses.mean() if reduction == "mean" else losses
 
-    return _doors.call_listed(
-        "maml_loss",
-        (list(params), *data, rates, step_weights, *options, reduction == "mean"),
-        lambda: reference.maml_loss(
-            params,
-            *data,
-            loss=loss,
-            lr=lr,
-            steps=steps,
-            activation=activation,
-            momentum=momentum,
-            first_order=first_order,
-            step_weights=step_weights,
-            reduction=reduction,
-        ),
-        lambda: (maml_loss_chain(len(params), len(rates), loss == "cross_entropy"), reduced),
-    )
+        return _doors.call_listed(
+            "maml_loss",
+            (list(params), *data, rates, step_weights, *options, reduction == "mean"),
+            lambda: reference.maml_loss(
+                params,
+                *data,
+                loss=loss,
+                lr=lr,
+                steps=steps,
+                activation=activation,
+                momentum=momentum,
+                first_order=first_order,
+                step_weights=step_weights,
+                reduction=reduction,
+            ),
+            lambda: (maml_loss_chain(len(params), len(rates), loss == "cross_entropy"), reduced),
+        )
+    except Exception:
+        names = ("support_x", "support_y", "query_x", "query_y")
+        tensors = dict(zip(names, data, strict=True))
+        blame(tensors, {"params": params}, {"steps": steps}, {"momentum": momentum})
+        raise
 
 
 def get_trajectory_bytes() -> int:
@@ -274,23 +284,30 @@ def sgd_update(
         [p - lr * s for p, s in zip(params, steps)], buffers
     """
     check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
-    if not params and not grads:
-        return [], []  # no tensor says for which device
-    like = params[0] if params else grads[0]
-    buffers = [] if momentum_buffers is None else list(momentum_buffers)
-    return _doors.call_listed(
-        "sgd_update",
-        (list(params), list(grads), _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
-        lambda: reference.sgd_update(
-            params,
-            grads,
-            lr,
-            momentum_buffers=momentum_buffers,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-        ),
-    )
+    try:
+        if not params and not grads:
+            return [], []  # no tensor says for which device
+        like = params[0] if params else grads[0]
+        buffers = [] if momentum_buffers is None else list(momentum_buffers)
+        return _doors.call_listed(
+            "sgd_update",
+            (list(params), list(grads), _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
+            lambda: reference.sgd_update(
+                params,
+                grads,
+                lr,
+                momentum_buffers=momentum_buffers,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+            ),
+        )
+    except Exception:
+        lists = {"params": params, "grads": grads}
+        if momentum_buffers is not None:
+            lists["momentum_buffers"] = momentum_buffers
+        blame(lists=lists, numbers={"momentum": momentum, "weight_decay": weight_decay})
+        raise
 
 
 def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -360,9 +377,14 @@ def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Ten
     """lr as the ops take it: one tensor, or one for each parameter."""
     if isinstance(lr, Tensor):
         return [lr]
-    if not isinstance(lr, Iterable):
+    if is_number(lr):
         return [torch.full((), lr, dtype=like.dtype, device=like.device)]
+    if isinstance(lr, str) or not isinstance(lr, Iterable):
+        raise TypeError(f"lr: expected a number, a tensor or a sequence of tensors, got {kind_of(lr)}")
     rates = list(lr)
     if len(rates) != len(params):
         raise ValueError(f"lr: expected one tensor for each of params, {len(params)}, got {len(rates)}")
+    for i, rate in enumerate(rates):
+        if not isinstance(rate, Tensor):
+            raise TypeError(f"lr[{i}]: expected a tensor, got {kind_of(rate)}")
     return rates

@@ -381,9 +381,9 @@ def _with_losses(
     no more than another first bias [K, 4H] (without layers [K, 2]) in each step."""
     place = 2 if len(weights) > 2 else 1  # of the first bias
     _check_loss_inputs(theta, losses, weights, place)
-    own, of_losses, rest = weights[0].split((2, 2, weights[0].shape[1] - 4), 1)
-    per_coordinate = own if place == 2 else torch.cat((own, rest), 1)
-    bias = weights[place] + log_sign(losses, p) @ of_losses.mT
+    own, of_losses, *rest = weights[0].split((2, 2) if place == 2 else (2, 2, 2), 1)
+    per_coordinate = torch.cat((own, *rest), 1) if rest else own
+    bias = torch.addmm(weights[place], log_sign(losses, p), of_losses.mT)
     return [per_coordinate, *weights[1:place], bias, *weights[place + 1 :]]
 
 

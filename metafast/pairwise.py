@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metafast import _C, _doors
+from metafast._arguments import blame
 from metafast._doors import Chain, Op
 from metafast.reference import pairwise as reference
 
@@ -58,7 +58,7 @@ def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
             embeddings, labels = _broadcast(embeddings=(embeddings, 2), labels=(labels, 1))
         return _doors.call(_PROTOTYPES, embeddings, labels, num_classes)
     except Exception:
-        _check_types(num_classes, embeddings=embeddings, labels=labels)
+        blame({"embeddings": embeddings, "labels": labels}, integers={"num_classes": num_classes})
         raise
 
 
@@ -96,7 +96,7 @@ def pairwise_distance(
             x, y = _broadcast(x=(x, 2), y=(y, 2))
         return _doors.call(_PAIRWISE, x, y, weight, None, metric)
     except Exception:
-        _check_types(x=x, y=y, **({} if weight is None else {"weight": weight}))
+        blame({"x": x, "y": y} | ({} if weight is None else {"weight": weight}))
         raise
 
 
@@ -297,7 +297,7 @@ def relation_scores(
         _check_relation(query, prototypes, weight, bias, out_weight, out_bias)
     except Exception:
         head = {"weight": weight, "bias": bias, "out_weight": out_weight, "out_bias": out_bias}
-        _check_types(query=query, prototypes=prototypes, **head)
+        blame({"query": query, "prototypes": prototypes, **head})
         raise
     features = query.shape[-1]
     of_query = F.linear(query, weight[:, :features], bias)  # [..., Q, H]
@@ -331,27 +331,10 @@ def _check_scale(scale: float, metric: str) -> None:
             f"scale: expected a number, got a tensor, whose gradient would be lost; to learn it, {advice} "
             "(scale.item() is its value now)"
         )
-    if not isinstance(scale, (float, int, torch.SymFloat)) and not isinstance(scale, Real):
-        raise TypeError(f"scale: expected a number, got {scale!r}")
+    if not isinstance(scale, (float, int)):
+        blame(numbers={"scale": scale})
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
-
-
-def _check_types(num_classes: int = 1, **tensors: Tensor) -> None:
-    """Says of a call that failed which argument is of a wrong type, if one is, where the entry points of
-    metafast._C print all arguments. Not before a call, which it would slow down.
-    """
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}") from None
-    if not hasattr(num_classes, "__index__"):
-        raise TypeError(
-            f"num_classes: expected an integer, got {num_classes!r} ({_kind(num_classes)})"
-        ) from None
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else type(value).__name__
 
 
 def _check_relation(
@@ -403,7 +386,8 @@ def _classify(
     except Exception:
         given = dict(zip(_EPISODE, given, strict=True))
         absent = {name for name in ("query_labels", "ways") if given[name] is None}
-        _check_types(num_classes, **{name: given[name] for name in given if name not in absent})
+        tensors = {name: value for name, value in given.items() if name not in absent}
+        blame(tensors, integers={"num_classes": num_classes})
         raise
 
 

@@ -391,6 +391,30 @@ def test_bad_options(change: dict, error: type[Exception], message: str) -> None
         metafast.maml_loss(problem.params, *problem.data, **options)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 1.5}, r"steps: expected an integer, got 1\.5"),
+        ({"momentum": "0.9"}, "momentum: expected a number, got '0.9'"),
+        ({"lr": "0.1"}, "lr: expected a number, a tensor or a sequence of tensors, got str"),
+        ({"lr": None}, "lr: expected a number, a tensor or a sequence of tensors, got None"),
+        ({"lr": [0.1] * 6}, r"lr\[0\]: expected a tensor, got float"),
+        ({"params": None}, "params: expected a sequence of tensors, got None"),
+        ({"params": torch.nn.Linear(3, 2)}, "params: expected a sequence of tensors, got Linear"),
+        ({"params": {"weight": torch.ones(2, 3)}}, "params: expected a sequence of tensors, got dict"),
+        ({"params": [torch.ones(2, 3), None]}, r"params\[1\]: expected a tensor, got None"),
+        ({"support_x": [[0.0]]}, "support_x: expected a tensor, got list"),
+        ({"query_y": None}, "query_y: expected a tensor, got None"),
+    ],
+)
+def test_wrong_types_are_named(change: dict, message: str) -> None:
+    problem = make(Case(), torch.float32)
+    data = dict(zip(("support_x", "support_y", "query_x", "query_y"), problem.data, strict=True))
+    arguments = {"params": problem.params, "lr": 0.1, **data, **problem.options, **change}
+    with pytest.raises(TypeError, match=message):
+        metafast.maml_loss(**arguments)
+
+
 def test_bad_tensors() -> None:
     problem = make(Case(), torch.float32)
     options = {"lr": 0.1, **problem.options}

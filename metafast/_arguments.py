@@ -1,0 +1,54 @@
+"""The values and types of arguments, where torch's own messages would not name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+
+def check_not_negative(**numbers: object) -> None:
+    """Refuses a negative number, as `torch.optim` does. A tensor passes: on CUDA its value is far away."""
+    for name, number in numbers.items():
+        if isinstance(number, (int, float)) and not number >= 0:
+            raise ValueError(f"{name}: expected a number >= 0, got {number}")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymFloat, torch.SymInt, Real))
+
+
+def kind_of(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def blame(
+    tensors: Mapping[str, object] | None = None,
+    lists: Mapping[str, object] | None = None,
+    integers: Mapping[str, object] | None = None,
+    numbers: Mapping[str, object] | None = None,
+) -> None:
+    """Says of a call that failed which argument is of a wrong type, if one is: the entry points of
+    metafast._C print all of them. Not before a call, which it would slow down.
+
+    Raises:
+        TypeError: for the first, by its name.
+    """
+    for name, value in (tensors or {}).items():
+        _expect(isinstance(value, Tensor), name, "a tensor", kind_of(value))
+    for name, value in (lists or {}).items():
+        plain = isinstance(value, Iterable) and not isinstance(value, (str, Tensor, Mapping, nn.Module))
+        _expect(plain, name, "a sequence of tensors", kind_of(value))
+        for i, element in enumerate(value):
+            _expect(isinstance(element, Tensor), f"{name}[{i}]", "a tensor", kind_of(element))
+    for name, value in (integers or {}).items():
+        _expect(hasattr(value, "__index__"), name, "an integer", repr(value))
+    for name, value in (numbers or {}).items():
+        _expect(is_number(value), name, "a number", repr(value))
+
+
+def _expect(holds: bool, name: str, expected: str, got: str) -> None:
+    if not holds:
+        raise TypeError(f"{name}: expected {expected}, got {got}") from None
