@@ -10,13 +10,12 @@ target_link_libraries(metafast_emulated_ops PRIVATE metafast_ops)
 target_compile_definitions(metafast_emulated_ops PRIVATE METAFAST_EMULATED METAFAST_NAMESPACE=metafast_emulated)
 
 set(emulator "${PROJECT_SOURCE_DIR}/tests/cuda_emulator")
-file(GLOB emulator_sources CONFIGURE_DEPENDS "${emulator}/*.cpp")
 get_property(cuda_sources GLOBAL PROPERTY METAFAST_CUDA_SOURCES)
 set_source_files_properties(${cuda_sources} PROPERTIES
   LANGUAGE CXX COMPILE_OPTIONS -Wno-unknown-pragmas)  # nvcc's
 
 function(metafast_emulated_library name)
-  add_library(${name} SHARED ${cuda_sources} ${emulator_sources} $<TARGET_OBJECTS:metafast_emulated_ops>)
+  add_library(${name} SHARED ${cuda_sources} "${emulator}/emulator.cpp" $<TARGET_OBJECTS:metafast_emulated_ops>)
   target_include_directories(${name} BEFORE PRIVATE "${emulator}")
   target_link_libraries(${name} PRIVATE metafast_flags torch)
   target_compile_options(${name} PRIVATE ${ARGN})
