@@ -39,7 +39,8 @@ where it needs fewer operations, judged by the shapes, and no gradient of the in
 two arrays [T, S + Q, O] for the call.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device, a label or an option that does not fit,
-naming the argument. NaN in a task stays in that task.
+naming the argument. NaN in a task stays in its own loss, parameters and gradients, and reaches gradients that
+all tasks share if its loss has a part in what is differentiated.
 """
 
 from __future__ import annotations
@@ -110,26 +111,17 @@ def inner_sgd(
             w, b = (p - lr * g for p, g in zip((w, b), grads))
     """
     check_not_negative(lr=lr, momentum=momentum)
+    options = _options(loss, steps, activation, momentum, first_order)
+    values = tuple(options.values())
     try:
         rates = _rates(lr, params, x)
-        options = (loss, steps, activation, momentum, first_order)
         return _doors.call_listed(
             "inner_sgd",
-            (list(params), x, y, rates, *options),
-            lambda: reference.inner_sgd(
-                params,
-                x,
-                y,
-                loss=loss,
-                lr=lr,
-                steps=steps,
-                activation=activation,
-                momentum=momentum,
-                first_order=first_order,
-            ),
+            (list(params), x, y, rates, *values),
+            lambda: reference.inner_sgd(params, x, y, lr=lr, **options),
             lambda: (
                 inner_sgd_chain(len(params), len(rates), loss == "cross_entropy"),
-                lambda op: list(op(*params, x, y, *rates, *options)),
+                lambda op: list(op(*params, x, y, *rates, *values)),
             ),
         )
     except Exception:
@@ -172,7 +164,8 @@ def maml_loss(
             al. 2019, section 4). By default the loss after the last step alone.
         reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``. Of the losses of ``"none"``
             those that diverged can be left out, ``losses[losses.isfinite()].mean()``: a task whose loss gets
-            no gradient passes none on, where autograd would make NaN of 0 times infinity.
+            no gradient passes none on, where autograd would make NaN of 0 times infinity. (But examples that
+            are not finite themselves do reach the gradient of a wide first layer, in the form above.)
 
     Returns:
         [], or [T] with reduction ``"none"``, in the dtype of `params`. NaN for a task with no query example
@@ -193,30 +186,22 @@ def maml_loss(
         raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
     check_not_negative(lr=lr, momentum=momentum)
     data = (support_x, support_y, query_x, query_y)
-    options = (loss, steps, activation, momentum, first_order)
+    options = _options(loss, steps, activation, momentum, first_order)
+    values = tuple(options.values())
     try:
         if step_weights is not None and not isinstance(step_weights, Tensor):
             step_weights = torch.tensor(step_weights, dtype=support_x.dtype, device=support_x.device)
         rates = _rates(lr, params, support_x)
 
         def reduced(op: Callable[..., tuple[Tensor]]) -> Tensor:
-            (losses,) = op(*params, *data, *rates, step_weights, *options)
+            (losses,) = op(*params, *data, *rates, step_weights, *values)
             return losses.mean() if reduction == "mean" else losses
 
         return _doors.call_listed(
             "maml_loss",
-            (list(params), *data, rates, step_weights, *options, reduction == "mean"),
+            (list(params), *data, rates, step_weights, *values, reduction == "mean"),
             lambda: reference.maml_loss(
-                params,
-                *data,
-                loss=loss,
-                lr=lr,
-                steps=steps,
-                activation=activation,
-                momentum=momentum,
-                first_order=first_order,
-                step_weights=step_weights,
-                reduction=reduction,
+                params, *data, lr=lr, step_weights=step_weights, reduction=reduction, **options
             ),
             lambda: (maml_loss_chain(len(params), len(rates), loss == "cross_entropy"), reduced),
         )
@@ -371,6 +356,19 @@ def task_conv2d(
 
 def _pair(size: int | tuple[int, int]) -> list[int]:
     return [size, size] if isinstance(size, int) else list(size)
+
+
+def _options(
+    loss: str, steps: int, activation: str, momentum: float, first_order: bool
+) -> dict[str, str | int | float | bool]:
+    """What inner_sgd and maml_loss have in common, by name and in the order of the ops."""
+    return {
+        "loss": loss,
+        "steps": steps,
+        "activation": activation,
+        "momentum": momentum,
+        "first_order": first_order,
+    }
 
 
 def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Tensor]:

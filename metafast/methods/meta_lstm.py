@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metafast.data import Episodes, Problem
 from metafast.meta_lstm import MetaLSTM
 from metafast.options import COUNT, SHARE, whole
+from metafast.reference.labels import IGNORED
 
 from .adaptation import IMAGES, Adaptation
 from .method import Recipes
@@ -94,7 +95,7 @@ class MetaLSTMLearner(Adaptation):
         if self.loss_name == "mse":
             return (out - labels).square().flatten(1).mean(1)
         each = F.cross_entropy(out.transpose(1, 2), labels, reduction="none")
-        return each.sum(1) / (labels != -100).sum(1).clamp_min(1)
+        return each.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
     def query_loss(self, episodes: Episodes, steps: int) -> Tensor:
         theta = self.adapt(episodes.support, episodes.support_labels, steps)
