@@ -30,18 +30,22 @@ VARIANTS: dict[str, Callable[[Problem], Callable[[], object]]] = {
 MEMORY_SIZES = [(256, 1), (256, 5), (256, 20), (32, 5), (2048, 5)]  # tasks, steps
 SCALING_TASKS = [32, 128, 512, 2048, 8192, 32768, 65536]
 PEER_TASKS = 2048  # at most so many for the others
-LANES = {"baseline": 4, "avx2": 8, "avx512": 16}  # floats in a vector: the tasks of a group
+GROUP = {
+    "baseline": 4,
+    "avx2": 8,
+    "avx512": 8,
+}  # tasks: half as many as lanes where they hold pairs of examples
 
 
 def documented_bytes(workload: Workload, threads: int) -> int:
     """As csrc/inner_loop/adaptation.h states it, for second order on the CPU, where tasks fill the lanes.
 
-    Each thread holds K + 4 sets of a group's parameters; each work item of 16 tasks and more, 256 at most,
+    Each thread holds K + 4 sets of a group's parameters; each work item of 8 tasks and more, 64 at most,
     leaves a sum of the gradient. Activations of a step, small beside these, are not in it.
     """
-    lanes = LANES[_C.active_isa()]
-    of_threads = min(threads, -(-workload.tasks // lanes)) * (workload.steps + 4) * lanes
-    items = min(256, -(-workload.tasks // 16))
+    group = GROUP[_C.active_isa()]
+    of_threads = min(threads, -(-workload.tasks // group)) * (workload.steps + 4) * group
+    items = min(64, -(-workload.tasks // 8))
     return 4 * (of_threads + items) * workload.parameters
 
 

@@ -20,12 +20,12 @@ threads. Under autocast `inner_sgd` and `maml_loss` run in float32, as distances
 steps would be lost in 16 bits. Outside autocast a 16-bit tensor is an error, as is one in `sgd_update`. On
 CUDA nothing waits for the GPU: a label out of range is an assertion there, as in torch's own losses.
 
-Memory of a thread, in sets of one task's parameters (of 4, 8 or 16 tasks', as many as a vector of the CPU
-holds, if the networks are small and many): 1 or 2 to adapt alone; with first order and a given lr up to 4;
+Memory of a thread, in sets of one task's parameters (of 2 to 16 tasks', in the lanes of a vector of the CPU,
+if the networks are small and many): 1 or 2 to adapt alone; with first order and a given lr up to 4;
 else K + 1 and up to 5 more, and K more for a gradient of lr. But where the sets of the steps pass
 `get_trajectory_bytes`, about 2 sqrt(K) of them are kept in place of K, and the others recomputed: the same
 bits, in more time. Activations are never kept beyond their step. Beside the threads' memory there are the
-sums over tasks of up to 256 work items (64 of large networks), one set each, if tasks share parameters.
+sums over tasks of up to 64 work items, one set each, if tasks share parameters.
 
 On CUDA a group of 32, 64 or 256 threads takes one task after the other. A task's parameters and activations
 live in shared memory for all its steps, or, where they do not fit, with the parameters of the K steps in

@@ -147,6 +147,12 @@ CASES = [
     Case(tasks=2, widths=(30, 150, 150, 70), support=18, steps=2, loss="cross_entropy", lr="element"),
     Case(tasks=4300, widths=(1, 2, 1), support=2, query=1, steps=1, lr="element"),
 ]
+# The CPU has other lanes for an even number of examples, or many (csrc/inner_loop/lanes.h).
+CASES += [
+    replace(case, support=8 + i % 2) for i, case in enumerate(CASES) if case.support == 5 and case.tasks > 13
+]
+CASES.append(Case(tasks=9, support=2, query=3, per_task=True, momentum=0.5, step_weights=(0.2, 0.0, 0.8)))
+LANES = [(3, 5), (20, 5), (20, 4)]  # tasks and examples: of each layout of small networks
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -202,9 +208,9 @@ def test_reference_is_sgd_on_one_task_after_the_other() -> None:
     torch.testing.assert_close(found, torch.stack(losses))
 
 
-@pytest.mark.parametrize("tasks", [3, 37, 300])
-def test_same_bits_with_any_number_of_threads(tasks: int) -> None:
-    problem = make(Case(tasks=tasks, activation="relu"), torch.float32)
+@pytest.mark.parametrize(("tasks", "support"), [(3, 5), (37, 5), (300, 5), (300, 4)])
+def test_same_bits_with_any_number_of_threads(tasks: int, support: int) -> None:
+    problem = make(Case(tasks=tasks, support=support, activation="relu"), torch.float32)
 
     def bits() -> list[Tensor]:
         loss = metafast.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
@@ -242,9 +248,9 @@ def test_well_classified_examples_keep_their_digits(margin: float, backend: torc
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("tasks", [3, 20])
-def test_nan_stays_in_its_task(tasks: int, value: float, backend: torch.device) -> None:
-    problem = make(Case(tasks=tasks, per_task=True), torch.float32, device=backend)
+@pytest.mark.parametrize(("tasks", "support"), LANES)
+def test_nan_stays_in_its_task(tasks: int, support: int, value: float, backend: torch.device) -> None:
+    problem = make(Case(tasks=tasks, support=support, per_task=True), torch.float32, device=backend)
     clean = metafast.maml_loss(
         problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none"
     )
@@ -270,6 +276,7 @@ def test_nan_stays_in_its_task(tasks: int, value: float, backend: torch.device) 
         Case(lr="element", momentum=0.5),
         Case(tasks=20, lr="step and layer", step_weights=(0.2, 0.3, 0.5)),
         Case(tasks=20, per_task=True),
+        Case(tasks=20, support=4, lr="element"),
         Case(widths=(3, 300, 300, 2), steps=2),
     ],
     ids=repr,
@@ -293,9 +300,9 @@ def test_a_task_left_out_of_the_loss_leaves_no_nan(case: Case, backend: torch.de
     assert all(torch.equal(one, other) for one, other in zip(gradients(), clean, strict=True))
 
 
-@pytest.mark.parametrize("tasks", [3, 20])
-def test_task_without_examples(tasks: int, backend: torch.device) -> None:
-    case = Case(tasks=tasks, loss="cross_entropy")
+@pytest.mark.parametrize(("tasks", "support"), LANES)
+def test_task_without_examples(tasks: int, support: int, backend: torch.device) -> None:
+    case = Case(tasks=tasks, support=support, loss="cross_entropy")
     problem = make(case, torch.float64, device=backend)
     problem.data[1][0] = -100  # no support: not adapted
     problem.data[3][1] = -100  # no query: no loss
@@ -323,9 +330,9 @@ def test_no_tasks(backend: torch.device) -> None:
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
-@pytest.mark.parametrize("tasks", [3, 20])
-def test_strided_arguments(tasks: int, backend: torch.device) -> None:
-    problem = make(Case(tasks=tasks, per_task=True), torch.float64, device=backend)
+@pytest.mark.parametrize(("tasks", "support"), LANES)
+def test_strided_arguments(tasks: int, support: int, backend: torch.device) -> None:
+    problem = make(Case(tasks=tasks, support=support, per_task=True), torch.float64, device=backend)
     expected = metafast.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
 
     def strided(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-// The inner loop on the CPU. A group of tasks, one per lane (or a single task, see lanes.h), goes through all
-// its steps and back before the next begins, in memory of the thread that fits its cache: the parameters of
-// each step, never activations of more than one.
+// The inner loop on the CPU. A group of tasks, as many as the lanes hold (lanes.h), goes through all its
+// steps and back before the next begins, in memory of the thread that fits its cache: the parameters of each
+// step, never activations of more than one.
 //
 // The way back from v = dL/dtheta_K needs no graph: for k = K-1, ..., 0
 //   M = dL/dm_{k+1} = momentum M - lr v,   v += H_k M,   grad_lr -= v m_{k+1},
@@ -8,10 +8,10 @@
 // but for a factor, so there v serves as M.
 //
 // A thread holds K + 1 sets of a group's parameters and up to 5 more, K more for a gradient of lr; up to 4 in
-// all with first_order and a given lr; 1 or 2 to adapt alone. (A group is kLanes tasks, or one.) Where the
-// sets of the steps pass p.trajectory_bytes, it keeps every c-th, c = ceil(sqrt(K)), and the c of one stretch
-// between two of them, which it finds again by the same steps: 2 c sets in place of K, the same bits. Nothing
-// grows with the number of tasks but results.
+// all with first_order and a given lr; 1 or 2 to adapt alone. Where the sets of the steps pass
+// p.trajectory_bytes, it keeps every c-th, c = ceil(sqrt(K)), and the c of one stretch between two of them,
+// which it finds again by the same steps: 2 c sets in place of K, the same bits. Nothing grows with the
+// number of tasks but results.
 #pragma once
 
 #include "inner_loop/network.h"
@@ -84,7 +84,7 @@ class Adaptation {
       query_.take_dual(arena, p, p.support.count);
     }
     if (arena.counts()) return;
-    if (Layout::kTasks == 1) clear(theta(0), vectors_);  // what pads the rows, and stays 0
+    if (Layout::kTasks < kLanes<T>) clear(theta(0), vectors_);  // what pads the rows, and stays 0
     if (elements_ == nullptr) return;
     clear(elements_, vectors_);
     parameters_.load_elements(p.sgd.elements, elements_);
@@ -168,7 +168,7 @@ class Adaptation {
     in_use_ = Vec<T>{};
     task_weights_ = losses_ = Vec<T>{};
     for (int lane = 0; lane < kLanes<T>; ++lane) {
-      const int task = Layout::kTasks == 1 ? 0 : lane;
+      const int task = lane % Layout::kTasks;
       if (task >= tasks) continue;
       const T weight = p_.task_weights ? p_.task_weights[(first + task) * p_.task_weight_stride] : T(1);
       in_use_[lane] = weight != 0;
@@ -215,10 +215,10 @@ class Adaptation {
   void finish() {
     total_loss_ += in_use(losses_ * task_weights_);
     if (p_.losses != nullptr) {
-      if constexpr (Layout::kTasks == 1) {
-        p_.losses[first_] = sum_of_lanes<T>(losses_);
-      } else {
-        for (int t = 0; t < tasks_; ++t) p_.losses[first_ + t] = losses_[t];
+      for (int t = 0; t < tasks_; ++t) {
+        T sum = 0;
+        for (int lane = t; lane < kLanes<T>; lane += Layout::kTasks) sum += losses_[lane];
+        p_.losses[first_ + t] = sum;
       }
     }
     if (!p_.backward) return;

@@ -10,19 +10,20 @@
 
 namespace metafast::METAFAST_ISA {
 
-// Features in the lanes: [rows, pitch] of samples in lanes becomes [samples, cols], zero behind the last
-// feature.
-template <typename T>
+// Features in place of samples: [rows, pitch] becomes [samples, cols], zero behind the last feature.
+template <class Layout, typename T>
 void transpose_samples(const T* in, int64_t pitch, int64_t samples, int64_t cols, T* out) {
-  constexpr int n = kLanes<T>;
+  constexpr int n = Layout::kSamples;
   for (int64_t s = 0; s < samples; s += n) {
     for (int64_t c = 0; c < cols; ++c) {
       Vec<T> block[n];
       for (int i = 0; i < n; ++i) {
-        block[i] = c * n + i < pitch ? load(in + (s / n * pitch + c * n + i) * n) : Vec<T>{};
+        block[i] = c * n + i < pitch ? load(in + (s / n * pitch + c * n + i) * kLanes<T>) : Vec<T>{};
       }
-      transpose_lanes<T>(block);
-      for (int64_t i = 0; i < n && s + i < samples; ++i) store(out + ((s + i) * cols + c) * n, block[i]);
+      transpose<Layout::kTasks>(block);
+      for (int64_t i = 0; i < n && s + i < samples; ++i) {
+        store(out + ((s + i) * cols + c) * kLanes<T>, block[i]);
+      }
     }
   }
 }
@@ -44,7 +45,7 @@ struct Batch {
   int64_t samples, rows, features, outputs;
   int64_t pitch, out_pitch;  // of x, y, in vectors
   T* x;                      // [rows, features + 1], the last feature 1
-  T* x_transposed;           // with SamplesInLanes: [samples, ...]; else x
+  T* x_transposed;           // with several samples in the lanes: [samples, ...]; else x
   T* y;                      // [rows, outputs], one-hot for labels
   T* share;                  // [rows]: share of the example in its task's mean, 0: left out
   T* grad_x;                 // [rows, features] or null
@@ -60,7 +61,7 @@ struct Batch {
         pitch(Layout::row(features + 1)),
         out_pitch(Layout::row(outputs)),
         x(arena.take(rows * pitch)),
-        x_transposed((Layout::kSamples > 1) ? arena.take(samples * Layout::columns(features + 1)) : x),
+        x_transposed(Layout::kTransposes ? arena.take(samples * Layout::columns(features + 1)) : x),
         y(arena.take(rows * out_pitch)),
         share(arena.take(rows)),
         grad_x(arena.take_if(examples.grad_x != nullptr, rows * Layout::row(features))),
@@ -78,7 +79,7 @@ struct Batch {
   }
 
   static int64_t row_of(int64_t sample) { return sample / Layout::kSamples; }
-  static int lane_of(int task, int64_t sample) { return task * Layout::kSamples + sample % Layout::kSamples; }
+  static int lane_of(int task, int64_t sample) { return sample % Layout::kSamples * Layout::kTasks + task; }
 
   void load_tasks(const Examples<T>& examples, int64_t first, int tasks) {
     clear(x, rows * pitch);
@@ -118,8 +119,8 @@ struct Batch {
       for (int64_t s = 0; s < samples && valid > 0; ++s)
         share[lane_offset<Layout, T>(row_of(s), 1, 0, lane_of(t, s))] *= mean;
     }
-    if (Layout::kSamples > 1) {
-      transpose_samples(x, features + 1, samples, Layout::columns(features + 1), x_transposed);
+    if (Layout::kTransposes) {
+      transpose_samples<Layout>(x, features + 1, samples, Layout::columns(features + 1), x_transposed);
     }
   }
 

@@ -5,11 +5,14 @@ namespace metafast::METAFAST_ISA {
 
 template <typename T>
 void run(const InnerLoop<T>& p, int64_t begin, int64_t end) {
+  constexpr int kLanesOfAvx2 = 32 / sizeof(T);  // Of these, a vector of AVX-512 holds pairs of examples.
   switch (p.lanes()) {
     case Lanes::tasks:
-      return Adaptation<TasksInLanes<T>, T>::run(p, begin, end);
+      return Adaptation<TasksInLanes<T, kLanes<T>>, T>::run(p, begin, end);
+    case Lanes::pairs:
+      return Adaptation<TasksInLanes<T, std::min(kLanes<T>, kLanesOfAvx2)>, T>::run(p, begin, end);
     case Lanes::samples:
-      return Adaptation<SamplesInLanes<T>, T>::run(p, begin, end);
+      return Adaptation<TasksInLanes<T, 1>, T>::run(p, begin, end);
     case Lanes::features:
       return Adaptation<FeaturesInLanes<T>, T>::run(p, begin, end);
   }

@@ -162,7 +162,8 @@ struct Network {
       for (int i = 0; i < kTile * kTile; ++i) {
         T& out = sums.value[i / kTile][i % kTile];
         out = A::value(out);
-        if constexpr (kTangent) sums.tangent[i / kTile][i % kTile] *= A::slope(out);
+        if constexpr (kTangent)
+          sums.tangent[i / kTile][i % kTile] = A::through(sums.tangent[i / kTile][i % kTile], out);
       }
     });
   }
@@ -203,7 +204,7 @@ struct Network {
                                 }
                                 const int64_t unit = s * at.pitch[l] + i;
                                 const T out = home[at.out[l] + unit];
-                                with_activation(mlp.activation, [&]<class A>() { g *= A::slope(out); });
+                                with_activation(mlp.activation, [&]<class A>() { g = A::through(g, out); });
                                 home[at.grad[l] + unit] = g;
                               });
         Team::sync();
@@ -260,9 +261,9 @@ struct Network {
               const int64_t unit = s * at.pitch[l] + i;
               const T out = home[at.out[l] + unit], out_tangent = home[at.out_tangent[l] + unit];
               with_activation(mlp.activation, [&]<class A>() {
-                tangent *= A::slope(out);
+                tangent = A::through(tangent, out);
                 if constexpr (A::kCurved) tangent += g * A::bend(out, out_tangent);
-                g *= A::slope(out);
+                g = A::through(g, out);
               });
               home[at.grad[l] + unit] = g;
               home[at.grad_tangent[l] + unit] = tangent;

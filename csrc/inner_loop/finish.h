@@ -35,6 +35,7 @@ struct Finish {
   template <int kRows, int kCols>
   METAFAST_HD void store_tile(const Vec<T> (&sums)[kRows][kCols], int64_t row, int64_t col, T* out,
                               int64_t out_pitch) const {
+    const Finish self = *this;  // which the stores cannot change
     const auto store_each = [&](const auto& of) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -47,7 +48,7 @@ struct Finish {
     if (activation == Activation::relu && a == nullptr) {
       store_each([](Vec<T> z, int64_t, int64_t) { return Relu::value(z); });
     } else if (activation == Activation::relu) {
-      store_each([&](Vec<T> z, int64_t r, int64_t c) { return behind_slope<Relu>(z, r, c); });
+      store_each([&](Vec<T> z, int64_t r, int64_t c) { return self.template behind_slope<Relu>(z, r, c); });
     } else {
       store_each([](Vec<T> z, int64_t, int64_t) { return z; });
       if (activation == Activation::tanh) finish_block(out, out_pitch, row, kRows, col, kCols);
@@ -73,7 +74,7 @@ struct Finish {
   METAFAST_HD Vec<T> behind_slope(Vec<T> z, int64_t r, int64_t c) const {
     const int64_t i = (r * pitch + c) * kLanes<T>, k = (r * kept_pitch + c) * kLanes<T>;
     const Vec<T> out = load(a + i);
-    Vec<T> result = z * A::slope(out);
+    Vec<T> result = A::through(z, out);
     if constexpr (A::kCurved) {
       if (kept == nullptr) return result;
       if (tangent == nullptr) {

@@ -118,7 +118,9 @@ void multiply(const Factor<T>* factors, Strides strides, int64_t rows, int64_t c
       row = rows / 5 * 5;
       multiply_near<Layout, kFactors>(factors, strides, row, cols, out, out_pitch, finish);
     }
-    for (; row + 5 <= rows; row += 5) tiles.template operator()<5, 4>(row);
+    for (; row + 5 <= rows; row += 5) {
+      cols % 5 == 0 ? tiles.template operator()<5, 5>(row) : tiles.template operator()<5, 4>(row);
+    }
     if (rows - row >= 3) {
       tiles.template operator()<3, 8>(row);
       row += 3;
@@ -206,13 +208,20 @@ void dots(const Factor<T>* factors, int64_t rows, int64_t cols, T* out, int64_t 
 // ---- gradient of the parameters ----
 
 // One product of a sum: gradients [samples, outputs] in the lanes of the layout, activations [samples,
-// features]. TasksInLanes: features are vectors. Else features are lanes; SamplesInLanes has transposed the
-// activations.
+// features]; with pairs of samples in the lanes, rows of them. A layout that transposes has done so to the
+// activations, and features are lanes, as with FeaturesInLanes; else features are vectors.
 template <typename T>
 struct OuterFactor {
   const T* gradients;
   const T* activations;
 };
+
+// Two samples in the lanes: what belongs to features 2i and 2i + 1, summed over them.
+template <typename T>
+METAFAST_HD Vec<T> fold(Vec<T> a, Vec<T> b) {
+  exchange_lanes<kLanes<T> / 2>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+  return a + b;
+}
 
 struct OuterPitch {
   int64_t gradients, activations;  // in vectors
@@ -220,8 +229,9 @@ struct OuterPitch {
 
 template <class Layout, int kOutputs, int kCols, int kFactors, typename T, class Consume>
 METAFAST_HD void outer_tile(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int64_t output,
-                            int64_t col, int64_t first, int64_t cols, const Consume& consume) {
+                            int64_t col, int64_t first, int64_t cols, Consume consume) {
   Vec<T> sums[kOutputs][kCols] = {};
+#pragma GCC unroll 2
   for (int64_t s = 0; s < samples; ++s) {
 #pragma GCC unroll 2
     for (int f = 0; f < kFactors; ++f) {
@@ -239,38 +249,51 @@ METAFAST_HD void outer_tile(const OuterFactor<T>* factors, OuterPitch pitch, int
   }
 #pragma GCC unroll 8
   for (int o = 0; o < kOutputs; ++o) {
+    const int64_t row = first + (output + o) * cols;
+    if constexpr (Layout::kFolds) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kCols; ++c) consume(first + (output + o) * cols + col + c, sums[o][c]);
+      for (int c = 0; c < kCols; c += 2) {
+        consume(row + (col + c) / 2, fold<T>(sums[o][c], c + 1 < kCols ? sums[o][c + 1] : Vec<T>{}));
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) consume(row + col + c, sums[o][c]);
+    }
   }
 }
 
 // consume(first + i, v) for every vector i of the gradient [outputs, cols]: the sum over factors and samples
-// of gradients[s][o] * activations[s][c].
+// (or rows of pairs of them) of gradients[s][o] * activations[s][c].
 template <class Layout, int kFactors, typename T, class Consume>
 void outer(const OuterFactor<T>* factors, OuterPitch pitch, int64_t samples, int64_t outputs, int64_t cols,
-           int64_t first, const Consume& consume) {
-  constexpr int kOutputs = kRegisters == 32 ? 4 : 2, kCols = 5;
+           int64_t first, Consume consume) {
+  constexpr int kOutputs = kRegisters == 32 ? 4 : 2, kMoreOutputs = 2 * kOutputs;
+  constexpr int kCols = Layout::kFolds ? 4 : 5, kLastCols = Layout::kFolds ? kCols : kCols + 1;
+  const int64_t width = Layout::kFolds ? pitch.activations : cols;
+  const auto tile = [&]<int kTileOutputs, int kTileCols>(int64_t output, int64_t col)
+                        __attribute__((always_inline)) {
+                          outer_tile<Layout, kTileOutputs, kTileCols, kFactors>(
+                              factors, pitch, samples, output, col, first, cols, consume);
+                        };
   const auto tiles = [&]<int kTileOutputs>(int64_t output) __attribute__((always_inline)) {
     int64_t col = 0;
-    for (; col + kCols <= cols; col += kCols) {
-      outer_tile<Layout, kTileOutputs, kCols, kFactors>(factors, pitch, samples, output, col, first, cols,
-                                                        consume);
+    const auto next = [&]<int kTileCols>() __attribute__((always_inline)) {
+      tile.template operator()<kTileOutputs, kTileCols>(output, col);
+      col += kTileCols;
+    };
+    while (width - col > kLastCols || width - col == kCols) next.template operator()<kCols>();
+    if constexpr (kLastCols > kCols) {
+      if (width - col == kLastCols) next.template operator()<kLastCols>();
+      if (width - col == 3) next.template operator()<3>();
     }
-    if (cols - col == 3) {  // the rows of 41 numbers of SamplesInLanes
-      outer_tile<Layout, kTileOutputs, 3, kFactors>(factors, pitch, samples, output, col, first, cols,
-                                                    consume);
-      col += 3;
-    }
-    for (; col + 2 <= cols; col += 2) {
-      outer_tile<Layout, kTileOutputs, 2, kFactors>(factors, pitch, samples, output, col, first, cols,
-                                                    consume);
-    }
-    if (col < cols) {
-      outer_tile<Layout, kTileOutputs, 1, kFactors>(factors, pitch, samples, output, col, first, cols,
-                                                    consume);
-    }
+    while (width - col >= 2) next.template operator()<2>();
+    if (col < width) next.template operator()<1>();
   };
   int64_t output = 0;
+  for (; width <= 2 && output + kMoreOutputs <= outputs; output += kMoreOutputs) {
+    if (width == 2) tile.template operator()<kMoreOutputs, 2>(output, 0);
+    if (width == 1) tile.template operator()<kMoreOutputs, 1>(output, 0);
+  }
   for (; output + kOutputs <= outputs; output += kOutputs) tiles.template operator()<kOutputs>(output);
   for (; output < outputs; ++output) tiles.template operator()<1>(output);
 }

@@ -1,16 +1,15 @@
-// What the lanes of a vector hold. Three layouts serve the same code:
+// What the lanes of a vector hold. Two layouts serve the same code.
 //
-//   TasksInLanes     many small networks, one task per lane. An example is a row of vectors, a parameter one
-//                    vector: every operation is lane by lane.
-//   SamplesInLanes   one small network; its examples are in the lanes, kLanes to a row of vectors. A
-//   parameter
-//                    is a scalar, read into all lanes. Only the gradient of the parameters sums over
-//                    examples, hence over lanes: it has features in the lanes instead, and reads the
-//                    activations transposed.
-//   FeaturesInLanes  one large network; an example is a row of scalars, padded to whole vectors. Rows are
-//   long
-//                    enough that sums over them, and so across lanes, cost little, and no lane waits for
-//                    examples that a task has not got.
+// TasksInLanes, for small networks: examples of kTasks tasks, kSamples of each; lane l holds example l /
+// kTasks of task l % kTasks. That is one example of as many tasks as there are lanes, or two of half as many,
+// or many of one task. A parameter is kTasks numbers, read into the lanes of all examples, so every operation
+// is lane by lane. Only the gradient of the parameters sums over examples, hence, with several in the lanes,
+// over lanes. The fewer tasks, the less a group of them keeps in the cache; but examples that do not fill a
+// row leave lanes empty.
+//
+// FeaturesInLanes, for one large network: an example is a row of scalars, padded to whole vectors. Rows are
+// long enough that sums over them, and so across lanes, cost little, and no lane waits for examples that a
+// task has not got.
 //
 // Parameters of a layer are a matrix [O, I + 1], the bias its last column, rows padded to whole vectors. It
 // meets activations with a last feature of constant 1, so that the bias needs no code of its own.
@@ -22,37 +21,86 @@
 
 namespace metafast::METAFAST_ISA {
 
-template <typename T>
+// ---- transposes ----
+
+// A vector of kCount numbers.
+template <typename T, int kCount>
+struct BlockOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
+// One step of transpose(): exchanges between a and b the lanes in which bit kHalf of the lane number differs
+// from the vector (clear for a, set for b).
+template <int kHalf, class V, int... l>
+METAFAST_HD void exchange_lanes(V& a, V& b, std::integer_sequence<int, l...>) {
+  constexpr int n = sizeof...(l);
+  const V first = a, second = b;
+#if defined(__clang__) || __GNUC__ >= 12
+  a = __builtin_shufflevector(first, second, (l & kHalf ? n + (l ^ kHalf) : l)...);
+  b = __builtin_shufflevector(first, second, (l & kHalf ? n + l : (l ^ kHalf))...);
+#else
+  using Order = decltype(first < second);
+  a = __builtin_shuffle(first, second, Order{(l & kHalf ? n + (l ^ kHalf) : l)...});
+  b = __builtin_shuffle(first, second, Order{(l & kHalf ? n + l : (l ^ kHalf))...});
+#endif
+}
+
+// The square of as many vectors as a vector has blocks of kBlock lanes: block i of rows[k] and block k of
+// rows[i] change places.
+template <int kBlock, class V, int kHalf = sizeof(V) / sizeof(V{}[0]) / 2>
+METAFAST_HD void transpose(V* rows) {
+  constexpr int n = sizeof(V) / sizeof(V{}[0]), kApart = kHalf / kBlock;
+  if constexpr (kApart > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n / kBlock; ++i) {
+      if (i & kApart) continue;
+      exchange_lanes<kHalf>(rows[i], rows[i + kApart], std::make_integer_sequence<int, n>{});
+    }
+    transpose<kBlock, V, kHalf / 2>(rows);
+  }
+}
+
+// ---- layouts ----
+
+// kBlock numbers, repeated in all lanes.
+template <int kBlock, typename T>
+METAFAST_HD Vec<T> repeat(const T* block) {
+  if constexpr (kBlock == kLanes<T>) return load(block);
+  if constexpr (kBlock == 1) return broadcast(*block);
+#if defined(__AVX512F__)
+  // g++ 12 warns about the plain ones
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_broadcast_f32x8(0xffff, _mm256_loadu_ps(block));
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_broadcast_f64x4(0xff, _mm256_loadu_pd(block));
+#endif
+}
+
+template <typename T, int kTasksInLanes>
 struct TasksInLanes {
-  static constexpr int kTasks = kLanes<T>, kSamples = 1;
-  using Number = Vec<T>;  // of a row: one feature of an example (SamplesInLanes: of kSamples examples)
+  static constexpr int kTasks = kTasksInLanes, kSamples = kLanes<T> / kTasks;
+  static_assert(kTasks == 1 || kSamples <= 2);
+  // How the gradient of the parameters sums over the samples in the lanes: of two it adds up the halves of
+  // its vectors. More would cost more than to transpose the activations, to features in place of samples.
+  static constexpr bool kFolds = kSamples == 2, kTransposes = kSamples > 2;
+  using Number = Vec<T>;  // of a row: one feature of kSamples examples of kTasks tasks
   // Vectors that `features` numbers of a row of activations take.
   static constexpr int64_t row(int64_t features) { return features; }
   // Vectors that `features` features of one row of parameters take.
-  static constexpr int64_t columns(int64_t features) { return features; }
-  static METAFAST_HD Vec<T> parameter(const T* p) { return load(p); }
+  static constexpr int64_t columns(int64_t features) { return div_up(features, kSamples); }
+  static METAFAST_HD Vec<T> parameter(const T* p) { return repeat<kTasks>(p); }
   static METAFAST_HD Vec<T> activation(const T* a) { return load(a); }
   // The vector of elementwise values (learning rates) that all tasks share, for vector i of the parameters.
-  static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return broadcast(values[i]); }
-  // Feature o of sample s of an array [rows, pitch], as the outer product of parameter gradients reads it.
-  static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
-    return load(array + (s * pitch + o) * kLanes<T>);
+  static METAFAST_HD Vec<T> shared(const T* values, int64_t i) {
+    if constexpr (kTasks == 1) return load(values + i * kLanes<T>);
+    if constexpr (kSamples == 1) return broadcast(values[i]);
+    Vec<T> first = broadcast(values[2 * i]), second = broadcast(values[2 * i + 1]);
+    exchange_lanes<kTasks>(first, second, std::make_integer_sequence<int, kLanes<T>>{});
+    return first;
   }
-  static METAFAST_HD Number number(Vec<T> lanes) { return lanes; }
-  static METAFAST_HD Vec<T> lanes(Number number) { return number; }
-};
-
-template <typename T>
-struct SamplesInLanes {
-  static constexpr int kTasks = 1, kSamples = kLanes<T>;
-  using Number = Vec<T>;
-  static constexpr int64_t row(int64_t features) { return features; }
-  static constexpr int64_t columns(int64_t features) { return div_up(features, kLanes<T>); }
-  static METAFAST_HD Vec<T> parameter(const T* p) { return broadcast(*p); }
-  static METAFAST_HD Vec<T> activation(const T* a) { return load(a); }
-  static METAFAST_HD Vec<T> shared(const T* values, int64_t i) { return load(values + i * kLanes<T>); }
+  // Feature o of sample s (row s, unless they are transposed) of an array [rows, pitch], as the outer product
+  // of parameter gradients reads it.
   static METAFAST_HD Vec<T> sample(const T* array, int64_t s, int64_t pitch, int64_t o) {
-    return broadcast(array[((s / kLanes<T>)*pitch + o) * kLanes<T> + s % kLanes<T>]);
+    if constexpr (!kTransposes) return load(array + (s * pitch + o) * kLanes<T>);
+    return repeat<kTasks>(array + ((s / kSamples) * pitch + o) * kLanes<T> + s % kSamples * kTasks);
   }
   static METAFAST_HD Number number(Vec<T> lanes) { return lanes; }
   static METAFAST_HD Vec<T> lanes(Number number) { return number; }
@@ -61,6 +109,7 @@ struct SamplesInLanes {
 template <typename T>
 struct FeaturesInLanes {
   static constexpr int kTasks = 1, kSamples = 1;
+  static constexpr bool kFolds = false, kTransposes = false;
   using Number = T;
   static constexpr int64_t row(int64_t features) { return div_up(features, kLanes<T>); }
   static constexpr int64_t columns(int64_t features) { return div_up(features, kLanes<T>); }
@@ -95,70 +144,42 @@ METAFAST_HD int64_t lane_offset(int64_t r, int64_t pitch, int64_t i, int lane) {
   return r * pitch * kLanes<T> + i * kStep<Layout, T> + lane;
 }
 
-// ---- transposes ----
+// ---- to lanes and back ----
 
-// One step of transpose_lanes(): exchanges between a and b the lanes in which bit kHalf of the lane number
-// differs from the vector (clear for a, set for b).
-template <int kHalf, typename T, int... l>
-METAFAST_HD void exchange_lanes(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
-  constexpr int n = kLanes<T>;
-  const Vec<T> first = a, second = b;
-#if defined(__clang__) || __GNUC__ >= 12
-  a = __builtin_shufflevector(first, second, (l & kHalf ? n + (l ^ kHalf) : l)...);
-  b = __builtin_shufflevector(first, second, (l & kHalf ? n + l : (l ^ kHalf))...);
-#else
-  a = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + (l ^ kHalf) : l)...});
-  b = __builtin_shuffle(first, second, Mask<T>{(l & kHalf ? n + l : (l ^ kHalf))...});
-#endif
-}
-
-// The square of kLanes vectors: lane i of rows[l] and lane l of rows[i] change places.
-template <typename T, int kHalf = kLanes<T> / 2>
-METAFAST_HD void transpose_lanes(Vec<T>* rows) {
-  if constexpr (kHalf > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<T>; ++i) {
-      if (i & kHalf) continue;
-      exchange_lanes<kHalf, T>(rows[i], rows[i + kHalf], std::make_integer_sequence<int, kLanes<T>>{});
-    }
-    transpose_lanes<T, kHalf / 2>(rows);
-  }
-}
-
-// From tasks to lanes: n elements of each of `tasks` arrays, task_stride apart, into n vectors. Lanes without
-// a task become 0.
-template <typename T>
+// From tasks to lanes: n numbers of each of `tasks` arrays, task_stride apart, into n blocks of kTasks. Those
+// of no task become 0.
+template <int kTasks, typename T>
 void gather_lanes(const T* in, int64_t task_stride, int tasks, int64_t n, T* out) {
+  using Block = typename BlockOf<T, kTasks>::type;
   int64_t i = 0;
-  if (tasks == kLanes<T>) {
-    for (; i + kLanes<T> <= n; i += kLanes<T>) {
-      Vec<T> block[kLanes<T>];
-      for (int t = 0; t < kLanes<T>; ++t) block[t] = load(in + t * task_stride + i);
-      transpose_lanes<T>(block);
-      for (int k = 0; k < kLanes<T>; ++k) store(out + (i + k) * kLanes<T>, block[k]);
+  if (tasks == kTasks) {
+    for (; i + kTasks <= n; i += kTasks) {
+      Block block[kTasks];
+      for (int t = 0; t < kTasks; ++t) __builtin_memcpy(block + t, in + t * task_stride + i, sizeof(Block));
+      transpose<1>(block);
+      __builtin_memcpy(out + i * kTasks, block, sizeof block);
     }
   }
   for (; i < n; ++i) {
-    Vec<T> v{};
-    for (int t = 0; t < tasks; ++t) v[t] = in[t * task_stride + i];
-    store(out + i * kLanes<T>, v);
+    for (int t = 0; t < kTasks; ++t) out[i * kTasks + t] = t < tasks ? in[t * task_stride + i] : T(0);
   }
 }
 
 // The way back; lanes without a task are left out.
-template <typename T>
+template <int kTasks, typename T>
 void scatter_lanes(const T* in, int64_t task_stride, int tasks, int64_t n, T* out) {
+  using Block = typename BlockOf<T, kTasks>::type;
   int64_t i = 0;
-  if (tasks == kLanes<T>) {
-    for (; i + kLanes<T> <= n; i += kLanes<T>) {
-      Vec<T> block[kLanes<T>];
-      for (int k = 0; k < kLanes<T>; ++k) block[k] = load(in + (i + k) * kLanes<T>);
-      transpose_lanes<T>(block);
-      for (int t = 0; t < kLanes<T>; ++t) store(out + t * task_stride + i, block[t]);
+  if (tasks == kTasks) {
+    for (; i + kTasks <= n; i += kTasks) {
+      Block block[kTasks];
+      __builtin_memcpy(block, in + i * kTasks, sizeof block);
+      transpose<1>(block);
+      for (int t = 0; t < kTasks; ++t) __builtin_memcpy(out + t * task_stride + i, block + t, sizeof(Block));
     }
   }
   for (; i < n; ++i) {
-    for (int t = 0; t < tasks; ++t) out[t * task_stride + i] = in[i * kLanes<T> + t];
+    for (int t = 0; t < tasks; ++t) out[t * task_stride + i] = in[i * kTasks + t];
   }
 }
 

@@ -7,7 +7,8 @@
 
 namespace metafast {
 
-// ---- activations a = value(z): slope da/dz and the bend d(slope)/dz * Rz, both as functions of a ----
+// ---- activations a = value(z), and as functions of a: g times their slope da/dz, as a gradient or tangent g
+// goes through them, and the bend, how the slope changes along R z ----
 
 // NaN stays NaN; the derivative at 0 is 0, as torch's.
 struct Relu {
@@ -17,9 +18,8 @@ struct Relu {
     return z < V{} ? V{} : z;
   }
   template <typename V>
-  static METAFAST_HD V slope(V a) {
-    V one = V{} + 1;
-    return a > V{} ? one : V{};
+  static METAFAST_HD V through(V g, V a) {
+    return a > V{} ? g : V{};
   }
   template <typename V>
   static METAFAST_HD V bend(V, V) {
@@ -34,8 +34,8 @@ struct Tanh {
     return Math<V>::tanh(z);
   }
   template <typename V>
-  static METAFAST_HD V slope(V a) {
-    return 1 - a * a;
+  static METAFAST_HD V through(V g, V a) {
+    return g * (1 - a * a);
   }
   template <typename V>
   static METAFAST_HD V bend(V a, V tangent_a) {
@@ -50,8 +50,8 @@ struct Identity {
     return z;
   }
   template <typename V>
-  static METAFAST_HD V slope(V) {
-    return V{} + 1;
+  static METAFAST_HD V through(V g, V) {
+    return g;
   }
   template <typename V>
   static METAFAST_HD V bend(V, V) {

@@ -42,7 +42,7 @@ class Network {
       });
       layer.out_rows = layer.out;
       layer.tangent_rows = layer.out_tangent;
-      if (Layout::kSamples > 1 && l + 1 < layers()) {
+      if (Layout::kTransposes && l + 1 < layers()) {
         layer.out_rows = arena.take(samples * cols(l + 1));
         layer.tangent_rows = arena.take_if(tangents, samples * cols(l + 1));
       }
@@ -74,8 +74,8 @@ class Network {
       }
       if (last) break;
       if (kPads) set_feature(layer.out, layer.pitch, batch.rows, width(l + 1), T(1));
-      if (Layout::kSamples > 1) {
-        transpose_samples(layer.out, layer.pitch, batch.samples, cols(l + 1), layer.out_rows);
+      if (Layout::kTransposes) {
+        transpose_samples<Layout>(layer.out, layer.pitch, batch.samples, cols(l + 1), layer.out_rows);
       }
     }
   }
@@ -124,7 +124,7 @@ class Network {
         add_input_gradient<1>(&factor, batch);
       }
       const OuterFactor<T> outer_factor{out.grad, in.out_rows};
-      outer<Layout, 1>(&outer_factor, {out.grad_pitch, cols(l)}, batch.samples, width(l + 1), cols(l),
+      outer<Layout, 1>(&outer_factor, outer_pitch(l), outer_depth(batch), width(l + 1), cols(l),
                        parameters_.offset(l), consumer_of(l));
     }
   }
@@ -145,17 +145,16 @@ class Network {
       const Factor<T> factors[2] = {{layer_of(theta, l), out.grad_tangent, out.grad_pitch, width(l + 1)},
                                     {layer_of(u, l), out.grad, out.grad_pitch, width(l + 1)}};
       const OuterFactor<T> outer_factors[2] = {{out.grad_tangent, in.out_rows}, {out.grad, in.tangent_rows}};
-      const OuterPitch pitch{out.grad_pitch, cols(l)};
       if (l == 0) {  // the inputs have no tangent
         if (batch.grad_x != nullptr) add_input_gradient<2>(factors, batch);
-        outer<Layout, 1>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), parameters_.offset(l),
-                         consume);
+        outer<Layout, 1>(outer_factors, outer_pitch(l), outer_depth(batch), width(l + 1), cols(l),
+                         parameters_.offset(l), consume);
         return;
       }
       apply_transposed<2>(factors, l, batch, in.grad_tangent, behind_slope(in, in.out_tangent));
       clear_padding(in.grad_tangent, l, batch.rows);
-      outer<Layout, 2>(outer_factors, pitch, batch.samples, width(l + 1), cols(l), parameters_.offset(l),
-                       consume);
+      outer<Layout, 2>(outer_factors, outer_pitch(l), outer_depth(batch), width(l + 1), cols(l),
+                       parameters_.offset(l), consume);
     }
   }
 
@@ -226,6 +225,14 @@ class Network {
     return {mlp_.activation, layer.out, tangents, layer.out_grad, layer.pitch, layer.grad_pitch};
   }
 
+  // Of the arrays that outer() reads for layer l, and over how many rows of them it sums.
+  OuterPitch outer_pitch(int l) const {
+    return {layers_[l + 1].grad_pitch, Layout::kTransposes ? cols(l) : layers_[l].pitch};
+  }
+  static int64_t outer_depth(const Batch<Layout, T>& batch) {
+    return Layout::kTransposes ? batch.samples : batch.rows;
+  }
+
   template <class Consume>
   void dual_gradient(const T* grad, const Batch<Layout, T>& batch, const Consume& consume) const {
     const int64_t first = parameters_.offset(0) + batch.dual.first * cols(0);
@@ -276,8 +283,9 @@ class Network {
         apply<2>(factors, l, batch, out, layer.pitch, finish);
       }
       if (last) break;
-      if (Layout::kSamples > 1) {
-        transpose_samples(layer.out_tangent, layer.pitch, batch.samples, cols(l + 1), layer.tangent_rows);
+      if (Layout::kTransposes) {
+        transpose_samples<Layout>(layer.out_tangent, layer.pitch, batch.samples, cols(l + 1),
+                                  layer.tangent_rows);
       }
     }
   }

@@ -35,7 +35,11 @@ class Parameters {
       if constexpr (Layout::kTasks == 1) {
         std::copy_n(in + begin, n, theta + place);
       } else {
-        for (int64_t i = 0; i < n; ++i) store(theta + place + i * kLanes<T>, broadcast(in[begin + i]));
+        using Block = typename BlockOf<T, Layout::kTasks>::type;
+        for (int64_t i = 0; i < n; ++i) {
+          const Block block = in[begin + i] - Block{};
+          __builtin_memcpy(theta + place + i * Layout::kTasks, &block, sizeof block);
+        }
       }
     });
   }
@@ -54,7 +58,7 @@ class Parameters {
       if constexpr (Layout::kTasks == 1) {
         std::copy_n(in + first * size + begin, n, theta + place);
       } else {
-        gather_lanes(in + first * size + begin, size, tasks, n, theta + place);
+        gather_lanes<Layout::kTasks>(in + first * size + begin, size, tasks, n, theta + place);
       }
     });
   }
@@ -65,7 +69,7 @@ class Parameters {
       if constexpr (Layout::kTasks == 1) {
         std::copy_n(theta + place, n, out + first * size + begin);
       } else {
-        scatter_lanes(theta + place, size, tasks, n, out + first * size + begin);
+        scatter_lanes<Layout::kTasks>(theta + place, size, tasks, n, out + first * size + begin);
       }
     });
   }
@@ -74,14 +78,15 @@ class Parameters {
   // Overwrites `theta`.
   void store_sum(T* theta, T* out) const {
     if constexpr (Layout::kTasks > 1) {
-      for (int64_t i = 0; i < vectors(); i += kLanes<T>) {
-        Vec<T> block[kLanes<T>] = {};
-        for (int64_t j = 0; j < std::min<int64_t>(kLanes<T>, vectors() - i); ++j) {
-          block[j] = load(theta + (i + j) * kLanes<T>);
-        }
-        transpose_lanes<T>(block);
-        for (int t = 1; t < kLanes<T>; ++t) block[0] += block[t];
-        store(theta + i, block[0]);  // its place has been read
+      constexpr int kTasks = Layout::kTasks;
+      using Block = typename BlockOf<T, kTasks>::type;
+      const int64_t numbers = vectors() * Layout::kSamples;
+      for (int64_t i = 0; i < numbers; i += kTasks) {
+        Block block[kTasks] = {};
+        __builtin_memcpy(block, theta + i * kTasks, std::min<int64_t>(kTasks, numbers - i) * sizeof(Block));
+        transpose<1>(block);
+        for (int t = 1; t < kTasks; ++t) block[0] += block[t];
+        __builtin_memcpy(theta + i, block, sizeof(Block));  // its place has been read
       }
     }
     T* outs[2 * kMaxLayers];

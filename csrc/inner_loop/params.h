@@ -13,7 +13,7 @@ enum class Loss { mse, cross_entropy };
 
 constexpr int kMaxLayers = 8;
 
-enum class Lanes { tasks, samples, features };  // of the CPU kernel, see lanes.h
+enum class Lanes { tasks, pairs, samples, features };  // of the CPU kernel, see lanes.h
 
 // The MLP and its parameters in nn.Linear layout: parameter 2l is W of layer l, parameter 2l + 1 its b.
 template <typename T>
@@ -118,18 +118,21 @@ struct InnerLoop {
   // What follows holds for the CPU kernel. It is decided by the shapes alone, never by the number of threads,
   // so the order of every sum is too.
 
-  // Tasks in the lanes are best for small networks, unless they are too few to fill them. Large are networks
-  // of which so many would not stay in the cache with all their steps.
-  static constexpr int64_t kGroup = 16;  // tasks: a multiple of every number of lanes
+  // Large are networks of which a group of this many tasks would not stay in the cache with all their steps.
+  static constexpr int64_t kGroup = 16;  // a multiple of every number of lanes
   METAFAST_HD bool large() const {
     constexpr int64_t kCacheBytes = 4 << 20;
     const int64_t copies = keeps_trajectory() ? (lr_gradient() ? 2 : 1) * sgd.steps + 3 : 2;
     return copies * mlp.size() * kGroup * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
   }
+  // Of the lanes of small networks, pairs of examples keep less in the cache than as many tasks, and share
+  // few tasks out among more threads; but the last of a few and odd examples leaves half of a pair empty.
+  // Fewer tasks than fill the lanes are better off one by one.
   METAFAST_HD Lanes lanes() const {
-    constexpr int64_t kFewTasks = 12;
     if (large()) return Lanes::features;
-    return tasks <= kFewTasks ? Lanes::samples : Lanes::tasks;
+    const bool paired = support.count % 2 == 0 || support.count > 8;
+    if (tasks <= (paired ? 6 : 12)) return Lanes::samples;
+    return paired ? Lanes::pairs : Lanes::tasks;
   }
 
   // Whether the dual form of the first layer is exact, gives all that is wanted, and pays: the multiply-adds
@@ -147,10 +150,10 @@ struct InnerLoop {
   }
 
   METAFAST_HD int64_t tasks_per_item() const {
-    const int64_t max_items = lanes() == Lanes::features ? 64 : 256;  // each leaves a row of sums
-    const int64_t unit = lanes() == Lanes::tasks ? kGroup : 1;
+    constexpr int64_t kMaxItems = 64;  // each leaves a row of sums
+    const int64_t unit = lanes() == Lanes::tasks ? kGroup : (lanes() == Lanes::pairs ? kGroup / 2 : 1);
     const int64_t units = (tasks + unit - 1) / unit;
-    return (units + max_items - 1) / max_items * unit;
+    return (units + kMaxItems - 1) / kMaxItems * unit;
   }
   int64_t items() const { return tasks == 0 ? 0 : (tasks + tasks_per_item() - 1) / tasks_per_item(); }
   int64_t item_cost() const {

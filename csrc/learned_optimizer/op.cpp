@@ -60,7 +60,8 @@ void lstm_step_op(at::TensorList params, at::TensorList grads, const Tensor& sta
 // ---- the backward ----
 
 template <typename T>
-int64_t rows_of_sums(LstmUnrollBackward<T>& p, const Tensor& like, Tensor& workspace) {
+int64_t rows_of_sums(LstmUnrollBackward<T>& p, [[maybe_unused]] const Tensor& like,
+                     [[maybe_unused]] Tensor& workspace) {
 #if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
   if (runs_cuda(like)) {
     const c10::DeviceGuard guard(like.device());
