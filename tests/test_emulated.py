@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import inner_loop_problems as inner_loop
 import pytest
-import test_inner_loop as inner_loop
+import test_inner_loop
 import torch
 from emulated_build import EMULATED_LIBRARY, ROOT, emulated_library
 from parity import (
@@ -92,7 +93,7 @@ def test_inner_loop_under_every_schedule(
     results = []
     for seed in SEEDS:
         set_seed(seed)
-        inner_loop.test_maml_loss_and_its_gradients(case, dtype, backend)
+        test_inner_loop.test_maml_loss_and_its_gradients(case, dtype, backend)
         problem = inner_loop.make(case, dtype)
         options = {"lr": problem.lr, **problem.options}
         loss = metafast.maml_loss(problem.params, *problem.data, **options, **problem.query_options)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from inner_loop_problems import CASES, LAYOUTS, TOLERANCE, Case, assert_near, gradients, make
 from record_ops import RecordOps
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,142 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import metafast
 from metafast import reference
-
-# Relative to the largest element of the tensor, against the float64 reference on the same inputs. The
-# gradient of a scalar is a sum over tasks of terms of both signs: its rounding is relative to the largest
-# gradient of all.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-@dataclass(frozen=True)
-class Case:
-    tasks: int = 3
-    widths: tuple[int, ...] = (3, 7, 5, 2)
-    support: int = 5
-    query: int = 4
-    steps: int = 3
-    loss: str = "mse"
-    lr: str = "scalar"  # or "step and layer", "element", "constant"
-    per_task: bool = False
-    activation: str = "tanh"
-    momentum: float = 0.0
-    first_order: bool = False
-    step_weights: tuple[float, ...] | None = None
-    reduction: str = "mean"
-
-
-@dataclass
-class Problem:
-    """The tensors of a case; those that can have a gradient have one."""
-
-    params: list[Tensor]
-    lr: Tensor | list[Tensor]
-    data: list[Tensor]  # support x, support y, query x, query y
-    options: dict
-    query_options: dict
-
-    def leaves(self, *, query: bool) -> list[Tensor]:
-        lr = self.lr if isinstance(self.lr, list) else [self.lr]
-        tensors = [*self.params, *lr, *self.data[: 4 if query else 2]]
-        return [tensor for tensor in tensors if tensor.requires_grad]
-
-
-def make(case: Case, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
-    """The same numbers for both dtypes: float64 ones are rounded to float32 first."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        numbers = torch.randn(*shape, generator=generator) * scale
-        return numbers.to(device, dtype).requires_grad_()
-
-    lead = (case.tasks,) if case.per_task else ()
-    params = []
-    for inputs, outputs in zip(case.widths[:-1], case.widths[1:], strict=True):
-        params += [leaf(*lead, outputs, inputs, scale=inputs**-0.5), leaf(*lead, outputs, scale=0.1)]
-    if case.lr in ("scalar", "constant"):
-        lr = torch.tensor(0.05).to(device, dtype).requires_grad_(case.lr == "scalar")
-    elif case.lr == "step and layer":
-        lr = leaf(case.steps, len(case.widths) - 1, scale=0.05)
-    else:
-        lr = [leaf(*p.shape[len(lead) :], scale=0.05) for p in params]
-    data = []
-    for count in (case.support, case.query):
-        data.append(leaf(case.tasks, count, case.widths[0]))
-        if case.loss == "mse":
-            data.append(leaf(case.tasks, count, case.widths[-1]))
-        else:
-            labels = torch.randint(0, case.widths[-1], (case.tasks, count), generator=generator)
-            labels[::2, -1] = -100
-            data.append(labels.to(device))
-    weights = None if case.step_weights is None else torch.tensor(case.step_weights).to(device, dtype)
-    options = {
-        "loss": case.loss,
-        "steps": case.steps,
-        "activation": case.activation,
-        "momentum": case.momentum,
-        "first_order": case.first_order,
-    }
-    return Problem(params, lr, data, options, {"step_weights": weights, "reduction": case.reduction})
-
-
-def assert_near(actual: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
-    scales = [other.abs().max().item() if other.numel() else 0.0 for other in expected]
-    for one, other, own_scale in zip(actual, expected, scales, strict=True):
-        assert one.dtype == dtype
-        scale = max(scales) if other.dim() == 0 else own_scale
-        atol = TOLERANCE[dtype] * max(scale, 1e-3)
-        torch.testing.assert_close(one.double().cpu(), other, rtol=0, atol=atol)
-
-
-def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Of the outputs, each weighed by its own pattern of numbers."""
-    total = sum(
-        (
-            out.double()
-            * torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape).to(out.device)
-        ).sum()
-        for out in outputs
-    )
-    found = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
-
-
-CASES = [
-    Case(widths=(1, 40, 40, 1), support=10, query=10, steps=5),
-    Case(tasks=20, widths=(1, 40, 40, 1), support=10, query=10, steps=5),
-    Case(tasks=20, widths=(1, 40, 40, 1), support=10, query=10, steps=5, first_order=True),
-    Case(activation="relu", lr="step and layer", momentum=0.7),
-    Case(tasks=37, activation="relu", lr="step and layer", momentum=0.7, reduction="none"),
-    Case(lr="element", momentum=0.7, step_weights=(0.2, 0.3, 0.5)),
-    Case(tasks=17, lr="element", step_weights=(0.2, 0.0, 0.8), reduction="none"),
-    Case(per_task=True, lr="element", reduction="none"),
-    Case(tasks=33, per_task=True, lr="step and layer", momentum=0.5),
-    Case(tasks=18, loss="cross_entropy", lr="step and layer", per_task=True),
-    Case(loss="cross_entropy", activation="relu", support=19, query=33, reduction="none"),
-    Case(tasks=20, loss="cross_entropy", widths=(20, 33, 17, 6), momentum=0.9),
-    Case(tasks=18, first_order=True, lr="element", momentum=0.3, step_weights=(1.0, 0.5, 0.25)),
-    Case(first_order=True, momentum=0.3, step_weights=(1.0, 0.5, 0.25), loss="cross_entropy"),
-    Case(tasks=20, first_order=True, lr="constant", momentum=0.3, step_weights=(1.0, 0.5, 0.25)),
-    Case(first_order=True, lr="constant", per_task=True, reduction="none"),
-    Case(tasks=17, lr="constant", activation="relu"),
-    Case(tasks=16, widths=(4, 3), activation="none", loss="cross_entropy", steps=2),
-    Case(widths=(2, 3, 4, 5, 6, 5, 4, 3, 2), steps=2, lr="step and layer"),
-    Case(tasks=20, widths=(2, 3, 4, 5, 6, 5, 4, 3, 2), steps=2, activation="relu"),
-    Case(widths=(1, 1, 1), support=1, query=1, activation="none"),
-    Case(steps=0, reduction="none"),
-    Case(tasks=20, steps=0),
-    Case(tasks=13, widths=(3, 300, 300, 2), steps=2),  # too large for many tasks at once
-    # For a GPU's blocks of 256 threads, for its global memory, and more tasks than it takes at once.
-    Case(widths=(2, 60, 60, 1), support=3, steps=2, momentum=0.5, lr="step and layer"),
-    Case(tasks=2, widths=(30, 150, 150, 70), support=18, steps=2, loss="cross_entropy", lr="element"),
-    Case(tasks=4300, widths=(1, 2, 1), support=2, query=1, steps=1, lr="element"),
-]
-# The CPU has other lanes for an even number of examples, or many (csrc/inner_loop/lanes.h).
-CASES += [
-    replace(case, support=8 + i % 2) for i, case in enumerate(CASES) if case.support == 5 and case.tasks > 13
-]
-CASES.append(Case(tasks=9, support=2, query=3, per_task=True, momentum=0.5, step_weights=(0.2, 0.0, 0.8)))
-LANES = [(3, 5), (20, 5), (20, 4)]  # tasks and examples: of each layout of small networks
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -247,10 +112,19 @@ def test_well_classified_examples_keep_their_digits(margin: float, backend: torc
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On which a task follows in the memory of the one before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize(("tasks", "support"), LANES)
-def test_nan_stays_in_its_task(tasks: int, support: int, value: float, backend: torch.device) -> None:
-    problem = make(Case(tasks=tasks, support=support, per_task=True), torch.float32, device=backend)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_nan_stays_in_its_task(layout: Case, value: float, backend: torch.device, one_thread: None) -> None:
+    problem = make(replace(layout, per_task=True), torch.float32, device=backend)
     clean = metafast.maml_loss(
         problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none"
     )
@@ -259,7 +133,7 @@ def test_nan_stays_in_its_task(tasks: int, support: int, value: float, backend: 
     loss = metafast.maml_loss(
         problem.params, *problem.data, lr=problem.lr, **problem.options, reduction="none"
     )
-    others = torch.arange(tasks, device=backend) != 1
+    others = torch.arange(layout.tasks, device=backend) != 1
     assert loss[1].isnan()
     assert torch.equal(loss[others], clean[others])
     grads = torch.autograd.grad(loss.sum(), problem.params)
@@ -273,15 +147,18 @@ def test_nan_stays_in_its_task(tasks: int, support: int, value: float, backend: 
 @pytest.mark.parametrize(
     "case",
     [
+        *LAYOUTS,
         Case(lr="element", momentum=0.5),
         Case(tasks=20, lr="step and layer", step_weights=(0.2, 0.3, 0.5)),
         Case(tasks=20, per_task=True),
-        Case(tasks=20, support=4, lr="element"),
-        Case(widths=(3, 300, 300, 2), steps=2),
+        Case(tasks=20, support=4, lr="element", momentum=0.5),
+        Case(widths=(3, 300, 300, 2), steps=2, lr="step and layer", momentum=0.5),
     ],
     ids=repr,
 )
-def test_a_task_left_out_of_the_loss_leaves_no_nan(case: Case, backend: torch.device) -> None:
+def test_a_task_left_out_of_the_loss_leaves_no_nan(
+    case: Case, backend: torch.device, one_thread: None
+) -> None:
     """As `maml_loss(..., reduction="none")` invites to: the losses that are finite, and their gradient."""
     problem = make(replace(case, reduction="none"), torch.float32, device=backend)
     leaves = problem.leaves(query=True)
@@ -300,10 +177,9 @@ def test_a_task_left_out_of_the_loss_leaves_no_nan(case: Case, backend: torch.de
     assert all(torch.equal(one, other) for one, other in zip(gradients(), clean, strict=True))
 
 
-@pytest.mark.parametrize(("tasks", "support"), LANES)
-def test_task_without_examples(tasks: int, support: int, backend: torch.device) -> None:
-    case = Case(tasks=tasks, support=support, loss="cross_entropy")
-    problem = make(case, torch.float64, device=backend)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_task_without_examples(layout: Case, backend: torch.device) -> None:
+    problem = make(replace(layout, loss="cross_entropy"), torch.float64, device=backend)
     problem.data[1][0] = -100  # no support: not adapted
     problem.data[3][1] = -100  # no query: no loss
     loss = metafast.maml_loss(
@@ -330,9 +206,9 @@ def test_no_tasks(backend: torch.device) -> None:
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
-@pytest.mark.parametrize(("tasks", "support"), LANES)
-def test_strided_arguments(tasks: int, support: int, backend: torch.device) -> None:
-    problem = make(Case(tasks=tasks, support=support, per_task=True), torch.float64, device=backend)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_strided_arguments(layout: Case, backend: torch.device) -> None:
+    problem = make(replace(layout, per_task=True), torch.float64, device=backend)
     expected = metafast.maml_loss(problem.params, *problem.data, lr=problem.lr, **problem.options)
 
     def strided(tensor: Tensor) -> Tensor:
@@ -444,165 +320,6 @@ def test_bad_tensors() -> None:
         ValueError, match=r"y: expected classes in \[0, 2\) or -100 \(ignored\), got 2 at position 2"
     ):
         metafast.inner_sgd(params, support_x, labels, **{**options, "loss": "cross_entropy"})
-
-
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_sgd_update_is_torch_sgd(momentum: float, nesterov: bool, backend: torch.device) -> None:
-    torch.manual_seed(0)
-    # More tensors than one launch takes, one of them of many work items.
-    params = [
-        torch.randn(shape, device=backend) for shape in [(), (3, 5), (0,), (4, 3, 2, 2), (300, 100)] * 14
-    ]
-    expected = [p.clone().requires_grad_() for p in params]
-    optimizer = torch.optim.SGD(expected, lr=0.1, momentum=momentum, weight_decay=0.01, nesterov=nesterov)
-    buffers = None
-    for _ in range(3):
-        grads = [torch.randn_like(p) for p in params]
-        for p, grad in zip(expected, grads, strict=True):
-            p.grad = grad
-        optimizer.step()
-        params, buffers = metafast.sgd_update(
-            params,
-            grads,
-            0.1,
-            momentum_buffers=buffers,
-            momentum=momentum,
-            weight_decay=0.01,
-            nesterov=nesterov,
-        )
-    torch.testing.assert_close(params, [p.detach() for p in expected])
-
-
-@pytest.mark.parametrize("lr_shapes", ["one", "each"])
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_update_gradients(nesterov: bool, lr_shapes: str, backend: torch.device) -> None:
-    torch.manual_seed(0)
-
-    def leaves() -> list[Tensor]:
-        shapes = [(3, 2), (4,)]
-        return [torch.randn(s, dtype=torch.float64, device=backend, requires_grad=True) for s in shapes]
-
-    lr = leaves()
-    if lr_shapes == "one":
-        lr = [torch.rand((), dtype=torch.float64, device=backend, requires_grad=True)]
-
-    def update(*tensors: Tensor) -> tuple[Tensor, ...]:
-        new_params, buffers = metafast.sgd_update(
-            tensors[:2],
-            tensors[2:4],
-            tensors[6] if lr_shapes == "one" else tensors[6:],
-            momentum_buffers=tensors[4:6],
-            momentum=0.9,
-            weight_decay=0.1,
-            nesterov=nesterov,
-        )
-        return (*new_params, *buffers)
-
-    inputs = (*leaves(), *leaves(), *leaves(), *lr)
-    assert torch.autograd.gradcheck(update, inputs)
-    assert torch.autograd.gradgradcheck(update, inputs)
-
-
-def test_task_linear() -> None:
-    torch.manual_seed(0)
-    x, weight, bias = (
-        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 4, 5), (3, 2, 5), (3, 2)]
-    )
-    expected = torch.stack([F.linear(x[t], weight[t], bias[t]) for t in range(3)])
-    torch.testing.assert_close(metafast.task_linear(x, weight, bias), expected)
-    torch.testing.assert_close(reference.task_linear(x, weight, bias), expected)
-    assert torch.autograd.gradgradcheck(metafast.task_linear, (x, weight, bias))
-    with pytest.raises(
-        ValueError, match=r"weight: expected shape \[T, O, I\] with T = 3, I = 5, got \[3, 5, 2\]"
-    ):
-        metafast.task_linear(x, weight.mT, bias)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"stride": 2, "padding": 1}, {"stride": (1, 2), "padding": (2, 0)}], ids=str
-)
-def test_task_conv2d(options: dict) -> None:
-    torch.manual_seed(0)
-    x, weight, bias = (
-        torch.randn(s, dtype=torch.float64, requires_grad=True)
-        for s in [(3, 2, 2, 5, 4), (3, 3, 2, 3, 2), (3, 3)]
-    )
-    expected = torch.stack([F.conv2d(x[t], weight[t], bias[t], **options) for t in range(3)])
-    torch.testing.assert_close(metafast.task_conv2d(x, weight, bias, **options), expected)
-    torch.testing.assert_close(reference.task_conv2d(x, weight, bias, **options), expected)
-    compiled = torch.compile(metafast.task_conv2d, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight, bias, **options), expected)
-    batch = [t.detach().unsqueeze(0).expand(2, *t.shape) for t in (x, weight, bias)]
-    torch.testing.assert_close(
-        torch.vmap(lambda *args: metafast.task_conv2d(*args, **options))(*batch),
-        expected.expand(2, *expected.shape),
-    )
-
-
-@pytest.mark.parametrize("shape", [(0, 2, 2, 5, 4), (3, 0, 2, 5, 4), (3, 2, 0, 5, 4)], ids=str)
-def test_task_conv2d_of_nothing(shape: tuple[int, ...]) -> None:
-    tasks, _, channels, *_ = shape
-    leaves = [
-        torch.randn(s, dtype=torch.float64, requires_grad=True)
-        for s in (shape, (tasks, 3, channels, 3, 2), (tasks, 3))
-    ]
-    results = []
-    for module in (metafast, reference):
-        out = module.task_conv2d(*leaves, padding=1)
-        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(3, 2, 5, 4)}, r"x: expected shape \[T, B, C, H, W\], got \[3, 2, 5, 4\]"),
-        (
-            {"weight": torch.zeros(3, 3, 1, 3, 2)},
-            r"weight: expected shape \[T, O, C, kh, kw\] with T = 3, C = 2, got \[3, 3, 1, 3, 2\]",
-        ),
-        ({"weight": torch.zeros(3, 3, 2, 6, 2)}, "weight: expected a kernel of 1 to 5 pixels, .*, got 6"),
-        ({"bias": torch.zeros(3, 2)}, r"bias: expected shape \[T, O\] = \[3, 3\], got \[3, 2\]"),
-        ({"stride": 0}, "stride: expected numbers > 0"),
-        ({"padding": (0, -1)}, "padding: expected numbers >= 0"),
-    ],
-    ids=str,
-)
-def test_bad_convolutions(change: dict, message: str) -> None:
-    args = {"x": torch.zeros(3, 2, 2, 5, 4), "weight": torch.zeros(3, 3, 2, 3, 2), "bias": torch.zeros(3, 3)}
-    with pytest.raises(ValueError, match=message):
-        metafast.task_conv2d(**{**args, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grads": [torch.ones(2)]}, "grads: expected 2 tensors, one for each of params, got 1"),
-        ({"grads": [torch.ones(2), torch.ones(2)]}, r"grads\[1\]: expected shape .* = \[3\], got \[2\]"),
-        ({"lr": [torch.tensor(0.1)]}, "lr: expected one tensor for each of params, 2, got 1"),
-        (
-            {"lr": [torch.ones(2), torch.ones(2)]},
-            r"lr\[1\]: expected a shape that broadcasts to that of params\[1\]",
-        ),
-        ({"momentum_buffers": [torch.ones(2)]}, "momentum_buffers: expected 2 tensors"),
-        ({"nesterov": True}, "nesterov: expected momentum, got momentum = 0"),
-    ],
-)
-def test_bad_updates(change: dict, message: str) -> None:
-    args = {
-        "params": [torch.ones(2), torch.ones(3)],
-        "grads": [torch.ones(2), torch.ones(3)],
-        "lr": 0.1,
-        **change,
-    }
-    with pytest.raises(ValueError, match=message):
-        metafast.sgd_update(**args)
-
-
-def test_update_of_nothing() -> None:
-    assert metafast.sgd_update([], [], 0.1, momentum=0.9) == ([], [])
-    with pytest.raises(ValueError, match="grads: expected 0 tensors"):
-        metafast.sgd_update([], [torch.ones(2)], 0.1)
 
 
 # --- what else an argument may be -----------------------------------------------------------------------
@@ -837,14 +554,3 @@ def test_autocast_changes_no_loss() -> None:
         assert torch.equal(loss(*problem.data), expected)
         (by_transform,) = torch.vmap(loss)(*(t[None] for t in problem.data))
     torch.testing.assert_close(by_transform, expected)
-
-
-def test_task_linear_under_autocast() -> None:
-    x, weight, bias = torch.randn(3, 4, 5), torch.randn(3, 2, 5), torch.randn(3, 2)
-    expected = metafast.task_linear(x, weight, bias)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = metafast.task_linear(x.bfloat16(), weight, bias)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
-    with pytest.raises(TypeError, match="weight: expected the dtype of x, BFloat16, got Float"):
-        metafast.task_linear(x.bfloat16(), weight, bias)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_inner_loop import TOLERANCE, Case, Problem, assert_near, gradients, make
+from inner_loop_problems import TOLERANCE, Case, Problem, assert_near, gradients, make
 from torch import Tensor
 
 import metafast

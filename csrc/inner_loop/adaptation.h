@@ -84,7 +84,6 @@ class Adaptation {
       query_.take_dual(arena, p, p.support.count);
     }
     if (arena.counts()) return;
-    if (Layout::kTasks < kLanes<T>) clear(theta(0), vectors_);  // what pads the rows, and stays 0
     if (elements_ == nullptr) return;
     clear(elements_, vectors_);
     parameters_.load_elements(p.sgd.elements, elements_);
@@ -175,6 +174,7 @@ class Adaptation {
       task_weights_[lane] = p_.loss_scale * weight;
     }
     support_.load_tasks(p_.support, first, tasks);
+    parameters_.clear_padding(theta(0));  // where the task before may have left NaN
     if (dual_) clear(theta(0), parameters_.offset(1));
     if (p_.mlp.shared) {
       parameters_.load_shared(p_.mlp.params, theta(0));

@@ -29,6 +29,16 @@ class Parameters {
   int64_t offset(int l) const { return offsets_[l]; }
   int64_t vectors() const { return offsets_[mlp_.layers]; }
 
+  // What pads the rows: 0 it stays, unless a gradient is not finite.
+  void clear_padding(T* theta) const {
+    for (int l = first_layer_; l < mlp_.layers; ++l) {
+      const int64_t numbers = (mlp_.widths[l] + 1) * Layout::kTasks, row = cols(l) * kLanes<T>;
+      for (int64_t o = 0; o < mlp_.widths[l + 1] && numbers < row; ++o) {
+        std::fill_n(theta + offsets_[l] * kLanes<T> + o * row + numbers, row - numbers, T(0));
+      }
+    }
+  }
+
   // One set of parameters for all tasks.
   void load_shared(const T* const* params, T* theta) const {
     for_each_run(params, [&](const T* in, int, int64_t begin, int64_t n, int64_t place) {

@@ -1,0 +1,181 @@
+"""The ops around networks that `inner_sgd` does not know: sgd_update, task_linear, task_conv2d."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import metafast
+from metafast import reference
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_update_is_torch_sgd(momentum: float, nesterov: bool, backend: torch.device) -> None:
+    torch.manual_seed(0)
+    # More tensors than one launch takes, one of them of many work items.
+    params = [
+        torch.randn(shape, device=backend) for shape in [(), (3, 5), (0,), (4, 3, 2, 2), (300, 100)] * 14
+    ]
+    expected = [p.clone().requires_grad_() for p in params]
+    optimizer = torch.optim.SGD(expected, lr=0.1, momentum=momentum, weight_decay=0.01, nesterov=nesterov)
+    buffers = None
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in params]
+        for p, grad in zip(expected, grads, strict=True):
+            p.grad = grad
+        optimizer.step()
+        params, buffers = metafast.sgd_update(
+            params,
+            grads,
+            0.1,
+            momentum_buffers=buffers,
+            momentum=momentum,
+            weight_decay=0.01,
+            nesterov=nesterov,
+        )
+    torch.testing.assert_close(params, [p.detach() for p in expected])
+
+
+@pytest.mark.parametrize("lr_shapes", ["one", "each"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_update_gradients(nesterov: bool, lr_shapes: str, backend: torch.device) -> None:
+    torch.manual_seed(0)
+
+    def leaves() -> list[Tensor]:
+        shapes = [(3, 2), (4,)]
+        return [torch.randn(s, dtype=torch.float64, device=backend, requires_grad=True) for s in shapes]
+
+    lr = leaves()
+    if lr_shapes == "one":
+        lr = [torch.rand((), dtype=torch.float64, device=backend, requires_grad=True)]
+
+    def update(*tensors: Tensor) -> tuple[Tensor, ...]:
+        new_params, buffers = metafast.sgd_update(
+            tensors[:2],
+            tensors[2:4],
+            tensors[6] if lr_shapes == "one" else tensors[6:],
+            momentum_buffers=tensors[4:6],
+            momentum=0.9,
+            weight_decay=0.1,
+            nesterov=nesterov,
+        )
+        return (*new_params, *buffers)
+
+    inputs = (*leaves(), *leaves(), *leaves(), *lr)
+    assert torch.autograd.gradcheck(update, inputs)
+    assert torch.autograd.gradgradcheck(update, inputs)
+
+
+def test_task_linear() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in [(3, 4, 5), (3, 2, 5), (3, 2)]
+    )
+    expected = torch.stack([F.linear(x[t], weight[t], bias[t]) for t in range(3)])
+    torch.testing.assert_close(metafast.task_linear(x, weight, bias), expected)
+    torch.testing.assert_close(reference.task_linear(x, weight, bias), expected)
+    assert torch.autograd.gradgradcheck(metafast.task_linear, (x, weight, bias))
+    with pytest.raises(
+        ValueError, match=r"weight: expected shape \[T, O, I\] with T = 3, I = 5, got \[3, 5, 2\]"
+    ):
+        metafast.task_linear(x, weight.mT, bias)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"stride": (1, 2), "padding": (2, 0)}], ids=str
+)
+def test_task_conv2d(options: dict) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True)
+        for s in [(3, 2, 2, 5, 4), (3, 3, 2, 3, 2), (3, 3)]
+    )
+    expected = torch.stack([F.conv2d(x[t], weight[t], bias[t], **options) for t in range(3)])
+    torch.testing.assert_close(metafast.task_conv2d(x, weight, bias, **options), expected)
+    torch.testing.assert_close(reference.task_conv2d(x, weight, bias, **options), expected)
+    compiled = torch.compile(metafast.task_conv2d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight, bias, **options), expected)
+    batch = [t.detach().unsqueeze(0).expand(2, *t.shape) for t in (x, weight, bias)]
+    torch.testing.assert_close(
+        torch.vmap(lambda *args: metafast.task_conv2d(*args, **options))(*batch),
+        expected.expand(2, *expected.shape),
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2, 5, 4), (3, 0, 2, 5, 4), (3, 2, 0, 5, 4)], ids=str)
+def test_task_conv2d_of_nothing(shape: tuple[int, ...]) -> None:
+    tasks, _, channels, *_ = shape
+    leaves = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True)
+        for s in (shape, (tasks, 3, channels, 3, 2), (tasks, 3))
+    ]
+    results = []
+    for module in (metafast, reference):
+        out = module.task_conv2d(*leaves, padding=1)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 2, 5, 4)}, r"x: expected shape \[T, B, C, H, W\], got \[3, 2, 5, 4\]"),
+        (
+            {"weight": torch.zeros(3, 3, 1, 3, 2)},
+            r"weight: expected shape \[T, O, C, kh, kw\] with T = 3, C = 2, got \[3, 3, 1, 3, 2\]",
+        ),
+        ({"weight": torch.zeros(3, 3, 2, 6, 2)}, "weight: expected a kernel of 1 to 5 pixels, .*, got 6"),
+        ({"bias": torch.zeros(3, 2)}, r"bias: expected shape \[T, O\] = \[3, 3\], got \[3, 2\]"),
+        ({"stride": 0}, "stride: expected numbers > 0"),
+        ({"padding": (0, -1)}, "padding: expected numbers >= 0"),
+    ],
+    ids=str,
+)
+def test_bad_convolutions(change: dict, message: str) -> None:
+    args = {"x": torch.zeros(3, 2, 2, 5, 4), "weight": torch.zeros(3, 3, 2, 3, 2), "bias": torch.zeros(3, 3)}
+    with pytest.raises(ValueError, match=message):
+        metafast.task_conv2d(**{**args, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": [torch.ones(2)]}, "grads: expected 2 tensors, one for each of params, got 1"),
+        ({"grads": [torch.ones(2), torch.ones(2)]}, r"grads\[1\]: expected shape .* = \[3\], got \[2\]"),
+        ({"lr": [torch.tensor(0.1)]}, "lr: expected one tensor for each of params, 2, got 1"),
+        (
+            {"lr": [torch.ones(2), torch.ones(2)]},
+            r"lr\[1\]: expected a shape that broadcasts to that of params\[1\]",
+        ),
+        ({"momentum_buffers": [torch.ones(2)]}, "momentum_buffers: expected 2 tensors"),
+        ({"nesterov": True}, "nesterov: expected momentum, got momentum = 0"),
+    ],
+)
+def test_bad_updates(change: dict, message: str) -> None:
+    args = {
+        "params": [torch.ones(2), torch.ones(3)],
+        "grads": [torch.ones(2), torch.ones(3)],
+        "lr": 0.1,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        metafast.sgd_update(**args)
+
+
+def test_update_of_nothing() -> None:
+    assert metafast.sgd_update([], [], 0.1, momentum=0.9) == ([], [])
+    with pytest.raises(ValueError, match="grads: expected 0 tensors"):
+        metafast.sgd_update([], [torch.ones(2)], 0.1)
+
+
+def test_task_linear_under_autocast() -> None:
+    x, weight, bias = torch.randn(3, 4, 5), torch.randn(3, 2, 5), torch.randn(3, 2)
+    expected = metafast.task_linear(x, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = metafast.task_linear(x.bfloat16(), weight, bias)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
+    with pytest.raises(TypeError, match="weight: expected the dtype of x, BFloat16, got Float"):
+        metafast.task_linear(x.bfloat16(), weight, bias)
