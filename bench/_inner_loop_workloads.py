@@ -74,6 +74,21 @@ def metafast_call(problem: Problem) -> Call:
     return call
 
 
+def metafast_without_autograd(problem: Problem) -> Call:
+    def call() -> Result:
+        value, grads = metafast.maml_value_and_grad(
+            problem.params,
+            *problem.data,
+            loss=problem.loss,
+            lr=LEARNING_RATE,
+            steps=problem.steps,
+            first_order=problem.first_order,
+        )
+        return (value, *grads)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Workload:
     """T tasks of one kind, an MLP with relus, K steps."""

@@ -36,7 +36,15 @@ from bench._harness import (
     print_case,
     run_case,
 )
-from bench._inner_loop_workloads import LEARNING_RATE, MLP_784, SINE, Problem, Workload, metafast_call
+from bench._inner_loop_workloads import (
+    LEARNING_RATE,
+    MLP_784,
+    SINE,
+    Problem,
+    Workload,
+    metafast_call,
+    metafast_without_autograd,
+)
 from metafast import reference
 
 COMPILED = Target(3, ("compiled",), "the best compiled opponent")
@@ -78,6 +86,7 @@ def build_case(workload: Workload, device: torch.device, targets: Sequence[Targe
 
     batched = [
         variant("metafast", "metafast", metafast_call),
+        variant("metafast, without autograd", "metafast, without autograd", metafast_without_autograd),
         variant("bmm, autograd", "eager", peers.bmm_autograd),
         variant("bmm, HVP by hand", "eager", peers.bmm_by_hand),
         variant("JAX jit(grad(vmap))", "jax", peers.jax_vmap),

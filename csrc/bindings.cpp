@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <array>
 #include <string>
 
 #include "common/checks.h"
@@ -108,6 +109,16 @@ PYBIND11_MODULE(_C, m) {
          int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean) {
         return maml_loss(params, support_x, support_y, query_x, query_y, lr, step_weights, loss, steps,
                          activation, momentum, first_order, mean);
+      },
+      release);
+  m.def(
+      "maml_loss_backward",
+      [](const Tensor& grad, const Tensors& params, const Tensor& support_x, const Tensor& support_y,
+         const Tensor& query_x, const Tensor& query_y, const Tensors& lr, const OptionalTensor& step_weights,
+         std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
+         bool mean, std::array<bool, 7> wanted) {
+        return maml_loss_backward(grad, params, support_x, support_y, query_x, query_y, lr, step_weights,
+                                  loss, steps, activation, momentum, first_order, mean, wanted);
       },
       release);
   m.def(

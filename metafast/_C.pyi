@@ -51,3 +51,76 @@ def classify(
     reduction: int,
 ) -> Tensor:
     """`torch.ops.metafast.classify`, typed: its first result."""
+
+def inner_sgd(
+    params: list[Tensor],
+    x: Tensor,
+    y: Tensor,
+    lr: list[Tensor],
+    loss: str,
+    steps: int,
+    activation: str,
+    momentum: float,
+    first_order: bool,
+) -> list[Tensor]:
+    """`torch.ops.metafast.inner_sgd`, typed."""
+
+def maml_loss(
+    params: list[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    lr: list[Tensor],
+    step_weights: Tensor | None,
+    loss: str,
+    steps: int,
+    activation: str,
+    momentum: float,
+    first_order: bool,
+    mean: bool,
+) -> Tensor:
+    """`torch.ops.metafast.maml_loss`, typed."""
+
+def maml_loss_backward(
+    grad: Tensor,
+    params: list[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    lr: list[Tensor],
+    step_weights: Tensor | None,
+    loss: str,
+    steps: int,
+    activation: str,
+    momentum: float,
+    first_order: bool,
+    mean: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """`torch.ops.metafast.maml_loss_backward`, typed."""
+
+def sgd_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    lr: list[Tensor],
+    momentum_buffers: list[Tensor],
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`torch.ops.metafast.sgd_update`, typed."""
+
+def lstm_unroll(
+    grads: list[Tensor],
+    params: list[Tensor],
+    state: Tensor,
+    weights: list[Tensor],
+    head: str,
+    preprocess: str,
+    p: float,
+    scale: float,
+    unrolled: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """`torch.ops.metafast.lstm_unroll`, typed."""

@@ -189,8 +189,7 @@ def maml_loss(
     options = _options(loss, steps, activation, momentum, first_order)
     values = tuple(options.values())
     try:
-        if step_weights is not None and not isinstance(step_weights, Tensor):
-            step_weights = torch.tensor(step_weights, dtype=support_x.dtype, device=support_x.device)
+        step_weights = _step_weights(step_weights, support_x)
         rates = _rates(lr, params, support_x)
 
         def reduced(op: Callable[..., tuple[Tensor]]) -> Tensor:
@@ -206,9 +205,70 @@ def maml_loss(
             lambda: (maml_loss_chain(len(params), len(rates), loss == "cross_entropy"), reduced),
         )
     except Exception:
-        names = ("support_x", "support_y", "query_x", "query_y")
-        tensors = dict(zip(names, data, strict=True))
-        blame(tensors, {"params": params}, {"steps": steps}, {"momentum": momentum})
+        _blame(params, data, steps, momentum)
+        raise
+
+
+def maml_value_and_grad(
+    params: Sequence[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    *,
+    loss: str,
+    lr: LearningRate,
+    steps: int,
+    activation: str = "relu",
+    momentum: float = 0.0,
+    first_order: bool = False,
+    step_weights: Sequence[float] | Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """`maml_loss`, the mean over tasks, and its gradient in the parameters: a meta-step without autograd.
+
+    For loops over few small tasks, where recording a call and going back through the record take as long as
+    the kernel. Whatever else is to have a gradient (learning rates, a network that makes the inputs) needs
+    `maml_loss`.
+
+    Args:
+        params, support_x, support_y, query_x, query_y: as in `maml_loss`; they need not require gradients.
+        loss, lr, steps, activation, momentum, first_order, step_weights: as in `maml_loss`.
+
+    Returns:
+        The loss [], and the gradients in the order and the shapes of `params`. They have no graph.
+
+    Raises:
+        ValueError, TypeError: as `maml_loss`.
+
+    Equivalent to::
+
+        value = maml_loss(params, support_x, support_y, query_x, query_y, loss=loss, lr=lr, steps=steps)
+        value.detach(), list(torch.autograd.grad(value, params))
+    """
+    check_not_negative(lr=lr, momentum=momentum)
+    data = (support_x, support_y, query_x, query_y)
+    options = _options(loss, steps, activation, momentum, first_order)
+    wanted = [True, *[False] * 6]  # of all that a gradient could be asked of, the parameters
+    try:
+        weights = _step_weights(step_weights, support_x)
+        rates = _rates(lr, params, support_x)
+        one = torch.ones((), dtype=support_x.dtype, device=support_x.device)
+
+        def by_transform() -> tuple[Tensor, list[Tensor]]:
+            grads, value = torch.func.grad_and_value(
+                lambda leaves: maml_loss(leaves, *data, lr=lr, step_weights=weights, **options)
+            )(list(params))
+            return value, grads
+
+        with torch.no_grad():
+            value, grads = _doors.call_listed(
+                "maml_loss_backward",
+                (one, list(params), *data, rates, weights, *options.values(), True, wanted),
+                by_transform,
+            )
+        return value, grads[: len(params)]
+    except Exception:
+        _blame(params, data, steps, momentum)
         raise
 
 
@@ -369,6 +429,17 @@ def _options(
         "momentum": momentum,
         "first_order": first_order,
     }
+
+
+def _step_weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Tensor | None:
+    if weights is None or isinstance(weights, Tensor):
+        return weights
+    return torch.tensor(weights, dtype=like.dtype, device=like.device)
+
+
+def _blame(params: Sequence[Tensor], data: Sequence[Tensor], steps: int, momentum: float) -> None:
+    tensors = dict(zip(("support_x", "support_y", "query_x", "query_y"), data, strict=True))
+    blame(tensors, {"params": params}, {"steps": steps}, {"momentum": momentum})
 
 
 def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Tensor]:

@@ -244,14 +244,14 @@ def _eval_optimizer(method: LearnedOptimizer, trained: Namespace, options: Names
         )
         curves = {f"l2l ({trained.task})": learning_curves(batches, learned(method.cell))}
         (ours,) = curves.values()
-        print(f"  {next(iter(curves)):22} {estimate(ours[-1]):.4f}")
+        print(f"  {next(iter(curves)):22} {estimate(ours[-1]):.3g}")
         for name in RIVALS:
             tuned = tune(batches, name)
             curves[name] = tuned.curves
             settings = ", ".join(f"{key} {value:.3g}" for key, value in tuned.settings.items())
             print(
-                f"  {name:22} {estimate(tuned.curves[-1]):.4f}   l2l - {name}: "
-                f"{estimate(ours[-1] - tuned.curves[-1]):.4f}   ({settings})"
+                f"  {name:22} {estimate(tuned.curves[-1]):.3g}   l2l - {name}: "
+                f"{estimate(ours[-1] - tuned.curves[-1]):.3g}   ({settings})"
             )
     if options.figure is not None:
         from metafast.figures import draw_learning_curves

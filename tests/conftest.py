@@ -35,7 +35,16 @@ def _typed(ops: Any) -> SimpleNamespace:
 
         return call
 
-    names = ("prototypes", "pairwise", "classify", "inner_sgd", "maml_loss", "sgd_update", "lstm_unroll")
+    names = (
+        "prototypes",
+        "pairwise",
+        "classify",
+        "inner_sgd",
+        "maml_loss",
+        "maml_loss_backward",
+        "sgd_update",
+        "lstm_unroll",
+    )
     return SimpleNamespace(**{name: entry(name) for name in names})
 
 

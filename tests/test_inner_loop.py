@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inner_loop_problems import CASES, LAYOUTS, TOLERANCE, Case, assert_near, gradients, make
+from inner_loop_problems import CASES, LAYOUTS, TOLERANCE, Case, Problem, assert_near, gradients, make
 from record_ops import RecordOps
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -320,6 +320,69 @@ def test_bad_tensors() -> None:
         ValueError, match=r"y: expected classes in \[0, 2\) or -100 \(ignored\), got 2 at position 2"
     ):
         metafast.inner_sgd(params, support_x, labels, **{**options, "loss": "cross_entropy"})
+
+
+# --- a meta-step without autograd -----------------------------------------------------------------------
+
+
+VALUE_AND_GRAD_CASES = [
+    *LAYOUTS,
+    Case(lr="step and layer", momentum=0.5, step_weights=(0.2, 0.3, 0.5)),
+    Case(tasks=20, lr="element", per_task=True),
+    Case(widths=(300, 70, 33, 5), loss="cross_entropy", first_order=True),  # the dual form
+]
+
+
+def value_and_grad_of(problem: Problem) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    options = {**problem.options, "step_weights": problem.query_options["step_weights"]}
+    return lambda params, *data: metafast.maml_value_and_grad(params, *data, lr=problem.lr, **options)
+
+
+def autograd_of(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+    value = metafast.maml_loss(
+        problem.params, *problem.data, lr=problem.lr, **problem.options, **problem.query_options
+    )
+    return value.detach(), list(torch.autograd.grad(value, problem.params))
+
+
+@pytest.mark.parametrize("case", VALUE_AND_GRAD_CASES, ids=str)
+def test_value_and_grad(case: Case, backend: torch.device) -> None:
+    problem = make(case, torch.float32, device=backend)
+    with (
+        torch.no_grad()
+    ):  # as the inputs ask for none, the first layer may take the form that gives them none
+        problem.data = [t.detach() for t in problem.data]
+    expected, expected_grads = autograd_of(problem)
+    value, grads = value_and_grad_of(problem)(problem.params, *problem.data)
+    assert not any(t.requires_grad for t in (value, *grads))
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    assert_near(grads, [g.double().cpu() for g in expected_grads], torch.float32)
+
+
+def test_value_and_grad_in_compiled_and_transformed_code() -> None:
+    problem = make(Case(), torch.float64)
+    expected = tree_leaves(autograd_of(problem))
+    function = value_and_grad_of(problem)
+    for other in (
+        torch.compile(function, fullgraph=True, backend="aot_eager")(problem.params, *problem.data),
+        tree_map(
+            lambda t: t[1],
+            torch.vmap(function)(
+                *tree_map(lambda t: torch.stack([2 * t, t]), (problem.params, *problem.data))
+            ),
+        ),
+    ):
+        for one, exact in zip(tree_leaves(other), expected, strict=True):
+            torch.testing.assert_close(one, exact)
+
+
+def test_value_and_grad_names_what_is_wrong() -> None:
+    problem = make(Case(), torch.float32)
+    function = value_and_grad_of(problem)
+    with pytest.raises(ValueError, match=r"query_x: expected shape \[T, Q, D\]"):
+        function(problem.params, *problem.data[:2], problem.data[2][..., :2], problem.data[3])
+    with pytest.raises(TypeError, match="support_x: expected a tensor, got list"):
+        function(problem.params, [1.0], *problem.data[1:])
 
 
 # --- what else an argument may be -----------------------------------------------------------------------
