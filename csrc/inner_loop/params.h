@@ -125,9 +125,9 @@ struct InnerLoop {
     const int64_t copies = keeps_trajectory() ? (lr_gradient() ? 2 : 1) * sgd.steps + 3 : 2;
     return copies * mlp.size() * kGroup * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
   }
-  // Of the lanes of small networks, pairs of examples keep less in the cache than as many tasks, and share few
-  // tasks out among more threads; but the last of a few and odd examples leaves half of a pair empty. Fewer
-  // tasks than that fill no lanes and are better off one by one.
+  // Of the lanes of small networks, pairs of examples keep less in the cache than as many tasks, and share
+  // few tasks out among more threads; but the last of a few and odd examples leaves half of a pair empty.
+  // Fewer tasks than that fill no lanes and are better off one by one.
   METAFAST_HD Lanes lanes() const {
     if (large()) return Lanes::features;
     if (tasks <= 6) return Lanes::samples;
