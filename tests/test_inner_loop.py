@@ -617,3 +617,13 @@ def test_autocast_changes_no_loss() -> None:
         assert torch.equal(loss(*problem.data), expected)
         (by_transform,) = torch.vmap(loss)(*(t[None] for t in problem.data))
     torch.testing.assert_close(by_transform, expected)
+
+
+def test_value_and_grad_under_autocast() -> None:
+    problem = make(Case(), torch.float32)
+    function = value_and_grad_of(problem)
+    rounded = [t.bfloat16() for t in problem.data]
+    expected = tree_leaves(function(problem.params, *(t.float() for t in rounded)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tree_leaves(function(problem.params, *rounded))
+    assert all(map(torch.equal, found, expected))

@@ -366,11 +366,13 @@ TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) {
   m.impl("inner_sgd", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
   m.impl("maml_loss", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("maml_loss_backward", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
 }
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCUDA, m) {
   m.impl("inner_sgd", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
   m.impl("maml_loss", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("maml_loss_backward", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
 }
 
 }  // namespace metafast
