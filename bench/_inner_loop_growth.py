@@ -30,11 +30,8 @@ VARIANTS: dict[str, Callable[[Problem], Callable[[], object]]] = {
 MEMORY_SIZES = [(256, 1), (256, 5), (256, 20), (32, 5), (2048, 5)]  # tasks, steps
 SCALING_TASKS = [32, 128, 512, 2048, 8192, 32768, 65536]
 PEER_TASKS = 2048  # at most so many for the others
-GROUP = {
-    "baseline": 4,
-    "avx2": 8,
-    "avx512": 8,
-}  # tasks: half as many as lanes where they hold pairs of examples
+# Tasks in the lanes, on AVX-512 half as many: two examples of each.
+GROUP = {"baseline": 4, "avx2": 8, "avx512": 8}
 
 
 def documented_bytes(workload: Workload, threads: int) -> int:

@@ -235,7 +235,8 @@ def maml_value_and_grad(
         loss, lr, steps, activation, momentum, first_order, step_weights: as in `maml_loss`.
 
     Returns:
-        The loss [], and the gradients in the order and the shapes of `params`. They have no graph.
+        The loss [], and the gradients in the order and the shapes of `params`. They have no graph; in a
+        transform of `torch.func` they can be differentiated like any function of it.
 
     Raises:
         ValueError, TypeError: as `maml_loss`.
@@ -249,15 +250,17 @@ def maml_value_and_grad(
     data = (support_x, support_y, query_x, query_y)
     options = _options(loss, steps, activation, momentum, first_order)
     wanted = [True, *[False] * 6]  # of all that a gradient could be asked of, the parameters
+    records = torch.is_grad_enabled()
     try:
         weights = _step_weights(step_weights, support_x)
         rates = _rates(lr, params, support_x)
         one = torch.ones((), dtype=support_x.dtype, device=support_x.device)
 
         def by_transform() -> tuple[Tensor, list[Tensor]]:
-            grads, value = torch.func.grad_and_value(
-                lambda leaves: maml_loss(leaves, *data, lr=lr, step_weights=weights, **options)
-            )(list(params))
+            with torch.set_grad_enabled(records):  # else an outer transform would find gradients of zero
+                grads, value = torch.func.grad_and_value(
+                    lambda leaves: maml_loss(leaves, *data, lr=lr, step_weights=weights, **options)
+                )(list(params))
             return value, grads
 
         with torch.no_grad():

@@ -348,10 +348,7 @@ def autograd_of(problem: Problem) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("case", VALUE_AND_GRAD_CASES, ids=str)
 def test_value_and_grad(case: Case, backend: torch.device) -> None:
     problem = make(case, torch.float32, device=backend)
-    with (
-        torch.no_grad()
-    ):  # as the inputs ask for none, the first layer may take the form that gives them none
-        problem.data = [t.detach() for t in problem.data]
+    problem.data = [t.detach() for t in problem.data]  # without their gradients the dual form may be taken
     expected, expected_grads = autograd_of(problem)
     value, grads = value_and_grad_of(problem)(problem.params, *problem.data)
     assert not any(t.requires_grad for t in (value, *grads))
@@ -374,6 +371,22 @@ def test_value_and_grad_in_compiled_and_transformed_code() -> None:
     ):
         for one, exact in zip(tree_leaves(other), expected, strict=True):
             torch.testing.assert_close(one, exact)
+
+
+def test_value_and_grad_differentiated_by_a_transform() -> None:
+    problem = make(Case(), torch.float64)
+    first, *rest = (p.detach() for p in problem.params)
+    by_hand, options = value_and_grad_of(problem), {**problem.options, "lr": problem.lr}
+
+    def loss(weight: Tensor, module: Any = reference) -> Tensor:
+        return module.maml_loss([weight, *rest], *problem.data, **options)
+
+    expected = torch.func.grad(loss)(first)
+    found = torch.func.grad(lambda weight: by_hand([weight, *rest], *problem.data)[0])(first)
+    torch.testing.assert_close(found, expected)
+    again = torch.func.grad(lambda weight: by_hand([weight, *rest], *problem.data)[1][0].sum())(first)
+    twice = torch.func.grad(lambda weight: torch.func.grad(loss)(weight).sum())(first)
+    torch.testing.assert_close(again, twice)
 
 
 def test_value_and_grad_names_what_is_wrong() -> None:

@@ -45,7 +45,7 @@ struct Batch {
   int64_t samples, rows, features, outputs;
   int64_t pitch, out_pitch;  // of x, y, in vectors
   T* x;                      // [rows, features + 1], the last feature 1
-  T* x_transposed;           // with several samples in the lanes: [samples, ...]; else x
+  T* x_transposed;           // of a layout that transposes: [samples, ...]; else x
   T* y;                      // [rows, outputs], one-hot for labels
   T* share;                  // [rows]: share of the example in its task's mean, 0: left out
   T* grad_x;                 // [rows, features] or null

@@ -127,10 +127,11 @@ struct InnerLoop {
   }
   // Of the lanes of small networks, pairs of examples keep less in the cache than as many tasks, and share
   // few tasks out among more threads; but the last of a few and odd examples leaves half of a pair empty.
-  // Fewer tasks than that fill no lanes and are better off one by one.
+  // Few tasks fill too few lanes and are better off one by one.
   METAFAST_HD Lanes lanes() const {
+    constexpr int64_t kFewTasks = 6;
     if (large()) return Lanes::features;
-    if (tasks <= 6) return Lanes::samples;
+    if (tasks <= kFewTasks) return Lanes::samples;
     const bool paired = support.count % 2 == 0 || support.count > 8;
     return paired || tasks <= kGroup ? Lanes::pairs : Lanes::tasks;
   }
