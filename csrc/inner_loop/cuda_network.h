@@ -160,9 +160,10 @@ struct Network {
     with_activation(mlp.activation, [&]<class A>() {
 #pragma unroll
       for (int i = 0; i < kTile * kTile; ++i) {
-        T &out = sums.value[i / kTile][i % kTile], &tangent = sums.tangent[i / kTile][i % kTile];
+        T& out = sums.value[i / kTile][i % kTile];
         out = A::value(out);
-        if constexpr (kTangent) tangent = A::through(tangent, out);
+        if constexpr (kTangent)
+          sums.tangent[i / kTile][i % kTile] = A::through(sums.tangent[i / kTile][i % kTile], out);
       }
     });
   }
