@@ -1,8 +1,8 @@
-// The backward of the steps that slots keep (cell.h), for a group of coordinates, and the gradient of the
+// The backward of the steps that slots keep (step.h), for a group of coordinates, and the gradient of the
 // weights. Sums over coordinates stay in vectors, a partial sum in each lane, until a work item is done.
 #pragma once
 
-#include "learned_optimizer/cell.h"
+#include "learned_optimizer/step.h"
 
 namespace metafast::METAFAST_ISA {
 

@@ -1,4 +1,4 @@
-// One step of the LSTM for a group of coordinates, and how it is kept for the backward.
+// The LSTM for a group of coordinates: its weights, a layer, the head.
 #pragma once
 
 #include <cmath>
@@ -55,26 +55,34 @@ struct Weights {
   }
 };
 
-// A step in memory, rows of a group: what was there before it (the packed state's rows, then theta), what
-// came in, and the gates [H, 4] of each layer. The backward keeps steps one behind the other, so that what is
-// there after a step is the next one's `before`.
-template <typename T>
-struct Slot {
-  const Lstm<T>& lstm;
+// Rows of a group, `stride` elements apart.
+template <typename E>
+struct Rows {
+  E* first;
+  int64_t stride;
 
-  int64_t theta() const { return lstm.state_rows(); }
-  int64_t carried() const { return theta() + 1; }  // rows that go from step to step
-  int64_t inputs() const { return carried(); }
-  int64_t gradient() const { return inputs() + lstm.inputs(); }
-  int64_t gates(int l) const { return gradient() + 1 + l * 4 * lstm.hidden; }
-  int64_t rows() const { return gates(lstm.layers); }
-  int64_t vectors() const { return rows() * kVecs; }
+  METAFAST_HD E* operator[](int64_t row) const { return first + row * stride; }
+  METAFAST_HD Rows from(int64_t row) const { return {first + row * stride, stride}; }
+  operator Rows<const E>() const { return {first, stride}; }
 };
 
-// kCount units of a layer: [x; h] [I + H] in, their h and c out.
-template <int kCount, bool kRecord, typename T>
-METAFAST_HD void lstm_units(const T* weights, const T* bias, int64_t inputs, int64_t hidden, const T* x,
-                            const T* h, const T* c, T* new_h, T* new_c, T* gates) {
+// Where a layer finds and leaves its rows. What its units read again and again, x and h, is packed, [I] and
+// [H] rows of a group; c, and new_h once more as it goes on to the next step, are where State keeps them.
+template <class State, typename T>
+struct LayerRows {
+  using Kept = typename State::Element;
+
+  const T *x, *h;
+  Rows<const Kept> c;
+  Rows<Kept> new_c, kept_h;
+  T* new_h;
+  T* gates;  // [H, 4], with kRecord alone
+};
+
+// Units [u, u + kCount) of a layer. Recorded rows are packed, so new_h is all that is kept of h.
+template <int kCount, bool kRecord, class State, typename T>
+METAFAST_HD void lstm_units(const T* weights, const T* bias, int64_t inputs, int64_t hidden, int64_t unit,
+                            const LayerRows<State, T>& rows) {
   const int64_t depth = inputs + hidden;
   Vec<T> sums[kCount][4][kVecs];
 #pragma GCC unroll 4
@@ -82,7 +90,7 @@ METAFAST_HD void lstm_units(const T* weights, const T* bias, int64_t inputs, int
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sums[u][q][v] = broadcast(bias[u * 4 + q]);
+      for (int v = 0; v < kVecs; ++v) sums[u][q][v] = broadcast(bias[(unit + u) * 4 + q]);
     }
   }
   const auto add = [&](const T* in, int64_t count, const T* w) __attribute__((always_inline)) {
@@ -101,40 +109,40 @@ METAFAST_HD void lstm_units(const T* weights, const T* bias, int64_t inputs, int
       }
     }
   };
-  add(x, inputs, weights);
-  add(h, hidden, weights + inputs * 4);
+  weights += unit * depth * 4;
+  add(rows.x, inputs, weights);
+  add(rows.h, hidden, weights + inputs * 4);
 #pragma GCC unroll 4
   for (int u = 0; u < kCount; ++u) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = u * kGroup<T> + v * kLanes<T>;
-      const Unit<T> unit =
-          lstm_unit<T>({sums[u][0][v], sums[u][1][v], sums[u][2][v], sums[u][3][v]}, load(c + at));
-      store(new_h + at, unit.h);
-      store(new_c + at, unit.c);
-      if constexpr (kRecord) {
-        T* out = gates + 4 * u * kGroup<T> + v * kLanes<T>;
-        store(out, unit.gates.i);
-        store(out + kGroup<T>, unit.gates.f);
-        store(out + 2 * kGroup<T>, unit.gates.g);
-        store(out + 3 * kGroup<T>, unit.gates.o);
+      const int64_t lane = v * kLanes<T>;
+      const Unit<T> result = lstm_unit<T>({sums[u][0][v], sums[u][1][v], sums[u][2][v], sums[u][3][v]},
+                                          State::read(rows.c[unit + u] + lane));
+      State::write(rows.new_c[unit + u] + lane, result.c);
+      store(rows.new_h + (unit + u) * kGroup<T> + lane, result.h);
+      if constexpr (!kRecord) {
+        State::write(rows.kept_h[unit + u] + lane, result.h);
+      } else {
+        T* out = rows.gates + (unit + u) * 4 * kGroup<T> + lane;
+        store(out, result.gates.i);
+        store(out + kGroup<T>, result.gates.f);
+        store(out + 2 * kGroup<T>, result.gates.g);
+        store(out + 3 * kGroup<T>, result.gates.o);
       }
     }
   }
 }
 
-// One layer. `before` and `after` are rows of the state.
-template <bool kRecord, typename T>
-void lstm_layer(const Weights<T>& weights, int l, int64_t step, const T* x, const T* before, T* after,
-                T* gates) {
+// One layer. `before_units(u, count)` is called before the units [u, u + count).
+template <bool kRecord, class State, typename T, class F>
+METAFAST_HD void lstm_layer(const Weights<T>& weights, int l, int64_t step, const LayerRows<State, T>& rows,
+                            F&& before_units) {
   const Lstm<T>& lstm = weights.lstm;
-  const int64_t H = lstm.hidden, inputs = lstm.layer_inputs(l), h = lstm.h_row(l), c = lstm.c_row(l);
   const T* bias = weights.bias_of(l, step);
-  for_tiles<kUnits>(0, H, [&]<int kCount>(int64_t u) __attribute__((always_inline)) {
-    lstm_units<kCount, kRecord>(weights.layer[l] + u * (inputs + H) * 4, bias + u * 4, inputs, H, x,
-                                before + h * kGroup<T>, before + (c + u) * kGroup<T>,
-                                after + (h + u) * kGroup<T>, after + (c + u) * kGroup<T>,
-                                gates + u * 4 * kGroup<T>);
+  for_tiles<kUnits>(0, lstm.hidden, [&]<int kCount>(int64_t u) __attribute__((always_inline)) {
+    before_units(u, kCount);
+    lstm_units<kCount, kRecord>(weights.layer[l], bias, lstm.layer_inputs(l), lstm.hidden, u, rows);
   });
 }
 
@@ -164,49 +172,34 @@ METAFAST_HD Vec<T> head_sum(const Weights<T>& weights, int row, int64_t step, co
   return sum;
 }
 
-// theta after the step and, where the update itself is wanted, that as well.
-template <typename T>
+// theta after the step and, where the update itself is wanted, that as well. `before` and `after` are rows of
+// the state.
+template <class State, typename T>
 METAFAST_HD void apply_head(const Weights<T>& weights, int64_t step, const T* top, const T* gradient,
-                            const T* before, T* after, T* update) {
+                            Rows<const typename State::Element> before, Rows<typename State::Element> after,
+                            const T* theta, T* new_theta, T* update) {
   const Lstm<T>& lstm = weights.lstm;
-  const int64_t theta = lstm.state_rows() * kGroup<T>;
   for (int v = 0; v < kVecs; ++v) {
-    const int64_t at = v * kLanes<T>;
-    const Vec<T> old = load(before + theta + at);
+    const int64_t lane = v * kLanes<T>;
+    const Vec<T> old = load(theta + lane);
     if (lstm.head == Head::update) {
-      const Vec<T> change = lstm.scale * head_sum(weights, 0, step, top, at);
-      if (update != nullptr) store(update + at, change);
-      store(after + theta + at, old + change);
+      const Vec<T> change = lstm.scale * head_sum(weights, 0, step, top, lane);
+      if (update != nullptr) store(update + lane, change);
+      store(new_theta + lane, old + change);
       continue;
     }
     Vec<T> gate[2];
     for (int row = 0; row < 2; ++row) {
       const T* w = lstm.head_weight + row * lstm.head_columns() + lstm.top();
-      const int64_t own = (lstm.gate_row() + row) * kGroup<T> + at;
-      const Vec<T> sum = head_sum(weights, row, step, top, at) + w[0] * old + w[1] * load(before + own);
+      const int64_t own = lstm.gate_row() + row;
+      const Vec<T> sum =
+          head_sum(weights, row, step, top, lane) + w[0] * old + w[1] * State::read(before[own] + lane);
       // Exact, unlike the LSTM's own: a forget gate of 1 must not let theta fade.
       gate[row] = 1 / (1 + Math<Vec<T>>::exp(-sum));
-      store(after + own, gate[row]);
+      State::write(after[own] + lane, gate[row]);
     }
-    store(after + theta + at, gate[1] * old - gate[0] * load(gradient + at));
+    store(new_theta + lane, gate[1] * old - gate[0] * load(gradient + lane));
   }
-}
-
-// A whole step of a slot: its `gradient` row is there, and `before`; `after` has the rows that go on.
-template <bool kRecord, typename T>
-void lstm_step(const Weights<T>& weights, int64_t step, T* slot, T* after, T* update) {
-  const Lstm<T>& lstm = weights.lstm;
-  const Slot<T> rows{lstm};
-  const auto row = [&](int64_t r) { return slot + r * kGroup<T>; };
-  find_inputs(weights, row(rows.gradient()), row(rows.inputs()));
-  const T* x = row(rows.inputs());
-  for (int l = 0; l < lstm.layers; ++l) {
-    lstm_layer<kRecord>(weights, l, step, x, slot, after, kRecord ? row(rows.gates(l)) : nullptr);
-    x = after + lstm.h_row(l) * kGroup<T>;
-  }
-  // Back through a sum, nobody asks what theta was.
-  if (kRecord && lstm.head == Head::update) return;
-  apply_head(weights, step, x, row(rows.gradient()), slot, after, update);
 }
 
 }  // namespace metafast::METAFAST_ISA

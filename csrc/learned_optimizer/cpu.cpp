@@ -9,30 +9,71 @@ void load_theta(const T* params, const Span& span, T* row) {
   std::fill_n(row, kGroup<T>, T(0));
 }
 
+// A thread's forward: group after group, all steps of one before the next.
+template <typename T>
+class Forward {
+ public:
+  Forward(Arena<T>& arena, const LstmUnroll<T>& p)
+      : p_(p),
+        weights_(arena, p.lstm, p.steps),
+        stepper_(arena, weights_),
+        theta_(arena.take(kVecs)),
+        state_(arena.take(p.lstm.state_rows() * kVecs)) {}
+
+  void run(int64_t begin, int64_t end) {
+    for_groups(p_, begin, end, [&](const Span& span) { run_group(span); });
+  }
+
+ private:
+  void run_group(const Span& span) {
+    // A whole group stays where it is.
+    if (span.count == kGroup<T> && p_.new_state != nullptr && p_.steps > 0) {
+      if (!p_.bfloat16_state) return run_in_place<StateOf<T>>(span);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (p_.steps == 1) return run_in_place<BFloat16State>(span);  // between steps, nothing is rounded
+      }
+    }
+    const Rows<T> rows{state_, kGroup<T>};
+    load_state(p_, p_.state, span, state_);
+    if (span.count > 0) run_steps<StateOf<T>>(span, rows, rows, 0);
+    if (p_.new_state != nullptr) store_state(p_, state_, span, p_.new_state);
+  }
+
+  template <class State>
+  void run_in_place(const Span& span) {
+    using Element = typename State::Element;
+    const int64_t block_size = p_.lstm.state_rows() * kStateBlock;
+    const int64_t first = span.block * block_size + span.place;
+    const int64_t to_next = span.place + kGroup<T> < kStateBlock ? kGroup<T> : block_size - span.place;
+    run_steps<State>(span, {static_cast<const Element*>(p_.state) + first, kStateBlock},
+                     {static_cast<Element*>(p_.new_state) + first, kStateBlock}, to_next);
+  }
+
+  template <class State>
+  void run_steps(const Span& span, Rows<const typename State::Element> before,
+                 Rows<typename State::Element> after, int64_t ahead) {
+    const auto& item = p_.list[span.item];
+    load_theta(item.params, span, theta_);
+    for (int64_t k = 0; k < p_.steps; ++k) {
+      load_step(item.grads, item.size, k, std::min(k + 1, p_.steps - 1), span, stepper_.gradient);
+      stepper_.template run<State>(k, before, after, theta_, ahead);
+      before = after;
+      if (item.out == nullptr) continue;
+      store_row(item.params == nullptr ? stepper_.update : theta_, span, item.out + k * item.size);
+    }
+  }
+
+  const LstmUnroll<T>& p_;
+  Weights<T> weights_;
+  Stepper<T> stepper_;
+  T *theta_, *state_;
+};
+
 template <typename T>
 void run(const LstmUnroll<T>& p, int64_t begin, int64_t end) {
-  const Slot<T> rows{p.lstm};
   with_arena<T>([&](Arena<T>& arena) {
-    const Weights<T> weights(arena, p.lstm, p.steps);
-    T* now = arena.take(rows.gates(0) * kVecs);
-    T* next = arena.take(rows.gates(0) * kVecs);
-    T* update = arena.take(kVecs);
-    if (arena.counts()) return;
-    for_groups(p, begin, end, [&](const Span& span) {
-      const auto& item = p.list[span.item];
-      load_state(p, p.state, span, now);
-      load_theta(item.params, span, now + rows.theta() * kGroup<T>);
-      for (int64_t k = 0; k < p.steps && span.count > 0; ++k) {
-        load_step(item.grads, item.size, k, std::min(k + 1, p.steps - 1), span,
-                  now + rows.gradient() * kGroup<T>);
-        lstm_step<false>(weights, k, now, next, update);
-        std::swap(now, next);
-        if (item.out == nullptr) continue;
-        store_row(item.params == nullptr ? update : now + rows.theta() * kGroup<T>, span,
-                  item.out + k * item.size);
-      }
-      if (p.new_state != nullptr) store_state(p, now, span, p.new_state);
-    });
+    Forward<T> forward(arena, p);
+    if (!arena.counts()) forward.run(begin, end);
   });
 }
 
@@ -50,6 +91,7 @@ class Backward {
         parts_((forward_.steps + part_ - 1) / part_),
         max_runs_(std::max<int64_t>(1, std::min(kStepsAtOnce / part_, slots_in_memory() / (part_ + 1)))),
         weights_(arena, lstm_, forward_.steps),
+        stepper_(arena, weights_),
         sums_(arena, lstm_, p.sums == nullptr ? 0 : forward_.steps),
         adjoint_(arena, lstm_),
         slots_(arena.take(max_runs_ * (part_ + 1) * rows_.vectors())),
@@ -81,24 +123,21 @@ class Backward {
   T* slot(int64_t run, int64_t step) { return slots_ + (run * (part_ + 1) + step) * slot_size(); }
   T* start(int64_t part) { return starts_ + part * rows_.carried() * kGroup<T>; }
 
-  void load_gradient(const Span& span, int64_t k, T* slot) const {
+  void load_gradient(const Span& span, int64_t k, T* row) const {
     const auto& item = forward_.list[span.item];
-    load_step(item.grads, item.size, k, std::min(k + 1, forward_.steps - 1), span,
-              slot + rows_.gradient() * kGroup<T>);
+    load_step(item.grads, item.size, k, std::min(k + 1, forward_.steps - 1), span, row);
   }
 
   void find_starts(const Span& span) {
     load_state(forward_, forward_.state, span, start(0));
     load_theta(forward_.list[span.item].params, span, start(0) + rows_.theta() * kGroup<T>);
-    T *now = slot(0, 0), *next = slot(0, 1);
     for (int64_t part = 0; part + 1 < parts_; ++part) {
-      std::copy_n(start(part), rows_.carried() * kGroup<T>, now);
+      std::copy_n(start(part), rows_.carried() * kGroup<T>, start(part + 1));
+      const Rows<T> rows{start(part + 1), kGroup<T>};
       for (int64_t k = part * part_; k < (part + 1) * part_; ++k) {
-        load_gradient(span, k, now);
-        lstm_step<false>(weights_, k, now, next, static_cast<T*>(nullptr));
-        std::swap(now, next);
+        load_gradient(span, k, stepper_.gradient);
+        stepper_.template run<StateOf<T>>(k, rows, rows, rows[rows_.theta()], 0);
       }
-      std::copy_n(now, rows_.carried() * kGroup<T>, start(part + 1));
     }
   }
 
@@ -130,8 +169,8 @@ class Backward {
     const int64_t first = part * part_, count = std::min(part_, forward_.steps - first);
     std::copy_n(start(part), rows_.carried() * kGroup<T>, slot(runs_, 0));
     for (int64_t t = 0; t < count; ++t) {
-      load_gradient(span, first + t, slot(runs_, t));
-      lstm_step<true>(weights_, first + t, slot(runs_, t), slot(runs_, t + 1), static_cast<T*>(nullptr));
+      load_gradient(span, first + t, slot(runs_, t) + rows_.gradient() * kGroup<T>);
+      record_step(weights_, first + t, slot(runs_, t), slot(runs_, t + 1));
     }
     for (int64_t t = count - 1; t >= 0; --t) step(span, first + t, slot(runs_, t), slot(runs_, t + 1));
     if (!wants_weights()) return;
@@ -167,6 +206,7 @@ class Backward {
   Slot<T> rows_;
   int64_t part_, parts_, max_runs_;  // steps of a part; parts; groups before the weights' gradient
   Weights<T> weights_;
+  Stepper<T> stepper_;
   WeightGradient<T> sums_;
   Adjoint<T> adjoint_;
   T* slots_;   // [max_runs, part + 1]
