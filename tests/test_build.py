@@ -119,3 +119,19 @@ def test_library_names_no_folder_of_the_machine_that_built_it() -> None:
     content = Path(_C.__file__).read_bytes()
     for folder in (ROOT, Path(torch.__file__).parent):
         assert f"{folder}/".encode() not in content
+
+
+def test_families_share_no_name_of_a_type() -> None:
+    """Two types of one name in one namespace, and the linker keeps the functions of one of them for both."""
+    folders: dict[str, set[str]] = {}
+    for path in (ROOT / "csrc").glob("*/*"):
+        namespaces: list[str] = []
+        for line in path.read_text().splitlines():
+            if opened := re.match(r"namespace ([\w:]*) *{", line):
+                namespaces.append(opened[1])
+            elif line.startswith("}  // namespace"):
+                namespaces.pop()
+            elif (found := re.match(r"(?:class|struct|enum class) (\w+)\b(?! *<|;)", line)) and all(namespaces):
+                folders.setdefault("::".join([*namespaces, found[1]]), set()).add(path.parent.name)
+    assert "metafast::METAFAST_ISA::Network" in folders
+    assert {name: where for name, where in folders.items() if len(where) > 1} == {}

@@ -112,3 +112,19 @@ def test_wrong_arguments_are_named_and_nothing_changes(head: str, inputs: int, o
                     *(changed if i == where else arg for i, arg in enumerate(args)), *options(head)
                 )
     assert all(map(torch.equal, (*args[0], args[2]), before))
+
+
+@HEADS
+def test_elements_that_share_memory_are_refused_and_nothing_changes(
+    head: str, inputs: int, outputs: int
+) -> None:
+    params, grads, state, weights = arguments(inputs, outputs, torch.float32, (70, 3))
+    before = [t.clone() for t in (*params, state)]
+    name = "theta" if head == "gates" else "params"
+    for changed, message in (
+        ([[params[0], torch.zeros(1).expand(3)], grads, state, weights], rf"{name}\[1\]"),
+        ([params, grads, state[:1].expand_as(state), weights], "state"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}: expected a tensor to write to"):
+            torch.ops.metafast.lstm_step_(*changed, *options(head))
+    assert all(map(torch.equal, (*params, state), before))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <initializer_list>
 #include <string>
@@ -63,6 +64,13 @@ inline void check_same_device(const Arg& like, std::initializer_list<Arg> args) 
                       ": expected a tensor on the device of ", like.name, ", ", like.tensor.device(),
                       ", got one on ", arg.tensor.device());
   }
+}
+
+// Of an argument that changes in place. Like torch, it sees elements that share memory where a stride is 0.
+inline void check_writable(const Arg& arg) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(arg.tensor) != at::MemOverlap::Yes, arg.name,
+                    ": expected a tensor to write to, got one whose elements share memory, of strides ",
+                    arg.tensor.strides());
 }
 
 // The leading dimensions of a tensor whose last `event_dims` belong to one task.

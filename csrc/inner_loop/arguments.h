@@ -15,6 +15,7 @@
 #include "inner_loop/params.h"
 
 namespace metafast {
+namespace {
 
 inline constexpr const char* kOtherNetworks = "; other networks adapt with metafast.adapt";
 
@@ -236,5 +237,7 @@ class Problem {
     }
   }
 };
+
+}  // namespace
 
 }  // namespace metafast

@@ -13,6 +13,7 @@
 #include "learned_optimizer/params.h"
 
 namespace metafast {
+namespace {
 
 inline Head head_of(std::string_view name) {
   if (name == "update") return Head::update;
@@ -190,5 +191,7 @@ class Problem {
     return lstm;
   }
 };
+
+}  // namespace
 
 }  // namespace metafast

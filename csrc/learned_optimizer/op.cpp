@@ -49,6 +49,9 @@ void lstm_step_op(at::TensorList params, at::TensorList grads, const Tensor& sta
   const Problem problem(grads, params, state, weights, head, preprocess, p, scale, false);
   TORCH_CHECK_VALUE(params.size() == grads.size(), "params: expected ", grads.size(),
                     " tensors, one for each of grads, got none");
+  const char* name = head == "gates" ? "theta" : "params";
+  for (size_t i = 0; i < params.size(); ++i) check_writable({params[i], indexed(name, i).c_str()});
+  check_writable({state, "state"});
   run(problem, problem.params(), problem.state());
   // What is not dense was copied.
   for (size_t i = 0; i < params.size(); ++i) {

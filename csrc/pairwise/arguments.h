@@ -12,6 +12,7 @@
 #include "pairwise/params.h"
 
 namespace metafast {
+namespace {
 
 inline Metric metric_of(std::string_view name) {
   if (name == "sqeuclidean") return Metric::sqeuclidean;
@@ -325,5 +326,7 @@ struct Episode {
     return empty({tasks, chunks, rows.size(-2), features}, options());
   }
 };
+
+}  // namespace
 
 }  // namespace metafast
