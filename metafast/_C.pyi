@@ -1,4 +1,4 @@
-"""The compiled module. Importing it registers the ops in `torch.ops.metafast`."""
+"""The compiled module. Importing it registers the ops in `torch.ops.metafast`. Arguments go by position."""
 
 from typing import TypedDict
 
@@ -22,20 +22,25 @@ def detected_isa() -> str:
     """The best instruction set that is built and that this machine has."""
 
 def leading_dims_agree(
-    support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor | None, ways: Tensor | None
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor | None,
+    ways: Tensor | None,
+    /,
 ) -> bool:
     """Whether the tensors of an episode have the same leading dimensions."""
 
 def get_trajectory_bytes() -> int:
     """`metafast.get_trajectory_bytes`."""
 
-def set_trajectory_bytes(limit: int) -> None:
+def set_trajectory_bytes(limit: int, /) -> None:
     """`metafast.set_trajectory_bytes`."""
 
-def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int, /) -> Tensor:
     """`torch.ops.metafast.prototypes`, typed; csrc/library.cpp states what it computes, as of the others."""
 
-def pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str) -> Tensor:
+def pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, metric: str, /) -> Tensor:
     """`torch.ops.metafast.pairwise`, typed."""
 
 def classify(
@@ -49,6 +54,7 @@ def classify(
     metric: str,
     scale: float,
     reduction: int,
+    /,
 ) -> Tensor:
     """`torch.ops.metafast.classify`, typed: its first result."""
 
@@ -62,6 +68,7 @@ def inner_sgd(
     activation: str,
     momentum: float,
     first_order: bool,
+    /,
 ) -> list[Tensor]:
     """`torch.ops.metafast.inner_sgd`, typed."""
 
@@ -79,6 +86,7 @@ def maml_loss(
     momentum: float,
     first_order: bool,
     mean: bool,
+    /,
 ) -> Tensor:
     """`torch.ops.metafast.maml_loss`, typed."""
 
@@ -98,6 +106,7 @@ def maml_loss_backward(
     first_order: bool,
     mean: bool,
     wanted: list[bool],
+    /,
 ) -> tuple[Tensor, list[Tensor]]:
     """`torch.ops.metafast.maml_loss_backward`, typed."""
 
@@ -109,6 +118,7 @@ def sgd_update(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    /,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """`torch.ops.metafast.sgd_update`, typed."""
 
@@ -122,5 +132,6 @@ def lstm_unroll(
     p: float,
     scale: float,
     unrolled: bool,
+    /,
 ) -> tuple[list[Tensor], Tensor]:
     """`torch.ops.metafast.lstm_unroll`, typed."""

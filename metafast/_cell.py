@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from metafast.reference.learned_optimizer import MOST_P
 
 _MOST_LAYERS = 3
 _EXTRA = "_extra_state"  # where a state_dict has what get_extra_state gives
@@ -46,8 +47,8 @@ class Cell(nn.Module):
             raise ValueError(f"hidden: expected at least 1, got {hidden}")
         if not least_layers <= layers <= _MOST_LAYERS:
             raise ValueError(f"layers: expected {least_layers} to {_MOST_LAYERS}, got {layers}")
-        if not 0 < p < math.inf:
-            raise ValueError(f"p: expected a number > 0, got {p}")
+        if not 0 < p <= MOST_P:
+            raise ValueError(f"p: expected a number > 0, at most {MOST_P}, got {p}")
         self.hidden = hidden
         self.layers = layers
         self.p = p

@@ -10,10 +10,9 @@ W_hh [4H, H], b [4H]; gates in torch's order i, f, g, o), then W and b of the he
 
 The state is packed as the kernels like it, [B, R, 64]: coordinate i of a tensor is place ``i % 64`` of the
 tensor's block ``i // 64``, each tensor begins a block of its own, places behind its last coordinate are 0,
-and R are the rows
-of a coordinate: h and c of each layer, and of a meta-LSTM its two gates. `lstm_optimizer_state` and
-`meta_lstm_state` make one, `state_views` lets people read and write it. It may be bfloat16 beside float32
-tensors: half the memory and half the traffic, float32 arithmetic.
+and R are the rows of a coordinate: h and c of each layer, and of a meta-LSTM its two gates.
+`lstm_optimizer_state` and `meta_lstm_state` make one, `state_views` lets people read and write it. It may be
+bfloat16 beside float32 tensors: half the memory and half the traffic, float32 arithmetic.
 
 The unrolls take the gradients of K steps, recorded while the optimizer ran, and differentiate through all of
 its steps: the exact gradient of anything that follows from the parameters on the way, but for the gradients'
@@ -31,8 +30,9 @@ in `metafast.reference` runs (`metafast.trace_doors` tells).
 
 CPU and CUDA, float32 and float64; on one device the same bits in every run, on the CPU with any number of
 threads. Nonlinearities are within 4e-7 of tanh and sigmoid in float32 on the CPU. Under autocast all but the
-in-place step runs in float32. A gradient that is infinite counts as the largest finite number, NaN stays in
-its coordinate, though the gradient of the weights, a sum over coordinates, is NaN then.
+steps in place run in float32, and so is then their new state. Log-sign preprocessing takes an infinite
+gradient for the largest finite number. NaN stays in its coordinate, though the gradient of the weights, a sum
+over coordinates, is NaN then.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device or an option that does not fit, naming the
 argument.
@@ -50,6 +50,7 @@ from metafast._unroll_chain import unroll_chain
 from metafast.reference import learned_optimizer as reference
 from metafast.reference.inner_loop import float32_under_autocast
 from metafast.reference.learned_optimizer import BLOCK, StateViews, blocks, log_sign
+from metafast.reference.pairwise import outside_autocast
 
 
 def lstm_optimizer_step(
@@ -73,7 +74,7 @@ def lstm_optimizer_step(
         params: What is to be moved, of the shapes of `grads`; by default the updates themselves are returned.
         preprocess: The inputs that stand for a gradient: ``"log_sign"`` (appendix A), I = 2: (log(|g|) / p,
             sign(g)) where |g| >= exp(-p), else (-1, exp(p) g); or ``"none"``, I = 1: the gradient.
-        p: As above, > 0.
+        p: As above, > 0 and at most 88, so that exp(p) is a float32.
         scale: The updates are ``scale * (W h + b)``.
 
     Returns:
@@ -178,6 +179,7 @@ def lstm_optimizer_step_(
         )
 
 
+@float32_under_autocast
 def meta_lstm_step(
     theta: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -374,6 +376,7 @@ def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
+@outside_autocast
 def _with_losses(
     theta: Sequence[Tensor], losses: Tensor, weights: Sequence[Tensor], p: float
 ) -> list[Tensor]:

@@ -15,6 +15,7 @@ from metafast.learned_optimizer import lstm_optimizer_step_
 
 _DTYPES = (torch.float32, torch.float64)
 _STATE, _SHAPE = "lstm", "shape"
+_OPTIONS = {"lr", "state_dtype"}  # of a group
 
 
 class LSTMOptimizer(Optimizer):
@@ -133,10 +134,10 @@ class LSTMOptimizer(Optimizer):
 
     def _check_fit(self, state_dict: dict[str, Any]) -> None:
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if not self.defaults.keys() <= saved.keys():
+            if not saved.keys() >= _OPTIONS:
                 raise ValueError(
-                    f"state_dict: expected an LSTMOptimizer's, with {', '.join(self.defaults)} in a group, "
-                    f"got one with {', '.join(name for name in saved if name != 'params')}"
+                    f"state_dict: expected an LSTMOptimizer's, with {', '.join(sorted(_OPTIONS))} in a "
+                    f"group, got one with {', '.join(name for name in saved if name != 'params')}"
                 )
             _check_dtypes(group, saved["state_dtype"])
             for index, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
@@ -173,9 +174,16 @@ class LSTMOptimizer(Optimizer):
         parts = list(packed.split([len(state) for state in new]))
         for param, part in zip(params, parts, strict=True):
             self.state[param] |= {_STATE: part, _SHAPE: tuple(param.shape)}
-        live = {id(state[_STATE]) for state in self.state.values() if _STATE in state}
-        self._packs = [pack for pack in self._packs if all(id(part) in live for part in pack[0])]
-        self._packs.append((parts, packed))
+        owners = {id(state[_STATE]): state for state in self.state.values() if _STATE in state}
+        kept = []
+        for pack in self._packs:
+            left = [part for part in pack[0] if id(part) in owners]
+            if len(left) == len(pack[0]):
+                kept.append(pack)
+                continue
+            for part in left:  # which would keep the memory of the whole pack
+                owners[id(part)][_STATE] = part.clone()
+        self._packs = [*kept, (parts, packed)]
         return packed
 
 

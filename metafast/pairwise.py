@@ -65,7 +65,7 @@ def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def pairwise_distance(
     x: Tensor, y: Tensor, metric: str = "sqeuclidean", *, weight: Tensor | None = None
 ) -> Tensor:
-    """The distance of every x to every y, never negative and without cancellation.
+    """The distance of every x to every y; squared and euclidean ones without cancellation, never negative.
 
     Args:
         x: [..., Q, D], float.
@@ -166,7 +166,7 @@ def prototypical_loss(
     Equivalent to::
 
         logits = -torch.cdist(query, prototypes(support, support_labels, num_classes)) ** 2
-        F.cross_entropy(logits.flatten(0, -2), query_labels.flatten(), ignore_index=-100, reduction=reduction)
+        F.cross_entropy(logits.movedim(-1, 1), query_labels, ignore_index=-100, reduction=reduction)
     """
     code = reference.reduction_code(reduction)
     return _classify(
@@ -249,8 +249,9 @@ def matching_loss(
 
     Equivalent to::
 
-        log_probs = matching_log_probs(support, support_labels, query, num_classes, metric=metric)
-        F.nll_loss(log_probs.flatten(0, -2), query_labels.flatten(), ignore_index=-100, reduction=reduction)
+        options = {"metric": metric, "scale": scale}
+        log_probs = matching_log_probs(support, support_labels, query, num_classes, **options)
+        F.nll_loss(log_probs.movedim(-1, 1), query_labels, ignore_index=-100, reduction=reduction)
     """
     _check_scale(scale, metric)
     code = reference.reduction_code(reduction)
@@ -289,7 +290,8 @@ def relation_scores(
     Equivalent to::
 
         pairs = torch.cat(torch.broadcast_tensors(query.unsqueeze(-2), prototypes.unsqueeze(-3)), -1)
-        torch.sigmoid(F.linear(act(F.linear(pairs, weight, bias)), out_weight, out_bias)).squeeze(-1)
+        hidden = act(F.linear(pairs, weight, bias))
+        torch.sigmoid(F.linear(hidden, out_weight.reshape(1, -1), out_bias.reshape(1))).squeeze(-1)
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected 'relu' or 'tanh', got {activation!r}")
@@ -299,14 +301,32 @@ def relation_scores(
         head = {"weight": weight, "bias": bias, "out_weight": out_weight, "out_bias": out_bias}
         blame({"query": query, "prototypes": prototypes, **head})
         raise
+    scores = _relation(
+        query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(1), _ACTIVATIONS[activation]
+    )
+    return scores if reference.autocast_enabled(query) else scores.to(query.dtype)
+
+
+@reference.float32_under_autocast
+def _relation(
+    query: Tensor,
+    prototypes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    metric: str,
+) -> Tensor:
+    """The scores; of 16-bit tensors, or under autocast, float32."""
+    query, prototypes, weight, bias, out_weight, out_bias = map(
+        reference.wide, (query, prototypes, weight, bias, out_weight, out_bias)
+    )
     features = query.shape[-1]
     of_query = F.linear(query, weight[:, :features], bias)  # [..., Q, H]
     of_class = F.linear(prototypes, weight[:, features:])  # [..., N, H]
     if query.shape[:-2] != prototypes.shape[:-2]:
         of_query, of_class = _broadcast(query=(of_query, 2), prototypes=(of_class, 2))
-    return _doors.call(
-        _PAIRWISE, of_query, of_class, out_weight.reshape(-1), out_bias.reshape(1), _ACTIVATIONS[activation]
-    )
+    return _doors.call(_PAIRWISE, of_query, of_class, out_weight, out_bias, metric)
 
 
 def _check_metric(metric: str) -> None:

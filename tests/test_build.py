@@ -131,7 +131,9 @@ def test_families_share_no_name_of_a_type() -> None:
                 namespaces.append(opened[1])
             elif line.startswith("}  // namespace"):
                 namespaces.pop()
-            elif (found := re.match(r"(?:class|struct|enum class) (\w+)\b(?! *<|;)", line)) and all(namespaces):
+            elif (found := re.match(r"(?:class|struct|enum class) (\w+)\b(?! *<|;)", line)) and all(
+                namespaces
+            ):
                 folders.setdefault("::".join([*namespaces, found[1]]), set()).add(path.parent.name)
     assert "metafast::METAFAST_ISA::Network" in folders
     assert {name: where for name, where in folders.items() if len(where) > 1} == {}

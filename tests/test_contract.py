@@ -383,9 +383,7 @@ def test_autocast(row: Row, transform: bool) -> None:
         out = function(*args)
     assert out.dtype == (torch.float32 if row.float32_under_autocast else torch.bfloat16)
     expected = twin(*(arg.double() if arg.is_floating_point() else arg for arg in args))
-    # The linear layer of a relation head runs in bfloat16, as autocast has it.
-    exact = row.float32_under_autocast and not row.name.startswith("relation")
-    assert_close(out, expected, torch.float32 if exact else torch.bfloat16)
+    assert_close(out, expected, torch.float32 if row.float32_under_autocast else torch.bfloat16)
 
 
 @AUTOCAST

@@ -274,7 +274,8 @@ def test_no_tensors() -> None:
         ({"weights": weights_of(20, 1, dtype=torch.float32)[:-1]}, "weights: expected W_ih, W_hh, b"),
         ({"params": []}, "params: expected 1 tensors, one for each of grads, got 0"),
         ({"params": [torch.zeros(4)]}, r"params\[0\]: expected shape of its gradient"),
-        ({"p": 0.0}, "p: expected a number > 0, got 0"),
+        ({"p": 0.0}, "p: expected a number > 0, at most 88, got 0"),
+        ({"p": 100.0}, "p: expected a number > 0, at most 88, got 100"),
         ({"preprocess": "log"}, "preprocess: expected log_sign or none, got log"),
     ],
 )

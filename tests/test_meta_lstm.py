@@ -120,7 +120,7 @@ def test_weights_of_another_cell_are_refused(other: MetaLSTM, message: str) -> N
     [
         ({"hidden": 0}, "hidden: expected at least 1, got 0"),
         ({"layers": 4}, "layers: expected 0 to 3, got 4"),
-        ({"p": 0.0}, "p: expected a number > 0, got 0.0"),
+        ({"p": 0.0}, "p: expected a number > 0, at most 88, got 0.0"),
         ({"input_gate": 1.0}, "input_gate: expected a number between 0 and 1, got 1.0"),
         ({"forget_gate": 0.0}, "forget_gate: expected a number between 0 and 1, got 0.0"),
     ],
@@ -278,3 +278,23 @@ def test_trains_resumes_bit_for_bit_and_evaluates(
     learned, slow, _ = (float(line.split(": ")[1].split(" ±")[0]) for line in lines)
     assert learned > 80  # chance is 33
     assert learned > slow
+
+
+def test_under_autocast_the_cell_runs_in_float32() -> None:
+    torch.manual_seed(0)
+    cell = MetaLSTM(6, 1)
+    theta, grads, loss = [torch.randn(70)], [torch.randn(70)], torch.tensor(1.5)
+    expected, expected_state = cell(theta, grads, loss, cell.initial_state(theta))
+    with torch.autocast("cpu", torch.bfloat16):
+        stepped, state = cell(theta, grads, loss.bfloat16(), cell.initial_state(theta))
+        in_place, in_place_state = [theta[0].clone()], cell.initial_state(theta)
+        cell.step_(in_place, grads, loss, in_place_state)
+    for found in ([stepped[0], state], [in_place[0], in_place_state]):
+        torch.testing.assert_close(found, [expected[0].detach(), expected_state.detach()], check_stride=False)
+
+
+def test_without_steps_the_gradient_is_that_of_where_they_begin() -> None:
+    torch.manual_seed(0)
+    method = MetaLSTMLearner(mlp(25, [5], 4, "relu"), MetaLSTM(3, 1), loss="cross_entropy", steps=0)
+    method.loss(episodes(side=5)).backward()
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in method.params)

@@ -171,7 +171,8 @@ def test_weights_of_another_cell_are_refused_in_one_line(options: dict, message:
         ({"layers": 4}, "layers: expected 1 to 3, got 4"),
         ({"layers": 9}, "layers: expected 1 to 3, got 9"),
         ({"preprocess": "log"}, "preprocess: expected one of"),
-        ({"p": 0.0}, "p: expected a number > 0, got 0.0"),
+        ({"p": 0.0}, "p: expected a number > 0, at most 88, got 0.0"),
+        ({"p": 100.0}, "p: expected a number > 0, at most 88, got 100.0"),
     ],
 )
 def test_a_cells_bad_arguments_are_named(options: dict, message: str) -> None:
@@ -543,3 +544,29 @@ def test_no_parameters_with_gradients_is_no_step() -> None:
     optimizer.step()
     assert all(map(torch.equal, before, weights(model)))
     assert not optimizer.state
+
+
+def test_a_state_dict_can_be_loaded_again_and_into_a_copy() -> None:
+    param = nn.Parameter(torch.zeros(5))
+    optimizer = LSTMOptimizer([param], CoordinatewiseLSTM(4, 1))
+    param.grad = torch.ones(5)
+    optimizer.step()
+    best = optimizer.state_dict()
+    for _ in range(2):
+        optimizer.load_state_dict(best)
+        optimizer.load_state_dict(optimizer.state_dict())
+    copied = copy.deepcopy(LSTMOptimizer([param], optimizer.cell))
+    copied.load_state_dict(best)
+    assert torch.equal(*(o.state_dict()["state"][0]["lstm"] for o in (copied, optimizer)))
+
+
+def test_states_of_parameters_that_stop_keep_no_memory_but_their_own() -> None:
+    params = [nn.Parameter(torch.zeros(640)) for _ in range(6)]
+    optimizer = LSTMOptimizer(params, CoordinatewiseLSTM(4, 1))
+    for last in range(len(params), 0, -1):
+        for index, param in enumerate(params):
+            param.grad = torch.ones(640) if index < last else None
+        optimizer.step()
+    states = [optimizer.state[param]["lstm"] for param in params]
+    held = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in states}
+    assert sum(held.values()) == sum(state.nbytes for state in states)

@@ -50,6 +50,28 @@ def test_many_close_points_have_no_negative_distance(backend: torch.device) -> N
     assert (distance.diagonal() == 0).all()
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e12])
+def test_a_distant_row_leaves_the_others_their_digits(
+    metric: str, factor: float, backend: torch.device
+) -> None:
+    x, y = torch.randn(5, 16, device=backend), torch.randn(20, 16, device=backend)
+    y[-1] *= factor
+    distance = metafast.pairwise_distance(x, y, metric)
+    torch.testing.assert_close(distance[:, :-1], metafast.pairwise_distance(x, y[:-1], metric))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_row_that_is_not_finite_is_alone(metric: str, value: float, backend: torch.device) -> None:
+    x, y = torch.randn(5, 16, device=backend), torch.randn(20, 16, device=backend)
+    y[2, 3] = value
+    distance = metafast.pairwise_distance(x, y, metric)
+    others = [j for j in range(20) if j != 2]
+    torch.testing.assert_close(distance[:, others], metafast.pairwise_distance(x, y[others], metric))
+    assert not distance[:, 2].isfinite().any()
+
+
 @pytest.mark.parametrize("of", [metafast.prototypical_log_probs, metafast.matching_log_probs])
 def test_distant_classes_keep_the_digits_of_their_probabilities(
     of: Callable[..., Tensor], backend: torch.device
@@ -160,6 +182,25 @@ def test_ignored_examples_change_nothing(backend: torch.device) -> None:
             assert (grad[:, :-3] != 0).all()
 
 
+@pytest.mark.parametrize("content", [0.0, 1e10, torch.inf, torch.nan])
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_an_ignored_support_example_holds_changes_nothing(metric: str, content: float) -> None:
+    support, query = torch.randn(12, 5), torch.randn(6, 5)
+    labels, query_labels = torch.arange(12) % 3, torch.arange(6) % 3
+    labels[-1] = -100
+    found = []
+    for value in (1.0, content):
+        support[-1] = value
+        args = [support.clone().requires_grad_(), labels, query.clone().requires_grad_(), query_labels]
+        for module in (metafast, metafast.reference):
+            for loss in (module.prototypical_loss, module.matching_loss):
+                out = loss(*args, 3, metric=metric)
+                found.append([out.detach(), *torch.autograd.grad(out, (args[0], args[2]))])
+    for one, other in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(one, other)
+        assert all(tensor.isfinite().all() for tensor in other)
+
+
 def test_padded_episodes_are_the_single_ones(backend: torch.device) -> None:
     ways = (2, 4, 3)
     single = [
@@ -232,6 +273,30 @@ def test_a_scaled_loss_keeps_small_gradients_of_half_precision() -> None:
     exact = metafast.prototypical_loss(support.double(), labels, exact_query, query_labels, 4)
     (expected,) = torch.autograd.grad(exact * 2.0**14, exact_query)
     assert_close(grad, expected, torch.float16)
+
+
+def test_a_large_class_keeps_the_digits_of_its_mean() -> None:
+    embeddings = torch.rand(300_000, 2) + 10
+    found = metafast.prototypes(embeddings, torch.zeros(len(embeddings), dtype=torch.int64), 1)
+    torch.testing.assert_close(found[0], embeddings.double().mean(0).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("function", ["prototypes", "matching_log_probs", "prototypical_log_probs"])
+def test_no_support_at_all_is_refused(function: str) -> None:
+    nothing, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    args = [nothing, labels, *([torch.randn(2, 4)] if function != "prototypes" else []), 3]
+    for module in (metafast, metafast.reference):
+        with pytest.raises(ValueError, match="labels: expected a support example of every class"):
+            getattr(module, function)(*args)
+
+
+def test_relation_scores_of_half_precision_are_computed_in_float32() -> None:
+    query, prototypes = torch.tensor([[280.0]]).half(), torch.tensor([[-280.0]]).half()
+    head = [torch.tensor([[250.0, 250.0]]), torch.zeros(1), torch.ones(1), torch.zeros(())]
+    for module in (metafast, metafast.reference):
+        scores = module.relation_scores(query, prototypes, *(t.half() for t in head))
+        assert scores.dtype == torch.float16
+        assert scores.item() == 0.5
 
 
 def test_mean_over_no_query_is_nan() -> None:

@@ -93,6 +93,30 @@ def test_rows_that_all_tasks_share_and_nan() -> None:
     assert distance[1].isfinite().all()
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("factor", [1e3, 1e6])
+def test_a_distant_row_leaves_the_others_their_digits(metric: str, factor: float) -> None:
+    x, y, grad = pair(SIZES[1], torch.float32)
+    y[:, -1] *= factor
+    grad[..., -1] = grad[:, 5, 0] = grad[:, 6, 1] = 0
+    found = results(metafast, (x, y, grad), metric)
+    expected = results(reference, (x.double(), y.double(), grad.double()), metric)
+    assert_close(found[0][..., 2:-1], expected[0][..., 2:-1], torch.float32)
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        scale = float(other.abs().max())
+        assert_close(one / scale, other / scale, torch.float32)
+
+
+def test_a_row_that_is_not_finite_is_alone() -> None:
+    x, y, _ = pair(SIZES[1], torch.float32)
+    clean = metafast.pairwise_distance(x, y)
+    y[0, 3, 7] = torch.nan
+    distance = metafast.pairwise_distance(x, y)
+    assert distance[0, :, 3].isnan().all()
+    distance[0, :, 3] = clean[0, :, 3]
+    torch.testing.assert_close(distance, clean, rtol=1e-5, atol=1e-3)
+
+
 def test_second_derivatives() -> None:
     x, y, grad = pair((1, 530, 130, 128), torch.float64)
     grads = []

@@ -38,7 +38,9 @@ class Problem {
         scale_(scale),
         unrolled_(unrolled) {
     TORCH_CHECK_VALUE(!grads.empty(), "grads: expected at least one tensor, got none");
-    TORCH_CHECK_VALUE(p > 0, "p: expected a number > 0, got ", p);
+    constexpr double kMostP = 88;  // exp(p) is a float
+    TORCH_CHECK_VALUE(static_cast<float>(p) > 0 && p <= kMostP, "p: expected a number > 0, at most ", kMostP,
+                      ", got ", p);
     check_real({grads[0], "grads[0]"});
     if (unrolled) {
       check_min_dim({grads[0], "grads[0]"}, 1, "[K, ...]");

@@ -66,20 +66,22 @@ struct Rows {
   operator Rows<const E>() const { return {first, stride}; }
 };
 
-// Where a layer finds and leaves its rows. What its units read again and again, x and h, is packed, [I] and
-// [H] rows of a group; c, and new_h once more as it goes on to the next step, are where State keeps them.
+// Where a layer finds and leaves its rows. What units read again and again, x and old_h, is packed, [I] and
+// [H] rows of a group, and so is new_h, the next layer's x. c, and new_h once more, are where State keeps
+// them.
 template <class State, typename T>
 struct LayerRows {
   using Kept = typename State::Element;
 
-  const T *x, *h;
-  Rows<const Kept> c;
-  Rows<Kept> new_c, kept_h;
+  const T *x, *old_h;
+  Rows<const Kept> old_c;
+  Rows<Kept> new_c;
+  Rows<Kept> kept_h;  // not with kRecord, whose rows are packed
   T* new_h;
   T* gates;  // [H, 4], with kRecord alone
 };
 
-// Units [u, u + kCount) of a layer. Recorded rows are packed, so new_h is all that is kept of h.
+// Units [unit, unit + kCount) of a layer.
 template <int kCount, bool kRecord, class State, typename T>
 METAFAST_HD void lstm_units(const T* weights, const T* bias, int64_t inputs, int64_t hidden, int64_t unit,
                             const LayerRows<State, T>& rows) {
@@ -111,14 +113,14 @@ METAFAST_HD void lstm_units(const T* weights, const T* bias, int64_t inputs, int
   };
   weights += unit * depth * 4;
   add(rows.x, inputs, weights);
-  add(rows.h, hidden, weights + inputs * 4);
+  add(rows.old_h, hidden, weights + inputs * 4);
 #pragma GCC unroll 4
   for (int u = 0; u < kCount; ++u) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       const int64_t lane = v * kLanes<T>;
       const Unit<T> result = lstm_unit<T>({sums[u][0][v], sums[u][1][v], sums[u][2][v], sums[u][3][v]},
-                                          State::read(rows.c[unit + u] + lane));
+                                          State::read(rows.old_c[unit + u] + lane));
       State::write(rows.new_c[unit + u] + lane, result.c);
       store(rows.new_h + (unit + u) * kGroup<T> + lane, result.h);
       if constexpr (!kRecord) {

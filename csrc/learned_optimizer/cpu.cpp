@@ -26,17 +26,21 @@ class Forward {
 
  private:
   void run_group(const Span& span) {
-    // A whole group stays where it is.
-    if (span.count == kGroup<T> && p_.new_state != nullptr && p_.steps > 0) {
+    if (stays_in_place(span)) {
       if (!p_.bfloat16_state) return run_in_place<StateOf<T>>(span);
-      if constexpr (sizeof(T) == sizeof(float)) {
-        if (p_.steps == 1) return run_in_place<BFloat16State>(span);  // between steps, nothing is rounded
-      }
+      if constexpr (sizeof(T) == sizeof(float)) return run_in_place<BFloat16State>(span);
     }
     const Rows<T> rows{state_, kGroup<T>};
     load_state(p_, p_.state, span, state_);
     if (span.count > 0) run_steps<StateOf<T>>(span, rows, rows, 0);
     if (p_.new_state != nullptr) store_state(p_, state_, span, p_.new_state);
+  }
+
+  // Not a part of a group, whose empty lanes must stay 0; nor a bfloat16 state of several steps, which is
+  // rounded after the last of them alone.
+  bool stays_in_place(const Span& span) const {
+    return span.count == kGroup<T> && p_.new_state != nullptr &&
+           (p_.bfloat16_state ? p_.steps == 1 : p_.steps > 0);
   }
 
   template <class State>
@@ -57,7 +61,7 @@ class Forward {
     for (int64_t k = 0; k < p_.steps; ++k) {
       load_step(item.grads, item.size, k, std::min(k + 1, p_.steps - 1), span, stepper_.gradient);
       stepper_.template run<State>(k, before, after, theta_, ahead);
-      before = after;
+      before = after;  // where the first step has left it
       if (item.out == nullptr) continue;
       store_row(item.params == nullptr ? stepper_.update : theta_, span, item.out + k * item.size);
     }

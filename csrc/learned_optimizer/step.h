@@ -20,8 +20,8 @@ class Stepper {
   T* const gradient;  // in
   T* const update;    // out, with Head::update
 
-  // `before` and `after`, rows of the state, may be the same. While this group is at work, that `ahead` elements
-  // further on is fetched: rows lie so far apart that no processor guesses it.
+  // `before` and `after`, rows of the state, may be the same. It prefetches the group whose rows lie `ahead`
+  // elements behind these: they are so far apart that no processor guesses it.
   template <class State>
   void run(int64_t step, Rows<const typename State::Element> before, Rows<typename State::Element> after,
            T* theta, int64_t ahead) {
@@ -40,11 +40,12 @@ class Stepper {
         }
       }
       T* new_h = new_h_[l % 2];
-      lstm_layer<false>(weights_, l, step,
-                        LayerRows<State, T>{x, old_h_, before.from(c), after.from(c), after.from(h), new_h, nullptr},
-                        [&](int64_t u, int64_t count) __attribute__((always_inline)) {
-                          for (int64_t i = 0; i < count; ++i) fetch(c + u + i);
-                        });
+      lstm_layer<false>(
+          weights_, l, step,
+          LayerRows<State, T>{x, old_h_, before.from(c), after.from(c), after.from(h), new_h, nullptr},
+          [&](int64_t u, int64_t count) __attribute__((always_inline)) {
+            for (int64_t i = 0; i < count; ++i) fetch(c + u + i);
+          });
       x = new_h;
     }
     apply_head<State>(weights_, step, x, gradient, before, after, theta, theta, update);
@@ -77,20 +78,22 @@ void record_step(const Weights<T>& weights, int64_t step, T* slot, T* after) {
   using State = StateOf<T>;
   const Lstm<T>& lstm = weights.lstm;
   const Slot<T> rows{lstm};
-  const Rows<T> from{slot, kGroup<T>}, to{after, kGroup<T>};
-  find_inputs(weights, from[rows.gradient()], from[rows.inputs()]);
-  const T* x = from[rows.inputs()];
+  const Rows<T> old_rows{slot, kGroup<T>}, new_rows{after, kGroup<T>};
+  find_inputs(weights, old_rows[rows.gradient()], old_rows[rows.inputs()]);
+  const T* x = old_rows[rows.inputs()];
   for (int l = 0; l < lstm.layers; ++l) {
     const int64_t h = lstm.h_row(l), c = lstm.c_row(l);
-    lstm_layer<true>(weights, l, step,
-                     LayerRows<State, T>{x, from[h], from.from(c), to.from(c), {}, to[h], from[rows.gates(l)]},
-                     [](int64_t, int64_t) {});
-    x = to[h];
+    lstm_layer<true>(
+        weights, l, step,
+        LayerRows<State, T>{
+            x, old_rows[h], old_rows.from(c), new_rows.from(c), {}, new_rows[h], old_rows[rows.gates(l)]},
+        [](int64_t, int64_t) {});
+    x = new_rows[h];
   }
   // Back through a sum, nobody asks what theta was.
   if (lstm.head == Head::update) return;
-  apply_head<State>(weights, step, x, from[rows.gradient()], from, to, from[rows.theta()], to[rows.theta()],
-                    static_cast<T*>(nullptr));
+  apply_head<State>(weights, step, x, old_rows[rows.gradient()], old_rows, new_rows, old_rows[rows.theta()],
+                    new_rows[rows.theta()], static_cast<T*>(nullptr));
 }
 
 }  // namespace metafast::METAFAST_ISA

@@ -29,8 +29,7 @@ inline bool is_relation(Metric metric) {
   return metric == Metric::relation_relu || metric == Metric::relation_tanh;
 }
 
-// Calls f(position) for every label that is neither a class in [0, way of its task) nor, where allowed,
-// ignored.
+// Raises for a label that is neither a class in [0, way of its task) nor ignored.
 inline void check_label_values(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
                                const char* name) {
   const int64_t columns = labels.size(-1), tasks = columns ? labels.numel() / columns : 0;
@@ -53,8 +52,7 @@ inline void check_label_values(const Tensor& labels, const OptionalTensor& ways,
 
 inline void check_every_class(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
                               const char* name) {
-  const int64_t columns = labels.size(-1);
-  const int64_t tasks = labels.numel() / std::max<int64_t>(1, columns);
+  const int64_t columns = labels.size(-1), tasks = labels.numel() / columns;
   const int64_t* label = labels.const_data_ptr<int64_t>();
   std::vector<int64_t> seen(num_classes, -1);
   for (int64_t t = 0; t < tasks; ++t) {
@@ -69,10 +67,19 @@ inline void check_every_class(const Tensor& labels, const OptionalTensor& ways, 
   }
 }
 
+inline int64_t count_tasks(const Tensor& tensor, int64_t event_dims) {
+  return c10::multiply_integers(leading(tensor, event_dims));
+}
+
 // On the CPU, values are checked here; a CUDA kernel asserts on the device instead, which does not
 // synchronise.
 inline void check_support_labels(const Tensor& labels, const OptionalTensor& ways, int64_t num_classes,
                                  const char* name) {
+  if (labels.size(-1) == 0) {
+    TORCH_CHECK_VALUE(num_classes == 0 || count_tasks(labels, 1) == 0, name,
+                      ": expected a support example of every class, got none");
+    return;
+  }
   if (runs_cuda(labels)) return;
   if (ways) {
     const int64_t* way = ways->const_data_ptr<int64_t>();
@@ -84,10 +91,6 @@ inline void check_support_labels(const Tensor& labels, const OptionalTensor& way
   }
   check_label_values(labels, ways, num_classes, name);
   check_every_class(labels, ways, num_classes, name);
-}
-
-inline int64_t count_tasks(const Tensor& tensor, int64_t event_dims) {
-  return c10::multiply_integers(leading(tensor, event_dims));
 }
 
 inline at::DimVector sizes_of(at::IntArrayRef leading, std::initializer_list<int64_t> event) {

@@ -54,8 +54,11 @@ class Comparison {
   static constexpr int64_t kManyRows = 8;
 
  public:
-  explicit Comparison(const Pairs<T>& p)
+  // leaves_out: whether rows of a task may take no part.
+  explicit Comparison(const Pairs<T>& p, bool leaves_out = false)
       : p_(p),
+        leaves_out_(leaves_out),
+        rows_in_use_(leaves_out ? p.rows * p.features : 0),
         norms_(M::kCosine ? p.rows : 0),
         sums_(M::kCosine ? 2 * p.rows : 0),
         centred_(kCanCentre && p.rows >= kManyRows),
@@ -64,9 +67,15 @@ class Comparison {
         centred_queries_(centred_ ? kLanes<T> * p.features : 0),
         squares_(centred_ ? p.rows : 0) {}
 
-  // Prepares the rows of the chunk's task.
+  // Prepares the rows of the chunk's task. Those for which takes_part(j) is false count as zeros, whatever
+  // they hold: 0 times NaN would be NaN.
   void start(const Chunk<T>& chunk) {
+    start(chunk, [](int64_t) { return true; });
+  }
+  template <class F>
+  void start(const Chunk<T>& chunk, const F& takes_part) {
     y_ = chunk.y;
+    if (leaves_out_) leave_out(takes_part);
     if (centred_) centre();
     if constexpr (M::kCosine) {
       for (int64_t j = 0; j < p_.rows; ++j) {
@@ -196,6 +205,16 @@ class Comparison {
   }
 
  private:
+  template <class F>
+  void leave_out(const F& takes_part) {
+    for (int64_t j = 0; j < p_.rows; ++j) {
+      if (takes_part(j)) continue;
+      if (y_ != rows_in_use_.get()) std::copy_n(y_, p_.rows * p_.features, rows_in_use_.get());
+      y_ = rows_in_use_.get();
+      clear(rows_in_use_.get() + j * p_.features, p_.features);
+    }
+  }
+
   void centre() {
     const int64_t features = p_.features;
     mean_row(y_, p_.rows, features, centre_.get());
@@ -228,8 +247,7 @@ class Comparison {
       const Mask<T> kept = keeps_digits<T>(distance, scale);
       if (any<T>(~kept)) {
         V exact;
-        sum_terms<Term, false, T>(centred, centred_rows_.get() + j * features, 1, features, nullptr,
-                                  centre_.get(), &exact);
+        sum_terms<Term, false, T>(x, row(j), 1, features, nullptr, centre_.get(), &exact);
         out[j] = kept ? distance : exact;
       }
     }
@@ -241,6 +259,8 @@ class Comparison {
 
   const Pairs<T>& p_;
   const T* y_ = nullptr;
+  bool leaves_out_;
+  Scratch<T> rows_in_use_;
   Scratch<InverseNorm<T>> norms_;  // cosine: of the rows
   Scratch<V> sums_;                // cosine: multiples of the rows (and of v) that finish_*() adds to grad_y
   bool centred_;

@@ -12,23 +12,31 @@ namespace metafast::METAFAST_ISA {
 
 template <typename T>
 void run(const Prototypes<T>& p, int64_t begin, int64_t end) {
-  Scratch<T> inverse_count(p.way);
+  // Of a large support, sums of sums: one running sum would lose the digits of what it adds.
+  constexpr int64_t kBlock = 1024;
+  const int64_t size = p.way * p.features, blocks = div_up(p.support, kBlock);
+  Scratch<T> count(p.way), block_sums(blocks > 1 ? size : 0);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t* labels = p.labels + t * p.support;
     const int64_t ways = p.ways ? p.ways[t] : p.way;
-    T* out = p.prototypes + t * p.way * p.features;
-    clear(out, p.way * p.features);
-    clear(inverse_count.get(), p.way);
-    for (int64_t s = 0; s < p.support; ++s) {
-      if (labels[s] < 0 || labels[s] >= ways) continue;
-      inverse_count[labels[s]] += 1;
-      const T* row = p.embeddings + (t * p.support + s) * p.features;
-      T* sum = out + labels[s] * p.features;
-      for (int64_t d = 0; d < p.features; ++d) sum[d] += row[d];
+    T* out = p.prototypes + t * size;
+    clear(out, size);
+    clear(count.get(), p.way);
+    for (int64_t block = 0; block < blocks; ++block) {
+      T* sums = blocks > 1 ? block_sums.get() : out;
+      if (blocks > 1) clear(sums, size);
+      for (int64_t s = block * kBlock; s < std::min(p.support, (block + 1) * kBlock); ++s) {
+        if (labels[s] < 0 || labels[s] >= ways) continue;
+        count[labels[s]] += 1;
+        const T* row = p.embeddings + (t * p.support + s) * p.features;
+        T* sum = sums + labels[s] * p.features;
+        for (int64_t d = 0; d < p.features; ++d) sum[d] += row[d];
+      }
+      for (int64_t i = 0; i < size && blocks > 1; ++i) out[i] += sums[i];
     }
     for (int64_t n = 0; n < p.way; ++n) {
-      if (inverse_count[n] <= 1) continue;
-      for (int64_t d = 0; d < p.features; ++d) out[n * p.features + d] /= inverse_count[n];
+      if (count[n] <= 1) continue;
+      for (int64_t d = 0; d < p.features; ++d) out[n * p.features + d] /= count[n];
     }
   }
 }
@@ -140,12 +148,12 @@ void store_nll(const Params& p, const ClassProbabilities<T>& probabilities, int6
 template <class M, typename T>
 void walk(const Classify<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> logits(p.rows);
-  Comparison<M, false, T> compare(p);
+  Comparison<M, false, T> compare(p, p.row_labels != nullptr);
   ClassProbabilities<T> probabilities(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
-    compare.start(chunk);
     probabilities.start_task(chunk.task);
+    compare.start(chunk, [&](int64_t j) { return probabilities.class_of(j) >= 0; });
     for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       compare.distances(x, logits.get());
@@ -165,14 +173,14 @@ template <class M, typename T>
 void walk(const ClassifyBackward<T>& p, int64_t begin, int64_t end) {
   Scratch<Vec<T>> out(p.rows), grad(p.rows);
   ClassGradients<T> gradients(p, p.grad);
-  Comparison<M, false, T> compare(p);
+  Comparison<M, false, T> compare(p, p.row_labels != nullptr);
   ClassProbabilities<T> probabilities(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     T* grad_y = p.grad_y + chunk.index * p.rows * p.features;
     clear(grad_y, p.rows * p.features);
-    compare.start(chunk);
     probabilities.start_task(chunk.task);
+    compare.start(chunk, [&](int64_t j) { return probabilities.class_of(j) >= 0; });
     for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       compare.distances(x, out.get());
       scale_tile(grad.get(), p.rows, -p.scale, out.get());
@@ -197,15 +205,15 @@ void walk(const ClassifyDoubleBackward<T>& p, int64_t begin, int64_t end) {
   using V = Vec<T>;
   Scratch<V> out(p.rows), logits(p.rows), grad(p.rows), tangent(p.rows), first(p.rows), class_mean(p.way);
   ClassGradients<T> gradients(p, p.grad);
-  Comparison<M, false, T> compare(p);
+  Comparison<M, false, T> compare(p, p.row_labels != nullptr);
   ClassProbabilities<T> probabilities(p);
   for (int64_t item = begin; item < end; ++item) {
     const Chunk<T> chunk = chunk_of(p, item);
     const T* v = p.gg_y + chunk.task * p.rows * p.features;
     T* grad_y = p.grad_y + chunk.index * p.rows * p.features;
     clear(grad_y, p.rows * p.features);
-    compare.start(chunk);
     probabilities.start_task(chunk.task);
+    compare.start(chunk, [&](int64_t j) { return probabilities.class_of(j) >= 0; });
     for_each_tile(p, chunk, [&](int64_t q, const Queries<T>& x) {
       const int64_t query = chunk.task * p.queries + q;
       const Queries<T> u{p.gg_x + query * p.features, p.features, x.count};

@@ -72,8 +72,9 @@ class LargeComparison {
           const T* centre = centres_ ? data(centre_) + set_of(task) * p_.features : nullptr;
           run_on_isa(CentreRows<T>{x, centre, data(centred), data(squares), count, p_.features}, 0, count);
           f(item,
-            ProductRows<T>{centres_ ? data(centred) : x, rows_of(task), data(squares),
-                           data(y_squares_) + set_of(task) * p_.rows, p_.metric, count, p_.rows, p_.features},
+            ProductRows<T>{centres_ ? data(centred) : x, rows_of(task), x, p_.y + task * p_.y_task_stride,
+                           data(squares), data(y_squares_) + set_of(task) * p_.rows, p_.metric, count,
+                           p_.rows, p_.features},
             task * p_.queries + q);
         }
         finish(item, rows_of(task));

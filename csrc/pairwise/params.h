@@ -118,8 +118,10 @@ struct CentreRows {
 // The rows of both sides as the product takes them: centred for squared differences, else as they are.
 template <typename T>
 struct ProductRows {
-  const T* x;          // [Q, D]
-  const T* y;          // [J, D]
+  const T* x;        // [Q, D]
+  const T* y;        // [J, D]
+  const T* given_x;  // the same before they were centred
+  const T* given_y;
   const T* x_squares;  // [Q]
   const T* y_squares;  // [J]
   Metric metric;

@@ -12,13 +12,15 @@ namespace metafast::METAFAST_ISA {
 // ---- rows around a centre ----
 
 // Distances do not change when everything moves: with the mean of the rows at the origin, norms are as small
-// as the spread of the rows allows, and little cancels in |x|^2 - 2 x.y + |y|^2.
+// as the spread of the rows allows, and little cancels in |x|^2 - 2 x.y + |y|^2. A feature whose mean is not
+// finite stays where it is, so that one row's NaN is not everybody's.
 template <typename T>
 void mean_row(const T* rows, int64_t count, int64_t features, T* mean) {
   for_vectors<T>(features, [&](auto at) {
     Vec<T> sum{};
     for (int64_t j = 0; j < count; ++j) sum += at.load(rows + j * features);
-    at.store(mean, sum * (T(1) / count));
+    const Vec<T> centre = sum * (T(1) / count);
+    at.store(mean, centre - centre == Vec<T>{} ? centre : Vec<T>{});
   });
 }
 
@@ -27,9 +29,10 @@ void centre_row(const T* row, const T* centre, int64_t features, T* centred) {
   for_vectors<T>(features, [&](auto at) { at.store(centred, at.load(row) - at.load(centre)); });
 }
 
-// Where much cancels all the same, in pairs much closer to each other than to the centre, the differences are
-// squared and summed as they are. That keeps the relative error below kCancelled^-1 roundings of the sum of
-// the norms. False for NaN, from infinite features for example.
+// Where much cancels all the same, in pairs much closer to each other than to the centre, the differences of
+// the rows themselves are squared and summed. That keeps the relative error below kCancelled^-1 roundings of
+// the sum of the norms, however far away a single row draws the centre. False for NaN, from infinite features
+// for example.
 template <typename T>
 METAFAST_HD Mask<T> keeps_digits(Vec<T> distance, Vec<T> sum_of_squares) {
   constexpr T kCancelled = T(1) / 32;
@@ -73,7 +76,7 @@ template <class M, typename T>
 void walk(const FinishProducts<T>& p, int64_t begin, int64_t end) {
   using V = Vec<T>;
   for (int64_t i = begin; i < end; ++i) {
-    const T* x = p.x + i * p.features;
+    const T* x = p.given_x + i * p.features;
     T* out = p.out + i * p.rows;
     const V x_square = broadcast(p.x_squares[i]);
     const V x_inverse = inverse_norm(x_square).inverse;
@@ -87,7 +90,8 @@ void walk(const FinishProducts<T>& p, int64_t begin, int64_t end) {
         const Mask<T> kept = keeps_digits<T>(result, scale);
         if (any<T>(~kept)) {
           for (int l = 0; l < kLanes<T> && at.offset + l < p.rows; ++l) {
-            if (!kept[l]) result[l] = squared_distance(x, p.y + (at.offset + l) * p.features, p.features);
+            if (kept[l]) continue;
+            result[l] = squared_distance(x, p.given_y + (at.offset + l) * p.features, p.features);
           }
         }
         result = M::Link::forward(result);
@@ -99,8 +103,9 @@ void walk(const FinishProducts<T>& p, int64_t begin, int64_t end) {
 
 // The share of one pair of rows in the gradients of both.
 template <typename T>
-void add_difference(T factor, const T* x, int64_t j, const ProductFactors<T>& p, T* grad_x) {
-  const T* y = p.y + j * p.features;
+void add_difference(T factor, int64_t i, int64_t j, const ProductFactors<T>& p) {
+  const T *x = p.given_x + i * p.features, *y = p.given_y + j * p.features;
+  T* grad_x = p.grad_x + i * p.features;
   T* grad_y = p.grad_y + j * p.features;
   for_vectors<T>(p.features, [&](auto at) {
     const Vec<T> share = factor * (at.load(x) - at.load(y));
@@ -135,7 +140,7 @@ void walk(const ProductFactors<T>& p, int64_t begin, int64_t end) {
             keeps_digits<T>(kRoot ? distance * distance : distance, x_square + at.load(p.y_squares));
         if (any<T>(~kept)) {
           for (int l = 0; l < kLanes<T> && at.offset + l < p.rows; ++l) {
-            if (!kept[l]) add_difference(factor[l], x, at.offset + l, p, grad_x);
+            if (!kept[l]) add_difference(factor[l], i, at.offset + l, p);
           }
           factor = kept ? factor : V{};
         }

@@ -59,6 +59,8 @@ class MetaLSTMLearner(Adaptation):
         A call of the cell is one task's: the loss is an input that all coordinates of a call share.
         """
         starts = self.params
+        if steps == 0:
+            return [start.expand(len(x), *start.shape) for start in starts]
         theta = [start.detach().expand(len(x), *start.shape).clone() for start in starts]
         states = [self.cell.initial_state(starts) for _ in x]
         grads, losses = [], []
@@ -70,7 +72,7 @@ class MetaLSTMLearner(Adaptation):
                     self.cell.step_(*of_task, state)
                 grads.append(grad)
                 losses.append(loss)
-        if not grads or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return theta
         # The same steps again, in one call for each task, which autograd records.
         begin = self.cell.initial_state(starts)

@@ -37,8 +37,8 @@ def float32_under_autocast(function: Callable[..., Result]) -> Callable[..., Res
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs) -> Result:
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if not autocast_enabled(first):
+        first = args[0] if isinstance(args[0], Tensor) else next(iter(args[0]), None)
+        if first is None or not autocast_enabled(first):
             return function(*args, **kwargs)
 
         def cast(value):

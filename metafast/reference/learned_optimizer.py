@@ -17,6 +17,7 @@ from torch import Tensor
 from .inner_loop import float32_under_autocast
 
 BLOCK = 64  # coordinates of a block of state
+MOST_P = 88  # exp(p) is a float32
 
 
 class StateViews(NamedTuple):
@@ -50,6 +51,8 @@ def _pack(rows: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def log_sign(x: Tensor, p: float) -> Tensor:
     """[...] -> [..., 2]: log(|x|) / p and sign(x) where |x| >= exp(-p), else -1 and exp(p) x."""
+    if not 0 < p <= MOST_P:
+        raise ValueError(f"p: expected a number > 0, at most {MOST_P}, got {p}")
     exp_p = torch.tensor(p, dtype=x.dtype).exp().item()
     magnitude = x.abs().clamp(max=torch.finfo(x.dtype).max)
     small = magnitude * exp_p < 1

@@ -58,7 +58,7 @@ def float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Ten
     return wrapper
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """The dtype to compute in: float32 for the 16-bit types, else the tensor's own."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -67,6 +67,11 @@ def _members(labels: Tensor, num_classes: int) -> Tensor:
     """[..., S] -> [..., N, S], bool: is example s of class n? An ignored example is of none."""
     classes = torch.arange(num_classes, device=labels.device)
     return labels.unsqueeze(-2) == classes.unsqueeze(-1)
+
+
+def _without_ignored(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """[..., S, D] with zeros for ignored examples, whatever they hold: 0 times NaN would be NaN."""
+    return torch.where((labels == IGNORED).unsqueeze(-1), 0.0, embeddings)
 
 
 def _absent(ways: Tensor | None, num_classes: int) -> Tensor | None:
@@ -86,13 +91,14 @@ def _class_means(embeddings: Tensor, labels: Tensor, num_classes: int, absent: T
 def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """The mean embedding of each class: [..., S, D], [..., S] -> [..., N, D]."""
     labels = checked_support_labels("labels", labels, num_classes, _members(labels, num_classes))
-    return _class_means(_wide(embeddings), labels, num_classes, None).to(embeddings.dtype)
+    used = _without_ignored(wide(embeddings), labels)
+    return _class_means(used, labels, num_classes, None).to(embeddings.dtype)
 
 
 def _sqrt_or_zero(square: Tensor) -> Tensor:
     """sqrt whose derivatives of every order are 0 at 0, where those of torch.sqrt are infinite."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    zero = square <= 0  # not NaN, which stays
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -109,7 +115,7 @@ def pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, m
     if weight is not None and metric in ("euclidean", "cosine", "dot"):
         raise ValueError(f"weight: metric {metric!r} takes none")
     dtype = x.dtype
-    x, y = _wide(x), _wide(y)
+    x, y = wide(x), wide(y)
     if metric == "dot":
         return -(x @ y.mT).to(dtype)
     if metric == "cosine":
@@ -126,9 +132,9 @@ def pairwise(x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, m
         terms = torch.tanh(x + y)
     else:
         raise ValueError(f"metric: unknown {metric!r}")
-    total = (terms if weight is None else terms * _wide(weight)).sum(-1)
+    total = (terms if weight is None else terms * wide(weight)).sum(-1)
     if bias is not None:
-        total = total + _wide(bias)
+        total = total + wide(bias)
     if metric == "euclidean":
         total = _sqrt_or_zero(total)
     elif metric.startswith("relation"):
@@ -181,7 +187,7 @@ def reduce_nll(nll: Tensor, query_labels: Tensor, reduction: int) -> Tensor:
     """[..., Q] -> [], unless the reduction is "none". The mean is over the queries that are not ignored."""
     if reduction == REDUCTIONS["none"]:
         return nll
-    total = _wide(nll).sum()
+    total = wide(nll).sum()
     if reduction == REDUCTIONS["mean"]:
         total = total / (query_labels != IGNORED).expand(nll.shape).sum()
     return total.to(nll.dtype)
@@ -202,7 +208,7 @@ def classify(
 ) -> Tensor:
     """Log probabilities [..., Q, N], or with `query_labels` their negative log likelihood."""
     dtype = support.dtype
-    support, query = _wide(support), _wide(query)
+    support, query = wide(support), wide(query)
     if num_classes < 1:
         raise ValueError(f"num_classes: expected a number >= 1, got {num_classes}")
     ways = None if ways is None else checked_ways(ways, num_classes)
@@ -211,6 +217,7 @@ def classify(
     support_labels = checked_support_labels("support_labels", support_labels, classes, member)
     if query_labels is not None:
         query_labels = checked_labels("query_labels", query_labels, classes)
+    support = _without_ignored(support, support_labels)
     absent = _absent(ways, num_classes)
     if method == "prototypical":
         log_probs = _prototypical(support, support_labels, query, num_classes, metric, absent)
@@ -317,7 +324,17 @@ def relation_scores(
 ) -> Tensor:
     """sigmoid(out . act(W [query; prototype] + b)) of every pair: -> [..., Q, N]."""
     act = {"relu": F.relu, "tanh": torch.tanh}[activation]
-    queries, classes = query.unsqueeze(-2), prototypes.unsqueeze(-3)
-    queries, classes = torch.broadcast_tensors(queries, classes)  # [..., Q, N, D]
-    hidden = act(F.linear(torch.cat([queries, classes], -1), weight, bias))  # [..., Q, N, H]
-    return torch.sigmoid(hidden @ out_weight.reshape(-1) + out_bias.reshape(()))
+    scores = _relation(act, query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(()))
+    return scores if autocast_enabled(query) else scores.to(query.dtype)
+
+
+def _relation(act: Callable[[Tensor], Tensor], *tensors: Tensor) -> Tensor:
+    @float32_under_autocast
+    def scores(*tensors: Tensor) -> Tensor:
+        query, prototypes, weight, bias, out_weight, out_bias = map(wide, tensors)
+        queries, classes = query.unsqueeze(-2), prototypes.unsqueeze(-3)
+        queries, classes = torch.broadcast_tensors(queries, classes)  # [..., Q, N, D]
+        hidden = act(F.linear(torch.cat([queries, classes], -1), weight, bias))  # [..., Q, N, H]
+        return torch.sigmoid(hidden @ out_weight + out_bias)
+
+    return scores(*tensors)
