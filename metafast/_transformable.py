@@ -22,7 +22,25 @@ from torch.overrides import TorchFunctionMode
 def call(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """The module with these parameters and buffers, which it may write into."""
     with sdpa_kernel(SDPBackend.MATH), _Elementary():
-        return torch.func.functional_call(module, tensors, (x,))
+        return torch.func.functional_call(module, _by_every_name(module, tensors), (x,), tie_weights=False)
+
+
+def _by_every_name(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the other names of tensors that several parts of the module share.
+
+    `functional_call` ties them itself, but counts a part that runs twice as two, and leaves the second
+    one's tensor in the module.
+    """
+    names: dict[int, list[str]] = {}
+    for prefix, part in module.named_modules():
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+    tied = dict(tensors)
+    for group in names.values():
+        given = [name for name in group if name in tensors]
+        tied |= dict.fromkeys(group, tensors[given[0]]) if given else {}
+    return tied
 
 
 def vmap_without_gradient(module: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

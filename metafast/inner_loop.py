@@ -437,7 +437,17 @@ def _options(
 def _step_weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Tensor | None:
     if weights is None or isinstance(weights, Tensor):
         return weights
-    return torch.tensor(weights, dtype=like.dtype, device=like.device)
+    weights = list(weights)
+    if any(isinstance(weight, Tensor) for weight in weights):
+        return torch.stack(
+            [torch.as_tensor(weight).to(like.device, _exact_dtype(like)) for weight in weights]
+        )
+    return torch.tensor(weights, dtype=_exact_dtype(like), device=like.device)
+
+
+def _exact_dtype(like: Tensor) -> torch.dtype:
+    """Of numbers beside a tensor: float32 beside 16-bit ones, which autocast computes in that."""
+    return torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
 
 
 def _blame(params: Sequence[Tensor], data: Sequence[Tensor], steps: int, momentum: float) -> None:
@@ -450,7 +460,7 @@ def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Ten
     if isinstance(lr, Tensor):
         return [lr]
     if is_number(lr):
-        return [torch.full((), lr, dtype=like.dtype, device=like.device)]
+        return [torch.full((), lr, dtype=_exact_dtype(like), device=like.device)]
     if isinstance(lr, str) or not isinstance(lr, Iterable):
         raise TypeError(f"lr: expected a number, a tensor or a sequence of tensors, got {kind_of(lr)}")
     rates = list(lr)

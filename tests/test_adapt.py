@@ -563,3 +563,15 @@ def test_bad_modules_and_losses() -> None:
         metafast.adapt(mlp(), x, y, loss=lambda out, y: (out - y).square(), lr=0.1, steps=1)
     with pytest.raises(ValueError, match=r"y: expected classes in \[0, 2\)"):
         metafast.adapt(mlp(), x, torch.full((3, 4), 2), loss="cross_entropy", lr=0.1, steps=1)
+
+
+def test_a_layer_that_runs_twice_stays_in_its_module() -> None:
+    shared = nn.Linear(3, 3)
+    network, weight = nn.Sequential(shared, nn.Tanh(), shared), shared.weight
+    x = torch.randn(2, 5, 3)
+    adapted = metafast.adapt(network, x, x, loss="mse", lr=0.1, steps=2)
+    assert shared.weight is weight
+    (expected,) = torch.autograd.grad(F.mse_loss(network(x[0]), x[0]), [weight])
+    one = metafast.adapt(network, x, x, loss="mse", lr=0.1, steps=1)
+    torch.testing.assert_close(one.params["0.weight"][0], weight - 0.1 * expected)
+    assert adapted(x).shape == x.shape

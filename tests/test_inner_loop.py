@@ -640,3 +640,35 @@ def test_value_and_grad_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = tree_leaves(function(problem.params, *rounded))
     assert all(map(torch.equal, found, expected))
+
+
+def test_numbers_under_autocast_keep_their_digits() -> None:
+    problem = make(Case(), torch.float32)
+    data = [t.bfloat16() if t.is_floating_point() else t for t in problem.data]
+    weights = [1 / 3] * problem.options["steps"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (
+            metafast.maml_loss(problem.params, *data, lr=lr, step_weights=of_steps, **problem.options)
+            for lr, of_steps in ((0.3, weights), (torch.tensor(0.3), torch.tensor(weights)))
+        )
+    assert torch.equal(found, expected)
+
+
+def test_step_weights_may_be_a_list_of_tensors() -> None:
+    problem = make(Case(), torch.float64)
+    weights = [
+        torch.rand((), dtype=torch.float64, requires_grad=True) for _ in range(problem.options["steps"])
+    ]
+    grads = []
+    for package in (metafast, metafast.reference):
+        loss = package.maml_loss(
+            problem.params, *problem.data, lr=0.1, step_weights=weights, **problem.options
+        )
+        grads.append(torch.stack(torch.autograd.grad(loss, weights)))
+    torch.testing.assert_close(*grads)
+
+
+def test_more_steps_than_can_be_counted_are_refused() -> None:
+    problem = make(Case(), torch.float32)
+    with pytest.raises(ValueError, match=r"^steps: expected a number >= 0, below 2\^31, got"):
+        metafast.maml_loss(problem.params, *problem.data, lr=0.1, **{**problem.options, "steps": 2**62})

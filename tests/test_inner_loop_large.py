@@ -16,6 +16,7 @@ from torch import Tensor
 
 import metafast
 from metafast import reference
+from metafast.methods import mlp
 
 WIDE = (300, 70, 33, 5)  # too large for many tasks at once; a first layer that pays in the dual form
 
@@ -151,6 +152,25 @@ def test_dual_form_has_the_same_bits_with_any_number_of_threads(tasks: int, per_
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_omniglot_network_has_the_same_bits_with_any_number_of_threads() -> None:
+    params = [p.detach().requires_grad_() for p in mlp(784, [256, 128, 64], 5, "relu").parameters()]
+    x, labels = torch.rand(16, 5, 784), torch.arange(5).expand(16, 5)
+    query, targets = torch.rand(16, 25, 784), torch.arange(5).repeat(5).expand(16, 25)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 1, 3):
+            torch.set_num_threads(threads)
+            loss = metafast.maml_loss(
+                params, x, labels, query, targets, loss="cross_entropy", lr=0.1, steps=2
+            )
+            results.append([loss, *torch.autograd.grad(loss, params)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 @pytest.mark.parametrize("position", [0, 2])  # of the support, of the query

@@ -316,3 +316,19 @@ def test_learned_optimizer_refuses_parts_that_do_not_fit() -> None:
         LearnedOptimizer(CoordinatewiseLSTM(4), truncation=0)
     with pytest.raises(ValueError, match="objective: expected one of"):
         LearnedOptimizer(CoordinatewiseLSTM(4), objective="final")
+
+
+def test_a_method_follows_the_weights_of_its_module() -> None:
+    torch.manual_seed(0)
+    build = PROBLEMS["mse"][1]
+    method, other = (MAML(build(), loss="mse", lr=0.01, steps=1) for _ in range(2))
+    method.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(method.loss(waves()), other.loss(waves()))
+    method.network[4] = nn.Linear(5, 1)
+    method.loss(waves()).backward()
+    assert all(param.grad is not None for param in method.parameters())
+
+
+def test_layers_without_an_activation_predict() -> None:
+    method = MAML(nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 1)), loss="mse", lr=0.01, steps=0)
+    torch.testing.assert_close(method.predict(waves()), method.network(waves().query))

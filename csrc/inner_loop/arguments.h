@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <atomic>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -56,7 +57,9 @@ class Problem {
         steps_(steps),
         momentum_(momentum),
         first_order_(first_order) {
-    TORCH_CHECK_VALUE(steps >= 0, "steps: expected a number >= 0, got ", steps);
+    constexpr int64_t kMostSteps = std::numeric_limits<int32_t>::max();  // whose memory can still be counted
+    TORCH_CHECK_VALUE(steps >= 0 && steps <= kMostSteps, "steps: expected a number >= 0, ",
+                      steps < 0 ? "" : "below 2^31, ", "got ", steps);
     TORCH_CHECK_VALUE(x.dim() == 3, x_name, ": expected shape [T, S, D], got ", x.sizes(), kOtherNetworks);
     check_real({x, x_name});
     tasks_ = x.size(0);

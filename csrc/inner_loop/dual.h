@@ -10,6 +10,7 @@
 #include <array>
 
 #include "common/dispatch.h"
+#include "common/one_thread.h"
 #include "common/sums.h"
 #include "inner_loop/params.h"
 
@@ -19,8 +20,7 @@ using at::Tensor;
 
 // out = beta self + a b: [M, K] x [K, N], or batches of them, T of each. The library may share a product
 // among its threads, and then add in an order that depends on how many there are. So the shapes alone cut it
-// into parts, at least two, and each runs inside a parallel region, where the library has one thread. On CUDA
-// it is one product.
+// into parts, and each runs on one thread. On CUDA it is one product.
 inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                               double beta) {
   constexpr int64_t kPart = 128;  // rows or columns, or batches
@@ -34,6 +34,7 @@ inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tenso
   const int64_t parts = std::max<int64_t>(2, batched ? size : (size + kPart - 1) / kPart);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;
+    const OneThreadedProducts one_thread;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t from = size * part / parts, count = size * (part + 1) / parts - from;
       if (count == 0) continue;

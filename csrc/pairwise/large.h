@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "common/dispatch.h"
+#include "common/one_thread.h"
 #include "pairwise/params.h"
 
 namespace metafast {
@@ -61,6 +62,7 @@ class LargeComparison {
     const int64_t block = (size + blocks - 1) / blocks;
     at::parallel_for(0, p_.items(), 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      const OneThreadedProducts one_thread;
       const at::Tensor centred = floats(centres_ ? block * p_.features : 0), squares = floats(block);
       for (int64_t item = begin; item < end; ++item) {
         start(item);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -92,7 +93,7 @@ class Adaptation(Method):
         if isinstance(known, str) or not all(type(layer) is nn.Flatten for layer in known.body):
             why = known if isinstance(known, str) else f"it is {known}"
             raise ValueError(f"network: expected an MLP whose layers all adapt, but {why}")
-        self._mlp = known
+        self._named = operator.attrgetter(*known.params)  # at each use: a module may be given other weights
         self.activation = known.activation
         self.network = network
         self.loss_name = loss
@@ -104,7 +105,7 @@ class Adaptation(Method):
     @property
     def params(self) -> list[Tensor]:
         """[W1, b1, ..., WL, bL] of the network."""
-        return list(self._mlp.params.values())
+        return list(self._named(self.network))
 
     def rates(self, steps: int) -> LearningRate:
         """The learning rate of so many steps, as :func:`metafast.inner_sgd` takes it."""
@@ -140,7 +141,7 @@ class Adaptation(Method):
     def outputs(self, params: list[Tensor], x: Tensor) -> Tensor:
         """What the network gives with the parameters of each task: x [T, B, ...] -> [T, B, O]."""
         out = x.flatten(2)
-        activate = {"relu": torch.relu, "tanh": torch.tanh}.get(self.activation)
+        activate = {"relu": torch.relu, "tanh": torch.tanh, "none": lambda x: x}[self.activation]
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
             out = activate(task_linear(out, weight, bias))
         return task_linear(out, *params[-2:])
