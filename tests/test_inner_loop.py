@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import metafast
 from metafast import reference
+from metafast.methods import mlp
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -672,3 +673,15 @@ def test_more_steps_than_can_be_counted_are_refused() -> None:
     problem = make(Case(), torch.float32)
     with pytest.raises(ValueError, match=r"^steps: expected a number >= 0, below 2\^31, got"):
         metafast.maml_loss(problem.params, *problem.data, lr=0.1, **{**problem.options, "steps": 2**62})
+
+
+def test_nan_of_a_hidden_unit_goes_all_the_way_back() -> None:
+    found = []
+    for package in (metafast, metafast.reference):
+        params = [p.detach().clone().requires_grad_() for p in mlp(3, [8], 2, "relu").parameters()]
+        x, y = torch.ones(1, 4, 3), torch.ones(1, 4, 2)
+        x[0, 1, 2] = torch.nan
+        adapted = package.inner_sgd(params, x, y, loss="mse", lr=0.1, steps=1)
+        found.append([p.isnan() for p in adapted])
+    assert all(map(torch.equal, *found))
+    assert all(nan.all() for nan in found[0])

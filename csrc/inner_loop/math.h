@@ -10,7 +10,7 @@ namespace metafast {
 // ---- activations a = value(z), and as functions of a: g times their slope da/dz, as a gradient or tangent g
 // goes through them, and the bend, how the slope changes along R z ----
 
-// NaN stays NaN; the derivative at 0 is 0, as torch's.
+// NaN stays NaN, on the way back too; the derivative at 0 is 0, as torch's.
 struct Relu {
   static constexpr bool kCurved = false;
   template <typename V>
@@ -19,7 +19,7 @@ struct Relu {
   }
   template <typename V>
   static METAFAST_HD V through(V g, V a) {
-    return a > V{} ? g : V{};
+    return a <= V{} ? V{} : g;
   }
   template <typename V>
   static METAFAST_HD V bend(V, V) {

@@ -23,4 +23,7 @@ def pillow() -> ModuleType:
 def read_pixels(file: Path | IO[bytes], *, grayscale: bool) -> np.ndarray:
     """uint8 [H, W] if ``grayscale``, else [H, W, 3] (RGB)."""
     with pillow().open(file) as image:
+        if image.mode.startswith("I;16"):  # of which Pillow's own conversion keeps all but black as white
+            pixels = ((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8)
+            return pixels if grayscale else np.stack([pixels] * 3, -1)
         return np.array(image.convert("L" if grayscale else "RGB"))

@@ -40,7 +40,7 @@ class MetaLSTMLearner(Adaptation):
             "cell_layers": 1,
             "shots": 5,
             "tasks": 4,
-            "steps": 600,
+            "steps": 2400,
             "lr": 2e-3,
             "log_every": 20,
             "checkpoint_every": 100,

@@ -289,3 +289,13 @@ def test_bits_become_numbers_of_the_unit_interval() -> None:
     assert unit(drawn).dtype == open_unit(drawn).dtype == torch.float32
     assert torch.equal(open_unit(drawn), ((drawn >> 40).float() + 0.5) * 2**-23)
     assert abs(float(unit(drawn).mean()) - 0.5) < 5 / 12**0.5 / 1000**0.5
+
+
+def test_pictures_of_16_bits_keep_their_greys(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "ramp").mkdir()
+    greys = torch.arange(0, 65536, 257, dtype=torch.int32).view(16, 16)
+    image.fromarray(greys.numpy().astype("uint16")).save(tmp_path / "ramp" / "0.png")
+    for grayscale in (True, False):
+        picture = image_folder(tmp_path, image_size=16, grayscale=grayscale).images[0, 0]
+        torch.testing.assert_close(picture, (greys / 65535).expand_as(picture))
