@@ -159,9 +159,10 @@ def maml_loss(
         query_x: [T, Q, D], as `support_x`.
         query_y: [T, Q, O] or [T, Q], as `support_y`.
         loss, lr, steps, activation, momentum, first_order: as in `inner_sgd`.
-        step_weights: [K], numbers or a tensor of the dtype of `params`, which has a gradient: the result is
-            the sum of the query losses after each step, so weighed (MAML++'s multi-step loss, Antoniou et
-            al. 2019, section 4). By default the loss after the last step alone.
+        step_weights: [K], numbers or tensors [], or a tensor of the dtype of `params`; tensors have a
+            gradient. The result is the sum of the query losses after each step, so weighed (MAML++'s
+            multi-step loss, Antoniou et al. 2019, section 4); a step of weight 0 is left out. By default the
+            loss after the last step alone.
         reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``. Of the losses of ``"none"``
             those that diverged can be left out, ``losses[losses.isfinite()].mean()``: a task whose loss gets
             no gradient passes none on, where autograd would make NaN of 0 times infinity. (But examples that

@@ -20,7 +20,7 @@ using at::Tensor;
 
 // out = beta self + a b: [M, K] x [K, N], or batches of them, T of each. The library may share a product
 // among its threads, and then add in an order that depends on how many there are. So the shapes alone cut it
-// into parts, and each runs on one thread. On CUDA it is one product.
+// into parts, two of them at least for two threads, and each runs on one. On CUDA it is one product.
 inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b,
                               double beta) {
   constexpr int64_t kPart = 128;  // rows or columns, or batches

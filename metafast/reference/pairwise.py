@@ -324,17 +324,22 @@ def relation_scores(
 ) -> Tensor:
     """sigmoid(out . act(W [query; prototype] + b)) of every pair: -> [..., Q, N]."""
     act = {"relu": F.relu, "tanh": torch.tanh}[activation]
-    scores = _relation(act, query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(()))
+    scores = _relation(query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(()), act)
     return scores if autocast_enabled(query) else scores.to(query.dtype)
 
 
-def _relation(act: Callable[[Tensor], Tensor], *tensors: Tensor) -> Tensor:
-    @float32_under_autocast
-    def scores(*tensors: Tensor) -> Tensor:
-        query, prototypes, weight, bias, out_weight, out_bias = map(wide, tensors)
-        queries, classes = query.unsqueeze(-2), prototypes.unsqueeze(-3)
-        queries, classes = torch.broadcast_tensors(queries, classes)  # [..., Q, N, D]
-        hidden = act(F.linear(torch.cat([queries, classes], -1), weight, bias))  # [..., Q, N, H]
-        return torch.sigmoid(hidden @ out_weight + out_bias)
-
-    return scores(*tensors)
+@float32_under_autocast
+def _relation(
+    query: Tensor,
+    prototypes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The scores; of 16-bit tensors, or under autocast, float32."""
+    queries, classes = wide(query).unsqueeze(-2), wide(prototypes).unsqueeze(-3)
+    queries, classes = torch.broadcast_tensors(queries, classes)  # [..., Q, N, D]
+    hidden = act(F.linear(torch.cat([queries, classes], -1), wide(weight), wide(bias)))  # [..., Q, N, H]
+    return torch.sigmoid(hidden @ wide(out_weight) + wide(out_bias))
