@@ -25,6 +25,7 @@ class Adaptation {
     with_arena<T>([&](Arena<T>& arena) {
       Adaptation adaptation(p, arena);
       if (arena.counts()) return;
+      if (adaptation.start_stays()) adaptation.load_start();
       for (int64_t item = begin; item < end; ++item) adaptation.run_item(item);
     });
   }
@@ -157,6 +158,16 @@ class Adaptation {
     if (grad_weights_ != nullptr) store_sums(grad_weights_, p_.sgd.steps, sums + p_.sums.step_weights);
   }
 
+  // Whether theta_0 is the same for all groups and none of them overwrites it.
+  bool start_stays() const { return p_.mlp.shared && trajectory_; }
+
+  // All of theta_0 that does not depend on the task.
+  void load_start() {
+    parameters_.clear_padding(theta(0));  // where the task before may have left NaN
+    if (dual_) clear(theta(0), parameters_.offset(1));
+    if (p_.mlp.shared) parameters_.load_shared(p_.mlp.params, theta(0));
+  }
+
   static void store_sums(const T* in_lanes, int64_t count, T* sums) {
     for (int64_t i = 0; i < count; ++i) sums[i] = sum_of_lanes<T>(load(in_lanes + i * kLanes<T>));
   }
@@ -174,13 +185,8 @@ class Adaptation {
       task_weights_[lane] = p_.loss_scale * weight;
     }
     support_.load_tasks(p_.support, first, tasks);
-    parameters_.clear_padding(theta(0));  // where the task before may have left NaN
-    if (dual_) clear(theta(0), parameters_.offset(1));
-    if (p_.mlp.shared) {
-      parameters_.load_shared(p_.mlp.params, theta(0));
-    } else {
-      parameters_.load_tasks(p_.mlp.params, first, tasks, theta(0));
-    }
+    if (!start_stays()) load_start();
+    if (!p_.mlp.shared) parameters_.load_tasks(p_.mlp.params, first, tasks, theta(0));
     if (p_.has_query()) query_.load_tasks(p_.query, first, tasks);
     if constexpr (kMayBeDual) {
       if (dual_) {
@@ -251,7 +257,7 @@ class Adaptation {
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);
     const T *theta = this->theta(k), *old_buffer = momentum != 0 ? buffer(k) : nullptr;
     T *next = this->theta(k + 1), *new_buffer = buffers_ ? buffer(k + 1) : nullptr;
-    differentiate_support(k);
+    differentiate_support(k, 1);
     const auto update = [&](const auto& consumer) {
       support_network_.gradient(theta, without_gradients(support_), consumer);
     };
@@ -272,9 +278,9 @@ class Adaptation {
     }
   }
 
-  void differentiate_support(int64_t k) {
+  void differentiate_support(int64_t k, int first_layer) {
     support_network_.forward(theta(k), support_);
-    support_network_.backward(theta(k), support_, Vec<T>{} + 1);
+    support_network_.backward(theta(k), support_, Vec<T>{} + 1, first_layer);
   }
 
   static Batch<Layout, T> without_gradients(Batch<Layout, T> batch) {
@@ -308,8 +314,10 @@ class Adaptation {
   void step_back(int64_t k) {
     for (int l = 0; l < p_.mlp.layers && p_.lr_gradient(); ++l) add_rate_gradient(k, l);
     if (!reverses_) return;
-    if (k + 1 < p_.sgd.steps) differentiate_support(k);  // else the step has left it so
-    if (m_ == nullptr) {                                 // M = -lr v, and the product is linear in it
+    if (k + 1 < p_.sgd.steps) {  // else the step has left it so
+      differentiate_support(k, support_network_.first_of_hessian(support_));
+    }
+    if (m_ == nullptr) {  // M = -lr v, and the product is linear in it
       support_network_.hessian_product(theta(k), v_, support_,
                                        [v = v_, lr = rate(k, 0).value](int64_t i, Vec<T> product)
                                            __attribute__((always_inline)) {

@@ -102,8 +102,23 @@ struct TasksInLanes {
     if constexpr (!kTransposes) return load(array + (s * pitch + o) * kLanes<T>);
     return repeat<kTasks>(array + ((s / kSamples) * pitch + o) * kLanes<T> + s % kSamples * kTasks);
   }
+  // Of kTasks vectors of parameters, which it overwrites, the sums over tasks in the order of the parameters.
+  static METAFAST_HD Vec<T> sums_over_tasks(Vec<T>* parameters) {
+    return interleave(sum_lanes<T, kTasks>(parameters), std::make_integer_sequence<int, kLanes<T>>{});
+  }
   static METAFAST_HD Number number(Vec<T> lanes) { return lanes; }
   static METAFAST_HD Vec<T> lanes(Number number) { return number; }
+
+ private:
+  // Blocks of kTasks lanes, number by number.
+  template <int... l>
+  static METAFAST_HD Vec<T> interleave(Vec<T> v, std::integer_sequence<int, l...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(v, v, (l % kSamples * kTasks + l / kSamples)...);
+#else
+    return __builtin_shuffle(v, Mask<T>{(l % kSamples * kTasks + l / kSamples)...});
+#endif
+  }
 };
 
 template <typename T>

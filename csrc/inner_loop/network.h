@@ -93,10 +93,10 @@ class Network {
     return Layout::lanes(sum) + batch.undefined;
   }
 
-  // After forward: the gradients dloss/dz of all layers, of `weight` times the loss.
-  void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight) {
+  // After forward: the gradients dloss/dz of all layers from `first` on, of `weight` times the loss.
+  void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight, int first = 1) {
     loss_gradient(batch, weight);
-    for (int l = layers() - 1; l > 0; --l) {
+    for (int l = layers() - 1; l >= first; --l) {
       const Layer in = layers_[l], out = layers_[l + 1];
       const Factor<T> factor{layer_of(theta, l), out.grad, out.grad_pitch, width(l + 1)};
       apply_transposed<1>(&factor, l, batch, in.grad, behind_slope(in, nullptr));
@@ -127,6 +127,12 @@ class Network {
       outer<Layout, 1>(&outer_factor, outer_pitch(l), outer_depth(batch), width(l + 1), cols(l),
                        parameters_.offset(l), consumer_of(l));
     }
+  }
+
+  // The first layer of whose gradient hessian_product() makes use. That of layer 1 meets nothing but tangents
+  // of the inputs, which have none, unless a curved activation or the inputs' own gradient asks for it.
+  int first_of_hessian(const Batch<Layout, T>& batch) const {
+    return layers_[1].out_grad != nullptr || batch.grad_x != nullptr ? 1 : 2;
   }
 
   // After backward, of the loss itself: consume(i, v) takes vector i of the Hessian of the loss times the

@@ -88,16 +88,14 @@ class Parameters {
   // Overwrites `theta`.
   void store_sum(T* theta, T* out) const {
     if constexpr (Layout::kTasks > 1) {
-      constexpr int kTasks = Layout::kTasks;
-      using Block = typename BlockOf<T, kTasks>::type;
-      const int64_t numbers = vectors() * Layout::kSamples;
-      for (int64_t i = 0; i < numbers; i += kTasks) {
-        Block block[kTasks] = {};
-        __builtin_memcpy(block, theta + i * kTasks, std::min<int64_t>(kTasks, numbers - i) * sizeof(Block));
-        transpose<1>(block);
-        for (int t = 1; t < kTasks; ++t) block[0] += block[t];
-        __builtin_memcpy(theta + i, block, sizeof(Block));  // its place has been read
-      }
+      const auto sum_block = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+        Vec<T> block[Layout::kTasks] = {};
+        for (int64_t i = 0; i < count; ++i) block[i] = load(theta + (first + i) * kLanes<T>);
+        store(theta + first * Layout::kSamples, Layout::sums_over_tasks(block));  // which have been read
+      };
+      int64_t i = 0;
+      for (; i + Layout::kTasks <= vectors(); i += Layout::kTasks) sum_block(i, Layout::kTasks);
+      if (i < vectors()) sum_block(i, vectors() - i);
     }
     T* outs[2 * kMaxLayers];
     for (int i = 2 * first_layer_; i < 2 * mlp_.layers; ++i) {
