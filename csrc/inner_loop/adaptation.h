@@ -54,6 +54,7 @@ class Adaptation {
   Vec<T> losses_, total_loss_, task_weights_;
   int64_t first_;  // of the tasks of the group
   int tasks_;      // of the group
+  bool v_unset_;   // v_ is 0, and has not been written
   Vec<T> in_use_;  // 0 in lanes without a task, or whose task no gradient reaches, else 1
 
   Adaptation(const InnerLoop<T>& p, Arena<T>& arena)
@@ -214,8 +215,14 @@ class Adaptation {
   }
 
   void start_backward() {
-    clear(v_, vectors_);
+    v_unset_ = true;
+    if (dual_ || p_.grad_adapted[0] != nullptr) clear_unset_v();
     if (p_.grad_adapted[0] != nullptr) parameters_.load_tasks(p_.grad_adapted, first_, tasks_, v_);
+  }
+
+  void clear_unset_v() {
+    if (v_unset_) clear(v_, vectors_);
+    v_unset_ = false;
   }
 
   void finish() {
@@ -228,6 +235,7 @@ class Adaptation {
       }
     }
     if (!p_.backward) return;
+    clear_unset_v();
     keep_in_use(v_, vectors_);
     if (p_.grad_params[2 * p_.mlp.layers - 1] != nullptr)
       parameters_.store_tasks(v_, first_, tasks_, p_.grad_params);
@@ -303,7 +311,16 @@ class Adaptation {
     losses_ += weight * loss;
     if (!p_.backward) return;
     query_network_.backward(theta(k), query_, weight * task_weights_);
-    query_network_.gradient(theta(k), query_, [this](int) { return add_to_v(); });
+    const auto consume = [&](const auto& consumer) {
+      query_network_.gradient(theta(k), query_, [&](int) { return consumer; });
+    };
+    if (v_unset_) {
+      consume([v = v_](int64_t i, Vec<T> grad)
+                  __attribute__((always_inline)) { store(v + i * kLanes<T>, grad); });
+    } else {
+      consume(add_to_v());
+    }
+    v_unset_ = false;
   }
 
   auto add_to_v() const {
@@ -312,6 +329,7 @@ class Adaptation {
   }
 
   void step_back(int64_t k) {
+    clear_unset_v();
     for (int l = 0; l < p_.mlp.layers && p_.lr_gradient(); ++l) add_rate_gradient(k, l);
     if (!reverses_) return;
     if (k + 1 < p_.sgd.steps) {  // else the step has left it so
