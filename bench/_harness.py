@@ -40,8 +40,8 @@ class Skip(Exception):
 @dataclass(frozen=True)
 class Variant:
     name: str
-    # "metafast"; "metafast, ..." of another way to call it, without targets; or what a target can be stated
-    # against: "eager", "compiled", "jax", "library" ...
+    # "metafast"; "metafast, ..." of another way to call it; or what a target can be stated against: "eager",
+    # "compiled", "jax", "library" ...
     kind: str
     build: Callable[[], Callable[[], object]]  # returns the call to time
     collect: Callable[[object], Sequence[Tensor]]  # of what the call returns: as `Case.expected`
@@ -250,26 +250,39 @@ def run_case(case: Case, clock: Clock, plan: Plan, peak: Peak, memory_limit: flo
 
 
 def judge(case: Case, rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Each target, what was reached, and whether that is enough."""
+    """Each target, what was reached, and whether that is enough. Beside it what other ways to call reach."""
     verdicts: list[dict[str, object]] = []
     ours = next(r for r in rows if r.kind == "metafast")
     for target in case.targets:
         if target.milliseconds is not None:
-            reached, met = ours.milliseconds, ours.milliseconds <= target.milliseconds
-            goal, text = f"at most {target.milliseconds:g} ms", f"{reached:.4g} ms"
+            goal, best = f"at most {target.milliseconds:g} ms", None
         elif not target.kinds:
-            reached, met = ours.times_floor, ours.times_floor <= target.ratio
-            goal, text = f"at most {target.ratio:g} x floor", f"{reached:.1f} x floor"
+            goal, best = f"at most {target.ratio:g} x floor", None
         else:
             rivals = [r for r in rows if r.kind in target.kinds and r.milliseconds is not None]
             if not rivals:
                 continue  # the table says why each was skipped
-            best = min(rivals, key=lambda r: r.milliseconds)
-            reached, met = best.times_metafast, best.times_metafast >= target.ratio
             goal = f"at least {target.ratio:g} times as fast as {target.what}"
-            text = f"{reached:.2f} times ({best.variant})"
-        verdicts.append({"target": goal, "reached": text, "value": reached, "met": met})
+            best = min(rivals, key=lambda r: r.milliseconds)
+        value, text, met = _reached(target, ours, best)
+        others = "".join(
+            f"; {row.variant}: {_reached(target, row, best)[1]}"
+            for row in rows
+            if row.kind.startswith("metafast,") and row.milliseconds is not None
+        )
+        rival = f" ({best.variant})" if best else ""
+        verdicts.append({"target": goal, "reached": text + rival + others, "value": value, "met": met})
     return verdicts
+
+
+def _reached(target: Target, row: Row, rival: Row | None) -> tuple[float, str, bool]:
+    """What a row reaches of a target, in words too, and whether that is enough."""
+    if target.milliseconds is not None:
+        return row.milliseconds, f"{row.milliseconds:.4g} ms", row.milliseconds <= target.milliseconds
+    if rival is None:
+        return row.times_floor, f"{row.times_floor:.2f} x floor", row.times_floor <= target.ratio
+    ratio = rival.milliseconds / row.milliseconds
+    return ratio, f"{ratio:.2f} times", ratio >= target.ratio
 
 
 def print_case(case: Case, rows: Sequence[Row], verdicts: Sequence[dict[str, object]], peak: Peak) -> None:

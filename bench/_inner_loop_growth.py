@@ -17,12 +17,12 @@ import torch
 
 from bench import _inner_loop_peers as peers
 from bench._harness import Clock, Peak, Plan, Skip, interleave
-from bench._inner_loop_workloads import SINE, Problem, Workload, metafast_call
+from bench._inner_loop_workloads import SINE, Problem, Workload, metafast_through_autograd
 from bench._memory import MIB, peak_of_process, peak_on_cuda, print_peak
 from metafast import _C
 
 VARIANTS: dict[str, Callable[[Problem], Callable[[], object]]] = {
-    "metafast": metafast_call,
+    "metafast": metafast_through_autograd,
     "bmm, HVP by hand": peers.bmm_by_hand,
     "torch.func": peers.torch_func,
     "JAX": peers.jax_vmap,

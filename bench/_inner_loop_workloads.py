@@ -58,6 +58,21 @@ class Problem:
 
 
 def metafast_call(problem: Problem) -> Call:
+    def call() -> Result:
+        value, grads = metafast.maml_value_and_grad(
+            problem.params,
+            *problem.data,
+            loss=problem.loss,
+            lr=LEARNING_RATE,
+            steps=problem.steps,
+            first_order=problem.first_order,
+        )
+        return (value, *grads)
+
+    return call
+
+
+def metafast_through_autograd(problem: Problem) -> Call:
     leaves = problem.leaves()
 
     def call() -> Result:
@@ -70,21 +85,6 @@ def metafast_call(problem: Problem) -> Call:
             first_order=problem.first_order,
         )
         return (loss.detach(), *torch.autograd.grad(loss, leaves))
-
-    return call
-
-
-def metafast_without_autograd(problem: Problem) -> Call:
-    def call() -> Result:
-        value, grads = metafast.maml_value_and_grad(
-            problem.params,
-            *problem.data,
-            loss=problem.loss,
-            lr=LEARNING_RATE,
-            steps=problem.steps,
-            first_order=problem.first_order,
-        )
-        return (value, *grads)
 
     return call
 

@@ -2,7 +2,8 @@
 
 One call is a meta-step: every task's network takes K steps of SGD on its support examples, and the mean query
 loss goes back to the parameters that all tasks start from. All variants return the same loss and the same
-meta-gradient, to 1e-4.
+meta-gradient, to 1e-4. metafast's is `maml_value_and_grad`, as JAX's is `value_and_grad`; "through autograd"
+it is `maml_loss` and `torch.autograd.grad`.
 
 Floors count the multiplications and additions of matrix products alone, twice the one or the other. Second
 order counts forward-over-reverse Hessian-vector products that reuse the forward pass's activations.
@@ -43,7 +44,7 @@ from bench._inner_loop_workloads import (
     Problem,
     Workload,
     metafast_call,
-    metafast_without_autograd,
+    metafast_through_autograd,
 )
 from metafast import reference
 
@@ -86,7 +87,7 @@ def build_case(workload: Workload, device: torch.device, targets: Sequence[Targe
 
     batched = [
         variant("metafast", "metafast", metafast_call),
-        variant("metafast, without autograd", "metafast, without autograd", metafast_without_autograd),
+        variant("metafast, through autograd", "metafast, through autograd", metafast_through_autograd),
         variant("bmm, autograd", "eager", peers.bmm_autograd),
         variant("bmm, HVP by hand", "eager", peers.bmm_by_hand),
         variant("JAX jit(grad(vmap))", "jax", peers.jax_vmap),
