@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def check_not_negative(**numbers: object) -> None:
@@ -24,11 +24,25 @@ def kind_of(value: object) -> str:
     return "None" if value is None else type(value).__name__
 
 
+def listed(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors as a list, which can be gone through again where a generator cannot.
+
+    Raises:
+        TypeError: one tensor, names, or nothing to go through. The elements are left to `blame`.
+    """
+    if type(tensors) not in (list, tuple):
+        plain = isinstance(tensors, Iterable) and not isinstance(tensors, (str, Tensor, Mapping))
+        _expect(plain, name, "a sequence of tensors", kind_of(tensors))
+    return list(tensors)
+
+
 def blame(
     tensors: Mapping[str, object] | None = None,
-    lists: Mapping[str, object] | None = None,
+    lists: Mapping[str, Sequence[object]] | None = None,
     integers: Mapping[str, object] | None = None,
     numbers: Mapping[str, object] | None = None,
+    strings: Mapping[str, object] | None = None,
+    flags: Mapping[str, object] | None = None,
 ) -> None:
     """Says of a call that failed which argument is of a wrong type, if one is: the entry points of
     metafast._C print all of them. Not before a call, which it would slow down.
@@ -39,14 +53,16 @@ def blame(
     for name, value in (tensors or {}).items():
         _expect(isinstance(value, Tensor), name, "a tensor", kind_of(value))
     for name, value in (lists or {}).items():
-        plain = isinstance(value, Iterable) and not isinstance(value, (str, Tensor, Mapping, nn.Module))
-        _expect(plain, name, "a sequence of tensors", kind_of(value))
         for i, element in enumerate(value):
             _expect(isinstance(element, Tensor), f"{name}[{i}]", "a tensor", kind_of(element))
     for name, value in (integers or {}).items():
         _expect(hasattr(value, "__index__"), name, "an integer", repr(value))
     for name, value in (numbers or {}).items():
         _expect(is_number(value), name, "a number", repr(value))
+    for name, value in (strings or {}).items():
+        _expect(isinstance(value, str), name, "a string", kind_of(value))
+    for name, value in (flags or {}).items():
+        _expect(hasattr(value, "__bool__"), name, "True or False", repr(value))
 
 
 def _expect(holds: bool, name: str, expected: str, got: str) -> None:

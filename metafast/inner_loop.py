@@ -46,12 +46,13 @@ all tasks share if its loss has a part in what is differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metafast import _C, _doors
-from metafast._arguments import blame, check_not_negative, is_number, kind_of
+from metafast._arguments import blame, check_not_negative, is_number, kind_of, listed
 from metafast._task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
@@ -76,7 +77,7 @@ def inner_sgd(
 
     Args:
         params: ``[W1, b1, ..., WL, bL]``, shared ([O, I], [O]) or per task ([T, O, I], [T, O]), float32 or
-            float64.
+            float64; ``network.parameters()`` will do.
         x: [T, S, D], the dtype of `params`.
         y: [T, S, O], the dtype of `params`; with cross_entropy [T, S], int64 in [0, O), or -100.
         loss: ``"mse"``, the mean over a task's examples and outputs, or ``"cross_entropy"``, the mean over
@@ -111,13 +112,14 @@ def inner_sgd(
             w, b = (p - lr * g for p, g in zip((w, b), grads))
     """
     check_not_negative(lr=lr, momentum=momentum)
+    params = listed("params", params)
     options = _options(loss, steps, activation, momentum, first_order)
     values = tuple(options.values())
     try:
         rates = _rates(lr, params, x)
         return _doors.call_listed(
             "inner_sgd",
-            (list(params), x, y, rates, *values),
+            (params, x, y, rates, *values),
             lambda: reference.inner_sgd(params, x, y, lr=lr, **options),
             lambda: (
                 inner_sgd_chain(len(params), len(rates), loss == "cross_entropy"),
@@ -125,7 +127,7 @@ def inner_sgd(
             ),
         )
     except Exception:
-        blame({"x": x, "y": y}, {"params": params}, {"steps": steps}, {"momentum": momentum})
+        _blame({"x": x, "y": y}, params, options)
         raise
 
 
@@ -186,7 +188,7 @@ def maml_loss(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
     check_not_negative(lr=lr, momentum=momentum)
-    data = (support_x, support_y, query_x, query_y)
+    params, data = listed("params", params), (support_x, support_y, query_x, query_y)
     options = _options(loss, steps, activation, momentum, first_order)
     values = tuple(options.values())
     try:
@@ -199,14 +201,14 @@ def maml_loss(
 
         return _doors.call_listed(
             "maml_loss",
-            (list(params), *data, rates, step_weights, *values, reduction == "mean"),
+            (params, *data, rates, step_weights, *values, reduction == "mean"),
             lambda: reference.maml_loss(
                 params, *data, lr=lr, step_weights=step_weights, reduction=reduction, **options
             ),
             lambda: (maml_loss_chain(len(params), len(rates), loss == "cross_entropy"), reduced),
         )
     except Exception:
-        _blame(params, data, steps, momentum)
+        _blame(dict(zip(_DATA, data, strict=True)), params, options)
         raise
 
 
@@ -248,7 +250,7 @@ def maml_value_and_grad(
         value.detach(), list(torch.autograd.grad(value, params))
     """
     check_not_negative(lr=lr, momentum=momentum)
-    data = (support_x, support_y, query_x, query_y)
+    params, data = listed("params", params), (support_x, support_y, query_x, query_y)
     options = _options(loss, steps, activation, momentum, first_order)
     wanted = [True, *[False] * 6]  # of all that a gradient could be asked of, the parameters
     records = torch.is_grad_enabled()
@@ -261,18 +263,18 @@ def maml_value_and_grad(
             with torch.set_grad_enabled(records):  # else an outer transform would find gradients of zero
                 grads, value = torch.func.grad_and_value(
                     lambda leaves: maml_loss(leaves, *data, lr=lr, step_weights=weights, **options)
-                )(list(params))
+                )(params)
             return value, grads
 
         with torch.no_grad():
             value, grads = _doors.call_listed(
                 "maml_loss_backward",
-                (one, list(params), *data, rates, weights, *options.values(), True, wanted),
+                (one, params, *data, rates, weights, *options.values(), True, wanted),
                 by_transform,
             )
         return value, grads[: len(params)]
     except Exception:
-        _blame(params, data, steps, momentum)
+        _blame(dict(zip(_DATA, data, strict=True)), params, options)
         raise
 
 
@@ -333,29 +335,31 @@ def sgd_update(
         [p - lr * s for p, s in zip(params, steps)], buffers
     """
     check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    params, grads = listed("params", params), listed("grads", grads)
+    buffers = [] if momentum_buffers is None else listed("momentum_buffers", momentum_buffers)
     try:
         if not params and not grads:
             return [], []  # no tensor says for which device
         like = params[0] if params else grads[0]
-        buffers = [] if momentum_buffers is None else list(momentum_buffers)
         return _doors.call_listed(
             "sgd_update",
-            (list(params), list(grads), _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
+            (params, grads, _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
             lambda: reference.sgd_update(
                 params,
                 grads,
                 lr,
-                momentum_buffers=momentum_buffers,
+                momentum_buffers=buffers,
                 momentum=momentum,
                 weight_decay=weight_decay,
                 nesterov=nesterov,
             ),
         )
     except Exception:
-        lists = {"params": params, "grads": grads}
-        if momentum_buffers is not None:
-            lists["momentum_buffers"] = momentum_buffers
-        blame(lists=lists, numbers={"momentum": momentum, "weight_decay": weight_decay})
+        blame(
+            lists={"params": params, "grads": grads, "momentum_buffers": buffers},
+            numbers={"momentum": momentum, "weight_decay": weight_decay},
+            flags={"nesterov": nesterov},
+        )
         raise
 
 
@@ -418,6 +422,9 @@ def task_conv2d(
     return _doors.call_composed("task_conv2d", x, weight, bias, _pair(stride), _pair(padding))
 
 
+_DATA = ("support_x", "support_y", "query_x", "query_y")
+
+
 def _pair(size: int | tuple[int, int]) -> list[int]:
     return [size, size] if isinstance(size, int) else list(size)
 
@@ -438,6 +445,8 @@ def _options(
 def _step_weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Tensor | None:
     if weights is None or isinstance(weights, Tensor):
         return weights
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise TypeError(f"step_weights: expected a sequence of numbers or a tensor, got {kind_of(weights)}")
     weights = list(weights)
     if any(isinstance(weight, Tensor) for weight in weights):
         return torch.stack(
@@ -451,9 +460,12 @@ def _exact_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
 
 
-def _blame(params: Sequence[Tensor], data: Sequence[Tensor], steps: int, momentum: float) -> None:
-    tensors = dict(zip(("support_x", "support_y", "query_x", "query_y"), data, strict=True))
-    blame(tensors, {"params": params}, {"steps": steps}, {"momentum": momentum})
+def _blame(tensors: dict[str, Tensor], params: list[Tensor], options: dict[str, Any]) -> None:
+    def of(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
+    strings, flags = of("loss", "activation"), of("first_order")
+    blame(tensors, {"params": params}, of("steps"), of("momentum"), strings, flags)
 
 
 def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Tensor]:

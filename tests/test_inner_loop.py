@@ -289,14 +289,24 @@ def test_bad_options(change: dict, error: type[Exception], message: str) -> None
         ({"params": [torch.ones(2, 3), None]}, r"params\[1\]: expected a tensor, got None"),
         ({"support_x": [[0.0]]}, "support_x: expected a tensor, got list"),
         ({"query_y": None}, "query_y: expected a tensor, got None"),
+        ({"loss": F.mse_loss}, "loss: expected a string, got function"),
+        ({"activation": torch.nn.ReLU()}, "activation: expected a string, got ReLU"),
+        ({"first_order": "no"}, "first_order: expected True or False, got 'no'"),
+        ({"step_weights": 0.5}, "step_weights: expected a sequence of numbers or a tensor, got float"),
+        ({"params": range(6)}, r"params\[0\]: expected a tensor, got int"),
+        (
+            {"params": torch.nn.ParameterList([torch.ones(2, 3), torch.ones(2)]), "steps": 1.5},
+            r"steps: expected an integer, got 1\.5",
+        ),
     ],
 )
-def test_wrong_types_are_named(change: dict, message: str) -> None:
+@pytest.mark.parametrize("function", [metafast.maml_loss, metafast.maml_value_and_grad])
+def test_wrong_types_are_named(function: Callable[..., Any], change: dict, message: str) -> None:
     problem = make(Case(), torch.float32)
     data = dict(zip(("support_x", "support_y", "query_x", "query_y"), problem.data, strict=True))
-    arguments = {"params": problem.params, "lr": 0.1, **data, **problem.options, **change}
+    options = {name: value for name, value in problem.options.items() if name != "reduction"}
     with pytest.raises(TypeError, match=message):
-        metafast.maml_loss(**arguments)
+        function(**{"params": problem.params, "lr": 0.1, **data, **options, **change})
 
 
 def test_bad_tensors() -> None:
@@ -422,6 +432,28 @@ def test_parameter_lists() -> None:
         grads = [torch.ones_like(p) for p in params]
         expected, _ = module.sgd_update(problem.params, grads, problem.lr)
         assert all(map(torch.equal, module.sgd_update(params, grads, lr)[0], expected))
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_parameters_may_be_a_generator(transformed: bool) -> None:
+    problem = make(Case(lr="element"), torch.float64)
+    x, y, _, _ = problem.data
+    inner = {name: value for name, value in problem.options.items() if name != "reduction"}
+    functions = {
+        "inner_sgd": lambda params: metafast.inner_sgd(params, x, y, lr=problem.lr, **inner)[0].sum(),
+        "maml_loss": lambda params: metafast.maml_loss(params, *problem.data, lr=problem.lr, **inner),
+        "maml_value_and_grad": lambda params: metafast.maml_value_and_grad(
+            params, *problem.data, lr=problem.lr, **inner
+        )[0],
+    }
+    for name, function in functions.items():
+
+        def scaled(by: Tensor, kind: type, function: Callable[..., Tensor] = function) -> Tensor:
+            return function(kind(by * param for param in problem.params))
+
+        one = torch.ones((), dtype=torch.float64)
+        call = torch.func.grad(scaled) if transformed else scaled
+        assert torch.equal(call(one, iter), call(one, list)), name
 
 
 @pytest.mark.parametrize("name", ["params[2]", "query_y"])

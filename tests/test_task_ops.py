@@ -164,6 +164,36 @@ def test_bad_updates(change: dict, message: str) -> None:
         metafast.sgd_update(**args)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": torch.ones(2)}, "params: expected a sequence of tensors, got Tensor"),
+        ({"grads": None}, "grads: expected a sequence of tensors, got None"),
+        ({"grads": (None for _ in range(2))}, r"grads\[0\]: expected a tensor, got None"),
+        ({"nesterov": "no"}, "nesterov: expected True or False, got 'no'"),
+    ],
+)
+def test_wrong_types_are_named(change: dict, message: str) -> None:
+    args = {"params": [torch.ones(2)], "grads": [torch.ones(2)], "lr": 0.1, "momentum": 0.9, **change}
+    with pytest.raises(TypeError, match=message):
+        metafast.sgd_update(**args)
+
+
+def test_an_update_takes_generators() -> None:
+    params, grads, buffers = ([torch.randn(2), torch.randn(3)] for _ in range(3))
+    expected = metafast.sgd_update(params, grads, 0.1, momentum=0.9, momentum_buffers=buffers)
+
+    def update(by: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        scaled = [(by * tensor for tensor in tensors) for tensors in (params, grads, buffers)]
+        return metafast.sgd_update(*scaled[:2], 0.1, momentum=0.9, momentum_buffers=scaled[2])
+
+    torch.testing.assert_close(update(torch.tensor(1.0)), expected)
+    transformed = torch.vmap(update)(torch.ones(1))
+    torch.testing.assert_close(
+        [tensor[0] for tensors in transformed for tensor in tensors], [*expected[0], *expected[1]]
+    )
+
+
 def test_update_of_nothing() -> None:
     assert metafast.sgd_update([], [], 0.1, momentum=0.9) == ([], [])
     with pytest.raises(ValueError, match="grads: expected 0 tensors"):
