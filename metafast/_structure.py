@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 _MAX_LAYERS = 8
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
@@ -75,6 +76,8 @@ class Mlp:
 
 def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
     """The module as an MLP whose parameters of these names adapt, or what the kernels do not know in it."""
+    if _has_any_global_hook():
+        return "torch has hooks for all modules"
     layers = list(_layers(module, ""))
     owners = [any(f"{name}{p}" in adapted for p, _ in m.named_parameters()) for name, m in layers]
     if True not in owners:
@@ -84,14 +87,14 @@ def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
     for name, layer in body:
         for part in layer.modules():
             known = type(part) in _REPEATABLE or (type(part) in _REPEATABLE_IN_EVAL and not part.training)
-            if not known or _has_hooks(part):
+            if not known or _addition(part):
                 return f"{_called(name, layer)} stands before what adapts, and may not give the same twice"
     params: dict[str, nn.Parameter] = {}
     activations: list[str] = []
     pending = "none"  # the activation since the last Linear
     for name, layer in head:
-        if _has_hooks(layer):
-            return f"{_called(name, layer)} has hooks"
+        if addition := _addition(layer):
+            return f"{_called(name, layer)} has {addition}"
         if type(layer) is nn.Identity:
             continue
         if type(layer) in _ACTIVATIONS and params and pending == "none":
@@ -116,7 +119,7 @@ def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
 
 def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """What runs one after the other, with the prefix of its parameters' names."""
-    if type(module) is nn.Sequential and not _has_hooks(module):
+    if type(module) is nn.Sequential and not _addition(module):
         for name, child in module._modules.items():  # named_children() gives a repeated one once
             yield from _layers(child, f"{prefix}{name}.")
     else:
@@ -143,10 +146,14 @@ def _called(name: str, layer: nn.Module) -> str:
     return f"{title} ({type(layer).__name__})"
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
+def _addition(module: nn.Module) -> str | None:
+    """What makes a call of the module another than its class's."""
+    if "forward" in vars(module):
+        return "a forward of its own"
+    hooks = (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+    return "hooks" if hooks else None

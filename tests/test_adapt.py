@@ -407,6 +407,11 @@ def called(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def replaced(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -427,6 +432,8 @@ def called(layer: nn.Module) -> nn.Module:
         ),
         (nn.Sequential(called(nn.Linear(2, 2))), r"layer '0' \(Linear\) has hooks"),
         (called(nn.Sequential(nn.Linear(2, 2))), r"the module \(Sequential\) has hooks"),
+        (nn.Sequential(replaced(nn.Linear(2, 2))), r"layer '0' \(Linear\) has a forward of its own"),
+        (replaced(nn.Sequential(nn.Linear(2, 2))), r"the module \(Sequential\) has a forward of its own"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), r"the module \(ParametrizedLinear\) is no"),
         (
             nn.Sequential(nn.Dropout(0.1), nn.Linear(2, 2)),
@@ -442,6 +449,25 @@ def test_explain_names_what_the_kernels_do_not_know(module: nn.Module, reason: s
         metafast.adapt(
             module, torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), loss="mse", lr=0.1, steps=1, fused=True
         )
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["Linear", "Tanh"])
+def test_a_forward_of_its_own_is_run(layer: int) -> None:
+    module, (x, y, query_x, _) = make("mlp", "mse")
+    replaced(module[layer])
+    adapted = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=STEPS)
+    expected, _ = plain(module, x, y, query_x, loss=F.mse_loss, lr=[0.1] * 6)
+    torch.testing.assert_close(adapted(query_x), expected)
+
+
+def test_hooks_of_all_modules_are_run() -> None:
+    module, (x, y, query_x, _) = make("mlp", "mse")
+    with nn.modules.module.register_module_forward_hook(lambda layer, args, out: 2 * out):
+        assert metafast.explain(module, loss="mse").reason == "torch has hooks for all modules"
+        adapted = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=STEPS)
+        expected, _ = plain(module, x, y, query_x, loss=F.mse_loss, lr=[0.1] * 6)
+        torch.testing.assert_close(adapted(query_x), expected)
+    assert metafast.explain(module, loss="mse").path == "fused"
 
 
 def test_explain() -> None:
