@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -14,6 +14,27 @@ def check_not_negative(**numbers: object) -> None:
     for name, number in numbers.items():
         if isinstance(number, (int, float)) and not number >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {number}")
+
+
+def check_count(least: int = 0, **counts: object) -> None:
+    """Refuses what is no integer, with a TypeError, and an integer below `least`, with a ValueError."""
+    for name, count in counts.items():
+        _expect(hasattr(count, "__index__"), name, "an integer", repr(count))
+        if count < least:
+            raise ValueError(f"{name}: expected a number >= {least}, got {count}")
+
+
+def check_choice(choices: Collection[str], **chosen: object) -> None:
+    """Refuses with a ValueError what is none of the choices."""
+    for name, choice in chosen.items():
+        if choice not in tuple(choices):
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {choice!r}")
+
+
+def check_instance(kind: type, **values: object) -> None:
+    """Refuses with a TypeError what is no instance of the class."""
+    for name, value in values.items():
+        _expect(isinstance(value, kind), name, kind.__name__, kind_of(value))
 
 
 def is_number(value: object) -> bool:
@@ -45,7 +66,7 @@ def blame(
     flags: Mapping[str, object] | None = None,
 ) -> None:
     """Says of a call that failed which argument is of a wrong type, if one is: the entry points of
-    metafast._C print all of them. Not before a call, which it would slow down.
+    metafast._C print all of them. Not before a call of an op, which it would slow down.
 
     Raises:
         TypeError: for the first, by its name.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from metafast import CoordinatewiseLSTM, reference
+from metafast import CoordinatewiseLSTM, MetaLSTM, reference
 from metafast.data import Episodes, QuadraticSampler, ScaledSampler, SineSampler
 from metafast.methods import (
     FOMAML,
     MAML,
     Adaptation,
     LearnedOptimizer,
+    MetaLSTMLearner,
     MetaSGD,
     Pretrain,
     ProtoNet,
@@ -269,10 +272,49 @@ def test_other_networks_are_refused(network: nn.Module) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="steps: expected a number >= 0, got -1"):
-        MAML(mlp(1, [2], 1), loss="mse", lr=0.1, steps=-1)
-    with pytest.raises(ValueError, match=r"activation: expected one of \('relu', 'tanh'\), got 'gelu'"):
+    with pytest.raises(ValueError, match="activation: expected one of relu, tanh, got 'gelu'"):
         mlp(1, [2], 1, "gelu")
+    with pytest.raises(ValueError, match=r"hidden\[1\]: expected a number >= 1, got 0"):
+        mlp(1, [2, 0], 1)
+    with pytest.raises(TypeError, match="hidden: expected Sequence, got int"):
+        mlp(1, 40, 1)
+    with pytest.raises(ValueError, match="in_channels: expected a number >= 1, got 0"):
+        conv4(0)
+    with pytest.raises(ValueError, match=r"metric: expected one of sqeuclidean, .*, got 'l3'"):
+        ProtoNet(conv4(), metric="l3")
+    with pytest.raises(TypeError, match="backbone: expected Module, got function"):
+        ProtoNet(lambda x: x.flatten(1))
+    with pytest.raises(ValueError, match="steps: expected at least 1, whose rates are learned, got 0"):
+        MAML(mlp(1, [2], 1), loss="mse", lr=0.1, steps=0, learn_lr=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"network": lambda x: x}, TypeError, "network: expected Module, got function"),
+        ({"loss": "huber"}, ValueError, "loss: expected one of mse, cross_entropy, got 'huber'"),
+        ({"lr": -0.1}, ValueError, "lr: expected a number >= 0, got -0.1"),
+        ({"lr": float("nan")}, ValueError, "lr: expected a number >= 0, got nan"),
+        ({"lr": [0.1, 0.1]}, TypeError, r"lr: expected a number, got \[0.1, 0.1\]"),
+        ({"steps": -1}, ValueError, "steps: expected a number >= 0, got -1"),
+        ({"steps": 1.5}, TypeError, r"steps: expected an integer, got 1\.5"),
+        ({"test_steps": -1}, ValueError, "test_steps: expected a number >= 0, got -1"),
+        ({"test_steps": "5"}, TypeError, "test_steps: expected an integer, got '5'"),
+    ],
+)
+@pytest.mark.parametrize("kind", [MAML, FOMAML, MetaSGD, Reptile, Pretrain])
+def test_bad_adaptations(
+    kind: type[Adaptation], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        kind(**{"network": mlp(1, [2], 1), "loss": "mse", "lr": 0.1, "steps": 1, **change})
+
+
+def test_cells_of_another_method_are_refused() -> None:
+    with pytest.raises(TypeError, match="cell: expected MetaLSTM, got CoordinatewiseLSTM"):
+        MetaLSTMLearner(mlp(1, [2], 1), CoordinatewiseLSTM(4), loss="mse", steps=1)
+    with pytest.raises(TypeError, match="cell: expected CoordinatewiseLSTM, got MetaLSTM"):
+        LearnedOptimizer(MetaLSTM(4))
 
 
 @pytest.mark.parametrize("truncation", [2, 3, 6])
@@ -312,8 +354,10 @@ def test_learned_optimizer_refuses_parts_that_do_not_fit() -> None:
     problems = QuadraticSampler(tasks=1, steps=6).batch(0)
     with pytest.raises(ValueError, match="truncation: expected a divisor of the 6 steps, got 4"):
         LearnedOptimizer(CoordinatewiseLSTM(4), truncation=4).loss(problems)
-    with pytest.raises(ValueError, match="truncation: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="truncation: expected a number >= 1, got 0"):
         LearnedOptimizer(CoordinatewiseLSTM(4), truncation=0)
+    with pytest.raises(TypeError, match=r"truncation: expected an integer, got 1\.5"):
+        LearnedOptimizer(CoordinatewiseLSTM(4), truncation=1.5)
     with pytest.raises(ValueError, match="objective: expected one of"):
         LearnedOptimizer(CoordinatewiseLSTM(4), objective="final")
 

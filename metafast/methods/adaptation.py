@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from metafast._arguments import blame, check_choice, check_count, check_instance, check_not_negative
 from metafast._structure import recognise
 from metafast.data import Episodes, Problem
 from metafast.inner_loop import inner_sgd, maml_loss, task_linear
@@ -77,7 +78,8 @@ class Adaptation(Method):
         test_steps: of the inner loop in :meth:`predict`; default: ``steps``.
 
     Raises:
-        ValueError: ``network`` is no such network, or ``steps`` is negative.
+        ValueError: ``network`` is no such network, ``loss`` another, or a number is negative.
+        TypeError: an argument is of another type.
     """
 
     inner_rates: ClassVar[Callable[[str], float]] = staticmethod(NOT_NEGATIVE)
@@ -87,8 +89,12 @@ class Adaptation(Method):
         self, network: nn.Module, *, loss: str, lr: float, steps: int, test_steps: int | None = None
     ) -> None:
         super().__init__()
-        if steps < 0:
-            raise ValueError(f"steps: expected a number >= 0, got {steps}")
+        test_steps = steps if test_steps is None else test_steps
+        check_instance(nn.Module, network=network)
+        check_choice(("mse", "cross_entropy"), loss=loss)
+        check_count(steps=steps, test_steps=test_steps)
+        blame(numbers={"lr": lr})
+        check_not_negative(lr=lr)
         known = recognise(network, {name for name, _ in network.named_parameters()})
         if isinstance(known, str) or not all(type(layer) is nn.Flatten for layer in known.body):
             why = known if isinstance(known, str) else f"it is {known}"
@@ -100,7 +106,7 @@ class Adaptation(Method):
         # A tensor, as the operations take it, which goes where the weights go.
         self.register_buffer("lr", self.params[0].new_tensor(lr), persistent=False)
         self.steps = steps
-        self.test_steps = steps if test_steps is None else test_steps
+        self.test_steps = test_steps
 
     @property
     def params(self) -> list[Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from metafast._arguments import check_count
+
 
 def conv4(in_channels: int = 1, hidden: int = 64) -> nn.Sequential:
     """Four blocks of 3x3 convolution, batch norm, 2x2 max-pooling and ReLU (Vinyals et al. 2016).
@@ -15,6 +17,7 @@ def conv4(in_channels: int = 1, hidden: int = 64) -> nn.Sequential:
     quarter of the elements. The weights are channels-last, the layout of the fast CPU and tensor-core
     convolutions; it carries over to the activations.
     """
+    check_count(1, in_channels=in_channels, hidden=hidden)
     layers: list[nn.Module] = []
     for channels in (in_channels, hidden, hidden, hidden):
         layers += [

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from metafast._arguments import check_choice, check_count, check_instance
 from metafast.coordinatewise_lstm import CoordinatewiseLSTM
 from metafast.data import Optimizees
 from metafast.options import COUNT, FINITE, POSITIVE, whole
@@ -78,10 +79,9 @@ class LearnedOptimizer(Learner):
 
     def __init__(self, cell: CoordinatewiseLSTM, *, truncation: int = 20, objective: str = "loss") -> None:
         super().__init__()
-        if objective not in _OBJECTIVES:
-            raise ValueError(f"objective: expected one of {_OBJECTIVES}, got {objective!r}")
-        if truncation < 1:
-            raise ValueError(f"truncation: expected at least 1, got {truncation}")
+        check_instance(CoordinatewiseLSTM, cell=cell)
+        check_count(1, truncation=truncation)
+        check_choice(_OBJECTIVES, objective=objective)
         self.cell = cell
         self.truncation = truncation
         self.objective = objective

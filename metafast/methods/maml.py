@@ -22,7 +22,8 @@ class MAML(Adaptation):
 
     Args:
         learn_lr: learn the rate of every step and layer with the weights, ``lr`` at first (MAML++, Antoniou
-            et al. 2019, section 4). Steps beyond ``steps`` take the rates of the last.
+            et al. 2019, section 4). ``steps`` is then at least 1, and steps beyond it take the rates of the
+            last.
     """
 
     recipes: ClassVar[Recipes] = {
@@ -33,6 +34,8 @@ class MAML(Adaptation):
     def __init__(self, network: nn.Module, *, learn_lr: bool = False, **settings: Any) -> None:
         super().__init__(network, **settings)
         if learn_lr:
+            if self.steps == 0:
+                raise ValueError("steps: expected at least 1, whose rates are learned, got 0")
             self.lr = nn.Parameter(self.lr.expand(self.steps, len(self.params) // 2).clone())  # [K, L]
 
     def rates(self, steps: int) -> LearningRate:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metafast._arguments import check_instance
 from metafast.data import Episodes, Problem
 from metafast.meta_lstm import MetaLSTM
 from metafast.options import COUNT, SHARE, whole
@@ -50,6 +51,7 @@ class MetaLSTMLearner(Adaptation):
     inner_rates = staticmethod(SHARE)
 
     def __init__(self, network: nn.Module, cell: MetaLSTM, **settings: Any) -> None:
+        check_instance(MetaLSTM, cell=cell)
         super().__init__(network, lr=cell.first_gates[0], **settings)
         self.cell = cell
 

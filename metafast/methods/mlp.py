@@ -7,6 +7,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from metafast._arguments import check_choice, check_count, check_instance
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
@@ -16,8 +18,11 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int, activation: str = "rel
     Weights are normal with the variance that keeps the activations' (He et al. 2015, Glorot and Bengio 2010),
     biases zero.
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {tuple(_ACTIVATIONS)}, got {activation!r}")
+    check_choice(_ACTIVATIONS, activation=activation)
+    check_instance(Sequence, hidden=hidden)
+    check_count(
+        1, inputs=inputs, **{f"hidden[{i}]": width for i, width in enumerate(hidden)}, outputs=outputs
+    )
     layers: list[nn.Module] = []
     widths = [inputs, *hidden, outputs]
     for i, o in pairwise(widths):

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from metafast._arguments import check_choice, check_instance
 from metafast.data import Episodes, Problem
 from metafast.options import COUNT
-from metafast.pairwise import prototypical_log_probs, prototypical_loss
+from metafast.pairwise import METRICS, prototypical_log_probs, prototypical_loss
 
 from .conv4 import conv4
 from .method import Method, Recipes
@@ -43,6 +44,8 @@ class ProtoNet(Method):
 
     def __init__(self, backbone: nn.Module, *, metric: str = "sqeuclidean") -> None:
         super().__init__()
+        check_instance(nn.Module, backbone=backbone)
+        check_choice(METRICS, metric=metric)
         self.backbone = backbone
         self.metric = metric
 
