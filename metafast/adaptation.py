@@ -55,15 +55,20 @@ class Adapted:
     mode, training or evaluation, that the module is in at the call. Gradients pass through the call and
     through the adaptation. A call keeps nothing: buffers that it changes (the running statistics of batch
     norm) are changed in a copy.
+
+    It can be pickled, with the module and without the graph; and where it was made without a graph, under
+    `torch.no_grad`, copied by `copy.deepcopy`, as torch has it with all tensors.
     """
 
     params: Tensors  # name -> [T, ...], of those that adapted
     buffers: Tensors  # name -> [T, ...]; empty on the fused path
     path: str  # "fused" or "torch.func"
-    _forward: Callable[[Tensor], Tensor]
+    _module: Mlp | nn.Module
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._forward(x)
+        if isinstance(self._module, Mlp):
+            return _call_mlp(self._module, list(self.params.values()), x)
+        return _call_by_transforms(self._module, self.params, self.buffers, x)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in self.params.items())
@@ -352,16 +357,15 @@ def _adapt_fused(
         momentum=momentum,
         first_order=first_order,
     )
-    layers = list(zip(found[::2], found[1::2], strict=True))
+    return Adapted(dict(zip(mlp.params, found, strict=True)), {}, "fused", mlp)
+
+
+def _call_mlp(mlp: Mlp, theta: list[Tensor], x: Tensor) -> Tensor:
     activation = {"relu": F.relu, "tanh": torch.tanh, "none": lambda x: x}[mlp.activation]
-
-    def forward(x: Tensor) -> Tensor:
-        x = mlp.features(x)
-        for i, (weight, bias) in enumerate(layers):
-            x = task_linear(activation(x) if i else x, weight, bias)
-        return x
-
-    return Adapted(dict(zip(mlp.params, found, strict=True)), {}, "fused", forward)
+    x = mlp.features(x)
+    for i in range(0, len(theta), 2):
+        x = task_linear(activation(x) if i else x, theta[i], theta[i + 1])
+    return x
 
 
 # --- torch.func -----------------------------------------------------------------------------------------
@@ -380,20 +384,8 @@ def _adapt_by_transforms(
 ) -> Adapted:
     of_one_task = _LOSSES[loss] if isinstance(loss, str) else loss
 
-    def forward(theta: Tensors, buffers: Tensors, x: Tensor) -> tuple[Tensor, Tensors]:
-        buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # batch norm writes into them
-        try:
-            return _transformable.call(module, {**theta, **buffers}, x), buffers
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # out of memory, not implemented
-                raise
-            raise ValueError(
-                f"x: expected examples that the module takes; on those of a task, {list(x.shape)} of "
-                f"{x.dtype}, it raised: {error}"
-            ) from error
-
     def task_loss(theta: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, Tensors]:
-        out, buffers = forward(theta, buffers, x)
+        out, buffers = _call_of_task(module, theta, buffers, x)
         value = of_one_task(out, y)
         if value.dim():
             raise ValueError(f"loss: expected a function that returns a scalar, got {list(value.shape)}")
@@ -414,11 +406,26 @@ def _adapt_by_transforms(
         )
         theta = dict(zip(theta, updated, strict=True))
 
-    def call(x: Tensor) -> Tensor:
-        of_tasks = _transformable.vmap_without_gradient(module, lambda *args: forward(*args)[0])
-        return of_tasks(theta, buffers, x)
+    return Adapted(theta, buffers, "torch.func", module)
 
-    return Adapted(theta, buffers, "torch.func", call)
+
+def _call_by_transforms(module: nn.Module, theta: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    of_tasks = _transformable.vmap_without_gradient(module, lambda *args: _call_of_task(module, *args)[0])
+    return of_tasks(theta, buffers, x)
+
+
+def _call_of_task(module: nn.Module, theta: Tensors, buffers: Tensors, x: Tensor) -> tuple[Tensor, Tensors]:
+    """The output of the module for one task, and the buffers that it leaves."""
+    buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # batch norm writes into them
+    try:
+        return _transformable.call(module, {**theta, **buffers}, x), buffers
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # out of memory, not implemented
+            raise
+        raise ValueError(
+            f"x: expected examples that the module takes; on those of a task, {list(x.shape)} of "
+            f"{x.dtype}, it raised: {error}"
+        ) from error
 
 
 def _mse(out: Tensor, y: Tensor) -> Tensor:

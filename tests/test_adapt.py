@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -509,6 +511,21 @@ def test_repr() -> None:
     module, (x, y, *_) = make("mlp", "mse")
     adapted = metafast.adapt(module[:1], x, y.new_zeros(TASKS, SHOTS, 6), loss="mse", lr=0.1, steps=1)
     assert repr(adapted) == "Adapted(fused: 0.weight [3, 6, 3], 0.bias [3, 6])"
+
+
+@pytest.mark.parametrize(("name", "params"), [("embedded", "5"), ("conv with batch norm", None)])
+def test_pickles_and_copies(name: str, params: str | None) -> None:
+    module, (x, y, query_x, _) = make(name, "mse")
+    pickled = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=STEPS, params=params)
+    with torch.no_grad():
+        copied = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=STEPS, params=params)
+        expected = copied(query_x)
+        others = [pickle.loads(pickle.dumps(pickled)), copy.deepcopy(copied)]
+        for tensor in (*module.parameters(), *copied.params.values(), *copied.buffers.values()):
+            tensor.zero_()
+    for other in others:
+        assert other.path == pickled.path
+        torch.testing.assert_close(other(query_x), expected, rtol=0, atol=0)
 
 
 # --- bad input ------------------------------------------------------------------------------------------
