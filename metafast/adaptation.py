@@ -281,7 +281,7 @@ def _check_arguments(x: Tensor, y: Tensor, loss: Loss, steps: int) -> None:
         raise ValueError(f"y: expected shape [T, S, ...] with T = {x.shape[0]}, got {list(y.shape)}")
     if steps < 0:
         raise ValueError(f"steps: expected a number >= 0, got {steps}")
-    if isinstance(loss, str) and loss not in _LOSSES:
+    if not callable(loss) and loss not in tuple(_LOSSES):
         raise ValueError(f"loss: expected 'mse', 'cross_entropy' or a function, got {loss!r}")
 
 

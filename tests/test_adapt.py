@@ -536,6 +536,7 @@ def test_pickles_and_copies(name: str, params: str | None) -> None:
     ("change", "message"),
     [
         ({"loss": "hinge"}, "loss: expected 'mse', 'cross_entropy' or a function, got 'hinge'"),
+        ({"loss": 3}, "loss: expected 'mse', 'cross_entropy' or a function, got 3"),
         ({"steps": -1}, "steps: expected a number >= 0, got -1"),
         ({"x": torch.zeros(3)}, r"x: expected shape \[T, S, ...\], got \[3\]"),
         ({"y": torch.zeros(2, 4, 2)}, r"y: expected shape \[T, S, ...\] with T = 3, got \[2, 4, 2\]"),
