@@ -50,19 +50,23 @@ class SineSampler:
         self.seed = seed
         self.device = torch.device(device)
         self._block = -1
-        self._episodes: list[Episodes] = []
+        self._drawn: list[tuple[Tensor, ...]] = []
 
     def batch(self, step: int) -> Episodes:
-        """The waves of ``step`` >= 0: support and its labels float32 [T, shots, 1], query [T, queries, 1]."""
+        """The waves of ``step`` >= 0: support and its labels float32 [T, shots, 1], query [T, queries, 1].
+
+        The tensors are the caller's own: what is done to them changes no other batch.
+        """
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
         block, index = divmod(step, _BLOCK)
         if block != self._block:
-            self._episodes = self._draw(block)
+            self._drawn = self._draw(block)
             self._block = block
-        return self._episodes[index]
+        return Episodes(*(tensor.clone() for tensor in self._drawn[index]))
 
-    def _draw(self, block: int) -> list[Episodes]:
+    def _draw(self, block: int) -> list[tuple[Tensor, ...]]:
+        """Of each step of a block the four tensors of its episodes."""
         steps = torch.arange(block * _BLOCK, (block + 1) * _BLOCK, device=self.device)
         draws = 2 + self.shots + self.queries
         drawn = unit(random_bits(self.seed, steps, (self.tasks, draws), self.device))  # [block, T, draws]
@@ -75,7 +79,7 @@ class SineSampler:
             for part in values.split([self.shots, self.queries], dim=-1)
         ]
         support, query, support_labels, query_labels = pieces
-        return list(map(Episodes, support, support_labels, query, query_labels))
+        return list(zip(support, support_labels, query, query_labels, strict=True))
 
 
 def _between(share: Tensor, interval: tuple[float, float]) -> Tensor:

@@ -57,6 +57,15 @@ def test_batch_is_a_function_of_seed_and_step() -> None:
     assert len(seen) == 2 * len(steps)
 
 
+def test_a_batch_changed_in_place_changes_no_other() -> None:
+    sampler = SineSampler(shots=2, queries=3, tasks=4)
+    expected = [[tensor.clone() for tensor in tensors(sampler.batch(step))] for step in (5, 6)]
+    for tensor in tensors(sampler.batch(5)):
+        tensor.zero_()
+    for step, values in zip((5, 6), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(values, tensors(sampler.batch(step)), strict=True))
+
+
 @pytest.mark.parametrize("name", ["shots", "queries", "tasks"])
 def test_bad_arguments_are_named(name: str) -> None:
     sizes = {"shots": 1, "queries": 1, "tasks": 1, name: 0}
