@@ -268,6 +268,17 @@ def test_image_folder_makes_one_class_per_folder(pictures):
     assert 0.2 < grey.images[0, 0].mean() < 0.4  # the luminance of red
 
 
+def test_image_folder_passes_over_hidden_folders_and_what_is_no_image(pictures):
+    (pictures / "cat" / "0.png").rename(pictures / "cat" / "0.PNG")
+    for folder in (".git", ".ipynb_checkpoints"):
+        (pictures / folder).mkdir()
+    for file in ("paper.pdf", "film.mpg", "arrays.h5", "._0.png", ".DS_Store", "png"):
+        (pictures / "cat" / file).write_bytes(b"not an image")
+    taken = image_folder(pictures, image_size=3)
+    assert taken.names == ("cat", "dog")
+    assert taken.counts.tolist() == [2, 1]
+
+
 def test_image_folder_says_what_is_absent(pictures, tmp_path):
     with pytest.raises(NotADirectoryError, match="nowhere"):
         image_folder(tmp_path / "nowhere", image_size=3)
@@ -276,7 +287,8 @@ def test_image_folder_says_what_is_absent(pictures, tmp_path):
     with pytest.raises(ValueError, match="image_size: expected at least 1"):
         image_folder(pictures, image_size=0)
     (pictures / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"expected images in .*empty"):
+    (pictures / "empty" / "paper.pdf").touch()
+    with pytest.raises(ValueError, match=r"expected images in .*empty, found none"):
         image_folder(pictures, image_size=3)
 
 
