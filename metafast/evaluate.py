@@ -54,8 +54,10 @@ def score(method: Method, episodes: Episodes, predict: Callable[[Episodes], Tens
     """
     training = method.training
     method.eval()
-    predicted = (predict or method.predict)(episodes)
-    method.train(training)
+    try:
+        predicted = (predict or method.predict)(episodes)
+    finally:
+        method.train(training)
     labels = episodes.query_labels
     if episodes.regression:
         return (predicted - labels).square().flatten(1).mean(1)

@@ -355,6 +355,18 @@ def test_accuracy_ignores_padding_and_restores_the_mode() -> None:
     assert evaluate(method, [asked, asked]).mean == pytest.approx(0.6)
 
 
+def test_a_prediction_that_fails_leaves_the_mode_as_it_was() -> None:
+    method = maml().train()
+
+    def fails(episodes: Episodes) -> Tensor:
+        assert not method.training
+        raise RuntimeError("no prediction")
+
+    with pytest.raises(RuntimeError, match="no prediction"):
+        score(method, SineSampler(shots=1, queries=1, tasks=1).batch(0), fails)
+    assert method.training
+
+
 def test_the_score_of_a_regression_is_its_squared_error() -> None:
     drawn = SineSampler(shots=5, queries=7, tasks=3).batch(0)
     method = maml()
