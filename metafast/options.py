@@ -36,7 +36,7 @@ def checked(
         except ValueError:
             fits = False
         if not fits:
-            raise ArgumentTypeError(f"expected {expected}, got {word}")
+            raise ArgumentTypeError(f"expected {expected}, got {word or repr(word)}")
         return value
 
     return value_of
@@ -56,12 +56,19 @@ NOT_NEGATIVE = checked(float, "a finite number >= 0", lambda value: 0 <= value <
 SHARE = checked(float, "a number between 0 and 1", lambda value: 0 < value < 1)
 
 
+def _path(word: str) -> Path:
+    """Of an empty word, which a shell makes of an unset variable, ``Path`` would make the current folder."""
+    if not word:
+        raise ValueError("a path has at least one character")
+    return Path(word)
+
+
 def _can_be_folder(path: Path) -> bool:
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
-FOLDER = checked(Path, "a folder to write to, there or to be made", _can_be_folder)
+FOLDER = checked(_path, "a folder to write to, there or to be made", _can_be_folder)
 
 
 def settle(options: Namespace, recipes: Recipes, kind: str) -> None:

@@ -349,6 +349,19 @@ def test_out_is_a_folder(refused: Refused, tmp_path: Path) -> None:
             assert f"--out: expected a folder to write to, there or to be made, got {out}" in said
 
 
+@pytest.mark.parametrize("command", [["train", "maml", "--data", "sine", "--steps", "1"], ["demo"]])
+def test_an_empty_out_is_not_the_current_folder(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--out", ""])
+    assert capsys.readouterr().err.endswith(
+        "--out: expected a folder to write to, there or to be made, got ''\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("size", [0, 7, 1000])
 def test_a_broken_checkpoint_is_named(size: int, trained: Path, refused: Refused, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
