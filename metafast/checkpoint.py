@@ -104,7 +104,11 @@ class Checkpoints:
         self.config = dict(config)
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> Path:
-        """Writes the state after ``step`` steps, then removes the oldest up to there."""
+        """Writes the state after ``step`` steps, then removes the oldest up to there.
+
+        Raises:
+            OSError: it could not be written, for example to a full disk. Those before it are all there.
+        """
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_initialized():
@@ -173,9 +177,13 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     partial = path.with_suffix(_PARTIAL)
     # The format wants each tensor row-major, in memory of its own.
     copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    save_file(copies, partial, metadata)
-    _sync(partial)
-    os.replace(partial, path)
+    try:
+        save_file(copies, partial, metadata)
+        _sync(partial)
+        os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)  # a full disk needs its room
+        raise OSError(f"{path}: cannot be written ({error})") from error
     _sync(path.parent)
 
 

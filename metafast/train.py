@@ -58,6 +58,7 @@ def train(
     by the other tasks of its batch, and the log gets a record of the step and how many were left out.
 
     Raises:
+        OSError: a checkpoint or a record could not be written.
         FloatingPointError: no task of a batch has a finite loss and gradient. The step is logged and not
             taken, so that the weights stay as they were.
     """
@@ -147,6 +148,7 @@ class _Journal:
 
     def __init__(self, path: Path | None, *, keep_until: int) -> None:
         self._file = None
+        self._path = path
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,8 +163,12 @@ class _Journal:
         self._file.truncate(kept)
 
     def write(self, **record: Any) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(f"{self._path}: cannot be written ({error})") from error
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

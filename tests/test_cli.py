@@ -349,6 +349,38 @@ def test_out_is_a_folder(refused: Refused, tmp_path: Path) -> None:
             assert f"--out: expected a folder to write to, there or to be made, got {out}" in said
 
 
+@pytest.mark.parametrize(("limit", "file"), [(600, "step-00000004.safetensors"), (100, "log.jsonl")])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
+    limit: int, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system lets no file grow beyond a limit: a write breaks off, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits of files need POSIX")
+    sizes = "--data sine --hidden 8 --tasks 2 --steps 4 --checkpoint-every 2 --log-every 4"
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    for out in (whole, full):
+        assert main(["train", "maml", "--out", str(out), *sizes.split()]) == 0
+    resume = ["train", "maml", "--out", str(full), "--resume", *sizes.split()]
+    find_checkpoint(full).unlink()  # as if it had been killed after step 2
+    kept = find_checkpoint(full).read_bytes()
+    capsys.readouterr()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        assert main(resume) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"metafast: error: {full / file}: cannot be written (")
+    assert "File too large" in error
+    assert find_checkpoint(full).name == "step-00000002.safetensors"
+    assert find_checkpoint(full).read_bytes() == kept
+    assert not list(full.glob("*.partial"))
+
+    assert main(resume) == 0
+    first, second = (Checkpoint.read(find_checkpoint(path)).tensors for path in (whole, full))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("command", [["train", "maml", "--data", "sine", "--steps", "1"], ["demo"]])
 def test_an_empty_out_is_not_the_current_folder(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
