@@ -30,7 +30,7 @@ from metafast.learning_curves import RATES, RIVALS, final_loss, learned, learnin
 from metafast.methods import MAML, METHODS, Adaptation, LearnedOptimizer, Learner, Method
 from metafast.options import Recipes, settle
 from metafast.sources import TASKS, describe, load_optimizees, load_sampler, settle_data
-from metafast.train import train
+from metafast.train import is_log, train
 
 Sampler = EpisodeSampler | SineSampler | QuadraticSampler | TrainingSampler | ScaledSampler
 
@@ -106,6 +106,10 @@ def run_train(options: Namespace) -> None:
     """``metafast train``."""
     if list_checkpoints(options.out) and not options.resume:
         raise ValueError(f"out: {options.out} holds a run already: --resume continues it")
+    if not is_log(options.out / LOG):
+        raise ValueError(
+            f"out: {options.out / LOG} was not written by metafast: expected a folder without it"
+        )
     torch.manual_seed(options.seed)
     sampler, problem, task = _training(options)
     method = METHODS[options.method].from_options(options, problem).to(options.device)

@@ -22,6 +22,10 @@ from metafast.progress import Progress
 
 Batch = Episodes | Optimizees
 
+# What tells a log's records from those of other programs, which count steps as well.
+_BEGINNING = b'{"step": '
+_MARKS = {"diverged", "episodes_per_second"}
+
 
 def train(
     method: Learner,
@@ -51,13 +55,14 @@ def train(
             on its episodes (the accuracy, or in regression the mean squared error, in evaluation mode),
             learning rate and speed; and one for every step in which tasks diverged. A number that is not
             finite, which JSON does not have, is ``null``, and ``error`` says what it was. A resumed run drops
-            the records after its checkpoint and goes on from there.
+            the records after its checkpoint and goes on from there; one that begins drops them all.
         result: the name and value of the figure in the log beside the loss.
 
     A task whose loss or gradient is not finite, because its inner loop diverged, is left out: the step goes
     by the other tasks of its batch, and the log gets a record of the step and how many were left out.
 
     Raises:
+        ValueError: ``log`` is a file that is no such log; it stays as it is.
         OSError: a checkpoint or a record could not be written.
         FloatingPointError: no task of a batch has a finite loss and gradient. The step is logged and not
             taken, so that the weights stay as they were.
@@ -143,6 +148,24 @@ def _backward(loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequ
     return figures[0] if all(map(math.isfinite, figures)) else math.nan
 
 
+def is_log(path: Path) -> bool:
+    """Is there a log of :func:`train` at ``path``, or a file that is empty, or none?"""
+    if not path.exists():
+        return True
+    *lines, last = path.read_bytes().split(b"\n")
+    if not lines:  # nothing, or a first record that a kill or a full disk cut short
+        return _BEGINNING.startswith(last[: len(_BEGINNING)])
+    return all(map(_is_record, lines))
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "step" in record and not record.keys().isdisjoint(_MARKS)
+
+
 class _Journal:
     """A file of JSON lines, cut back on opening to the records up to a step; nothing without a path."""
 
@@ -151,6 +174,8 @@ class _Journal:
         self._path = path
         if path is None:
             return
+        if not is_log(path):
+            raise ValueError(f"log: expected a log of train, or no file yet, got {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+", encoding="utf-8", buffering=1)
         # The run may have gone on after its checkpoint, and been killed in the middle of a line.

@@ -349,6 +349,41 @@ def test_out_is_a_folder(refused: Refused, tmp_path: Path) -> None:
             assert f"--out: expected a folder to write to, there or to be made, got {out}" in said
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        b'{"epoch": 1}\n',
+        b'{"step": 1, "loss": 0.5}\n',
+        b'{"step": 1, "diverged": 2}\nnotes\n',
+        b"[1]\n",
+        b"notes",
+        b"\xff\n",
+    ],
+)
+@pytest.mark.parametrize("resume", ["", "--resume"])
+def test_a_log_of_others_is_left_alone(written: bytes, resume: str, refused: Refused, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    log = folder / "log.jsonl"
+    log.write_bytes(written)
+    said = refused(f"train maml --data sine --steps 1 --hidden 4 --out {folder} {resume}")
+    assert f"--out: {log} was not written by metafast" in said
+    assert log.read_bytes() == written
+    assert list(folder.iterdir()) == [log]
+
+
+@pytest.mark.parametrize("written", [b"", b'{"ste', b'{"step": 1, "diverged": 2}\n{"step": 2, "lo'])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    written: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "log.jsonl").write_bytes(written)
+    sizes = "--data sine --hidden 4 --tasks 2 --steps 1 --log-every 1"
+    assert main(["train", "maml", "--out", str(tmp_path), *sizes.split()]) == 0
+    (record,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert record["step"] == 1
+    assert record["mse"] > 0
+
+
 @pytest.mark.parametrize(("limit", "file"), [(600, "step-00000004.safetensors"), (100, "log.jsonl")])
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     limit: int, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -317,6 +317,9 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         run(tmp_path, steps=0)
     with pytest.raises(ValueError, match="resume: expected checkpoints"):
         run(tmp_path, resume=True, checkpoints=None)
+    (tmp_path / "other.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    with pytest.raises(ValueError, match=r"log: expected a log of train, or no file yet, got .*other.jsonl"):
+        run(tmp_path, log=tmp_path / "other.jsonl")
     with pytest.raises(ValueError, match="keep: expected at least 1, got 0"):
         Checkpoints(tmp_path, every=1, keep=0, config={})
     with pytest.raises(FileNotFoundError, match="expected a checkpoint"):
