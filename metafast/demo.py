@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import metafast
 from metafast import reference
+from metafast.checkpoint import list_checkpoints
 from metafast.cli import main
 from metafast.data import Episodes, EpisodeSampler, omniglot
 from metafast.evaluate import score
@@ -34,7 +34,7 @@ _PAPER = {"MAML": (0.67, 0.38, 0.35), "pre-trained": (2.41, 2.23, 2.19)}  # afte
 def demo(out: Path) -> None:
     """Two parts: waves that MAML, Reptile and pre-training learn, and Prototypical Networks on drawings.
 
-    All is written under ``out``, whose folders of runs are made anew.
+    All is written under ``out``, where the runs of an earlier demo begin anew.
     """
     started = time.perf_counter()
     waves(out)
@@ -42,10 +42,16 @@ def demo(out: Path) -> None:
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 
+def _forget(run: Path) -> None:
+    """Only the checkpoints go, so that a folder of this name that is no run loses nothing."""
+    for checkpoint in list_checkpoints(run):
+        checkpoint.unlink()
+
+
 def waves(out: Path) -> None:
     """The sine experiment of the MAML paper at full scale, its table beside the paper's, and a picture."""
     for name in _WAVE_LEARNERS:
-        shutil.rmtree(out / name, ignore_errors=True)
+        _forget(out / name)
         _command("train", name, "--data", "sine", "--out", str(out / name))
     methods = {label: load_method(out / name)[0] for name, label in _WAVE_LEARNERS.items()}
     _print_errors(methods)
@@ -60,7 +66,7 @@ def drawings(out: Path) -> None:
     Omniglot if it is at hand or can be downloaded, else digits.
     """
     run = out / "protonet"
-    shutil.rmtree(run, ignore_errors=True)
+    _forget(run)
     on_omniglot = _omniglot_is_there()
     data = [] if on_omniglot else ["--data", "digits", "--ways", "10", "--tasks", "2", "--steps", "150"]
     most_ways = 20 if on_omniglot else 10

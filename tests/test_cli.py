@@ -429,6 +429,23 @@ def test_an_empty_out_is_not_the_current_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_demo_begins_anew_and_deletes_nothing_but_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metafast import demo
+
+    def train(*words: str) -> None:
+        raise InterruptedError
+
+    (tmp_path / "maml").mkdir()
+    for name in ("step-00000002.safetensors", "paper.tex"):
+        (tmp_path / "maml" / name).write_text("mine")
+    monkeypatch.setattr(demo, "_command", train)
+    with pytest.raises(InterruptedError):
+        demo.demo(tmp_path)
+    assert [path.name for path in (tmp_path / "maml").iterdir()] == ["paper.tex"]
+
+
 @pytest.mark.parametrize("size", [0, 7, 1000])
 def test_a_broken_checkpoint_is_named(size: int, trained: Path, refused: Refused, tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
