@@ -301,26 +301,15 @@ def relation_scores(
         head = {"weight": weight, "bias": bias, "out_weight": out_weight, "out_bias": out_bias}
         blame({"query": query, "prototypes": prototypes, **head})
         raise
-    scores = _relation(
-        query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(1), _ACTIVATIONS[activation]
-    )
+    tensors = (query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(1))
+    scores = _relation(*tensors, metric=_ACTIVATIONS[activation])
     return scores if reference.autocast_enabled(query) else scores.to(query.dtype)
 
 
 @reference.float32_under_autocast
-def _relation(
-    query: Tensor,
-    prototypes: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    metric: str,
-) -> Tensor:
+def _relation(*tensors: Tensor, metric: str) -> Tensor:
     """The scores; of 16-bit tensors, or under autocast, float32."""
-    query, prototypes, weight, bias, out_weight, out_bias = map(
-        reference.wide, (query, prototypes, weight, bias, out_weight, out_bias)
-    )
+    query, prototypes, weight, bias, out_weight, out_bias = map(reference.wide, tensors)
     features = query.shape[-1]
     of_query = F.linear(query, weight[:, :features], bias)  # [..., Q, H]
     of_class = F.linear(prototypes, weight[:, features:])  # [..., N, H]

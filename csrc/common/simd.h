@@ -149,19 +149,27 @@ METAFAST_HD void for_vectors(int64_t count, F&& f) {
   if (offset < count) f(PartOfVector<T>{offset, static_cast<int>(count - offset)});
 }
 
+// ---- lanes of two vectors ----
+
+// Lane i of the result is lane from[i] of a, then b, counted on.
+template <int... from, class V>
+METAFAST_HD V pick_lanes(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, from...);
+#else
+  using Order = decltype(a < b);
+  return __builtin_shuffle(a, b, Order{from...});
+#endif
+}
+
 // ---- sums across lanes ----
 
 // Lanes l of a with bit kHalf of l clear, of b elsewhere, each plus its partner lane l ^ kHalf.
 template <int kHalf, typename T, int... l>
 METAFAST_HD Vec<T> merge_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
   constexpr int n = kLanes<T>;
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, (l & kHalf ? n + l : l)...) +
-         __builtin_shufflevector(a, b, (l & kHalf ? n + (l ^ kHalf) : (l ^ kHalf))...);
-#else
-  return __builtin_shuffle(a, b, Mask<T>{(l & kHalf ? n + l : l)...}) +
-         __builtin_shuffle(a, b, Mask<T>{(l & kHalf ? n + (l ^ kHalf) : (l ^ kHalf))...});
-#endif
+  return pick_lanes<(l & kHalf ? n + l : l)...>(a, b) +
+         pick_lanes<(l & kHalf ? n + (l ^ kHalf) : (l ^ kHalf))...>(a, b);
 }
 
 // Lane l of the result is the sum of the lanes of sums[l], kLanes of them: a tree of blends and shuffles, two

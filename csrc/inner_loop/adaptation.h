@@ -265,7 +265,7 @@ class Adaptation {
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);
     const T *theta = this->theta(k), *old_buffer = momentum != 0 ? buffer(k) : nullptr;
     T *next = this->theta(k + 1), *new_buffer = buffers_ ? buffer(k + 1) : nullptr;
-    differentiate_support(k, 1);
+    differentiate_support(k);
     const auto update = [&](const auto& consumer) {
       support_network_.gradient(theta, without_gradients(support_), consumer);
     };
@@ -286,7 +286,7 @@ class Adaptation {
     }
   }
 
-  void differentiate_support(int64_t k, int first_layer) {
+  void differentiate_support(int64_t k, int first_layer = 1) {
     support_network_.forward(theta(k), support_);
     support_network_.backward(theta(k), support_, Vec<T>{} + 1, first_layer);
   }

@@ -35,14 +35,8 @@ template <int kHalf, class V, int... l>
 METAFAST_HD void exchange_lanes(V& a, V& b, std::integer_sequence<int, l...>) {
   constexpr int n = sizeof...(l);
   const V first = a, second = b;
-#if defined(__clang__) || __GNUC__ >= 12
-  a = __builtin_shufflevector(first, second, (l & kHalf ? n + (l ^ kHalf) : l)...);
-  b = __builtin_shufflevector(first, second, (l & kHalf ? n + l : (l ^ kHalf))...);
-#else
-  using Order = decltype(first < second);
-  a = __builtin_shuffle(first, second, Order{(l & kHalf ? n + (l ^ kHalf) : l)...});
-  b = __builtin_shuffle(first, second, Order{(l & kHalf ? n + l : (l ^ kHalf))...});
-#endif
+  a = pick_lanes<(l & kHalf ? n + (l ^ kHalf) : l)...>(first, second);
+  b = pick_lanes<(l & kHalf ? n + l : (l ^ kHalf))...>(first, second);
 }
 
 // The square of as many vectors as a vector has blocks of kBlock lanes: block i of rows[k] and block k of
@@ -113,11 +107,7 @@ struct TasksInLanes {
   // Blocks of kTasks lanes, number by number.
   template <int... l>
   static METAFAST_HD Vec<T> interleave(Vec<T> v, std::integer_sequence<int, l...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(v, v, (l % kSamples * kTasks + l / kSamples)...);
-#else
-    return __builtin_shuffle(v, Mask<T>{(l % kSamples * kTasks + l / kSamples)...});
-#endif
+    return pick_lanes<(l % kSamples * kTasks + l / kSamples)...>(v, v);
   }
 };
 

@@ -33,12 +33,12 @@ def outside_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function in the dtypes of its arguments, whatever autocast would make of the ops inside it."""
 
     @functools.wraps(function)
-    def wrapper(*args) -> Result:
+    def wrapper(*args, **options) -> Result:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         if not autocast_enabled(first):
-            return function(*args)
+            return function(*args, **options)
         with torch.autocast(first.device.type, enabled=False):
-            return function(*args)
+            return function(*args, **options)
 
     return wrapper
 
@@ -48,12 +48,14 @@ def float32_under_autocast(function: Callable[..., Tensor]) -> Callable[..., Ten
     inner = outside_autocast(function)
 
     @functools.wraps(function)
-    def wrapper(*args) -> Tensor:
+    def wrapper(*args, **options) -> Tensor:
         def cast(value):
             low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
             return value.float() if low else value
 
-        return inner(*map(cast, args)) if autocast_enabled(args[0]) else function(*args)
+        if not autocast_enabled(args[0]):
+            return function(*args, **options)
+        return inner(*map(cast, args), **options)
 
     return wrapper
 
@@ -324,22 +326,15 @@ def relation_scores(
 ) -> Tensor:
     """sigmoid(out . act(W [query; prototype] + b)) of every pair: -> [..., Q, N]."""
     act = {"relu": F.relu, "tanh": torch.tanh}[activation]
-    scores = _relation(query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(()), act)
+    scores = _relation(query, prototypes, weight, bias, out_weight.reshape(-1), out_bias.reshape(()), act=act)
     return scores if autocast_enabled(query) else scores.to(query.dtype)
 
 
 @float32_under_autocast
-def _relation(
-    query: Tensor,
-    prototypes: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
+def _relation(*tensors: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     """The scores; of 16-bit tensors, or under autocast, float32."""
-    queries, classes = wide(query).unsqueeze(-2), wide(prototypes).unsqueeze(-3)
+    query, prototypes, weight, bias, out_weight, out_bias = map(wide, tensors)
+    queries, classes = query.unsqueeze(-2), prototypes.unsqueeze(-3)
     queries, classes = torch.broadcast_tensors(queries, classes)  # [..., Q, N, D]
-    hidden = act(F.linear(torch.cat([queries, classes], -1), wide(weight), wide(bias)))  # [..., Q, N, H]
-    return torch.sigmoid(hidden @ wide(out_weight) + wide(out_bias))
+    hidden = act(F.linear(torch.cat([queries, classes], -1), weight, bias))  # [..., Q, N, H]
+    return torch.sigmoid(hidden @ out_weight + out_bias)
