@@ -21,6 +21,6 @@ endif()
 set_target_properties(_C PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../torch/lib")
 install(TARGETS _C LIBRARY DESTINATION metafast)
 
-# What the module was built against, readable without loading it: metafast/_load.py compares before it does.
+# What the module was built against, readable without loading it: metafast/_dispatch/load.py compares before it does.
 configure_file("${PROJECT_SOURCE_DIR}/cmake/_built.py.in" "${PROJECT_BINARY_DIR}/_built.py" @ONLY)
 install(FILES "${PROJECT_BINARY_DIR}/_built.py" DESTINATION metafast)

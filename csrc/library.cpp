@@ -1,5 +1,5 @@
 // Every op of metafast and its schema: the table of contents. csrc/<family>/op.cpp implements them for CPU
-// and CUDA, autograd.cpp differentiates them, metafast/_fake.py gives their shapes to torch.compile.
+// and CUDA, autograd.cpp differentiates them, metafast/_dispatch/fakes.py gives their shapes to torch.compile.
 //
 // "..." are leading batch dimensions, the same on all tensors of a call. T tasks, S support, Q queries, N
 // classes, D features, K steps, L layers, I inputs and O outputs of a layer. Labels are int64; -100 means

@@ -5,15 +5,15 @@ from __future__ import annotations
 from importlib.metadata import version
 
 # isort: off
-from metafast import _load  # noqa: F401  (first: it loads the compiled module, which registers the ops)
+from metafast._dispatch import load  # noqa: F401  (first: it registers the ops)
 
 # isort: on
-from metafast import _fake, reference
-from metafast._doors import trace_doors
-from metafast._info import info
+from metafast import reference
+from metafast._dispatch import fakes
+from metafast._dispatch.doors import trace_doors
+from metafast._dispatch.info import info
 from metafast.adaptation import Adapted, Explanation, adapt, explain
-from metafast.coordinatewise_lstm import CoordinatewiseLSTM
-from metafast.inner_loop import (
+from metafast.ops.inner_loop import (
     get_trajectory_bytes,
     inner_sgd,
     maml_loss,
@@ -23,7 +23,7 @@ from metafast.inner_loop import (
     task_conv2d,
     task_linear,
 )
-from metafast.learned_optimizer import (
+from metafast.ops.learned_optimizer import (
     lstm_optimizer_state,
     lstm_optimizer_step,
     lstm_optimizer_step_,
@@ -34,9 +34,7 @@ from metafast.learned_optimizer import (
     meta_lstm_unroll,
     state_views,
 )
-from metafast.meta_lstm import MetaLSTM
-from metafast.optim import LSTMOptimizer
-from metafast.pairwise import (
+from metafast.ops.pairwise import (
     matching_log_probs,
     matching_loss,
     pairwise_distance,
@@ -45,10 +43,11 @@ from metafast.pairwise import (
     prototypical_loss,
     relation_scores,
 )
+from metafast.optim import CoordinatewiseLSTM, LSTMOptimizer, MetaLSTM
 
 __version__ = version("metafast")
 
-_fake.register("metafast")
+fakes.register("metafast")
 
 __all__ = [
     "Adapted",

@@ -2,6 +2,6 @@
 
 import sys
 
-from metafast.cli import main
+from metafast.program.cli import main
 
 sys.exit(main())

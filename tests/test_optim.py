@@ -199,7 +199,7 @@ def run(tmp_path: Path) -> Path:
     """The folder of a run with two checkpoints, whose cell differs from the default in every option."""
     pytest.importorskip("rich", reason="training needs metafast[cli]")
     pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
-    from metafast.cli import main
+    from metafast.program.cli import main
 
     options = "--hidden 4 --layers 1 --preprocess none --p 3 --scale 0.2 --inner-steps 4 --truncation 2"
     loop = "--tasks 2 --steps 2 --checkpoint-every 1 --log-every 1"
@@ -209,7 +209,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_cell_of_a_run_trains_a_network(run: Path) -> None:
-    from metafast.checkpoint import Checkpoint, list_checkpoints
+    from metafast.runs.checkpoint import Checkpoint, list_checkpoints
 
     loaded = CoordinatewiseLSTM.from_checkpoint(str(run))
     assert repr(loaded) == "CoordinatewiseLSTM(4, layers=1, preprocess='none', p=3.0, scale=0.2)"
@@ -227,7 +227,7 @@ def test_the_cell_of_a_run_trains_a_network(run: Path) -> None:
 
 
 def test_a_checkpoint_of_something_else_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="path: expected a run that trains a MetaLSTM, got one of l2l"):
+    with pytest.raises(ValueError, match="path: expected a run that trains a MetaLSTM, got another"):
         metafast.MetaLSTM.from_checkpoint(run)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint"):
         CoordinatewiseLSTM.from_checkpoint(tmp_path / "absent")
@@ -254,13 +254,13 @@ def test_steps_are_the_cells(dtype: torch.dtype) -> None:
 
 def test_a_group_takes_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    step = metafast.optim.lstm_optimizer_step_
+    step = metafast.optim.lstm_optimizer.lstm_optimizer_step_
 
     def counted(params: list[Tensor], *arguments, **options) -> None:
         calls.append((len(params), options["scale"]))
         step(params, *arguments, **options)
 
-    monkeypatch.setattr(metafast.optim, "lstm_optimizer_step_", counted)
+    monkeypatch.setattr(metafast.optim.lstm_optimizer, "lstm_optimizer_step_", counted)
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.5}]
     steps(model, LSTMOptimizer(groups, cell(scale=0.2)), 1)

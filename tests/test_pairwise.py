@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import metafast
-from metafast.pairwise import METRICS
+from metafast.ops.pairwise import METRICS
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -20,7 +20,6 @@ pytest.importorskip("rich", reason="the training loop needs metafast[cli]")
 pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
 
 from metafast import CoordinatewiseLSTM
-from metafast.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
 from metafast.data import (
     Episodes,
     EpisodeSampler,
@@ -30,10 +29,11 @@ from metafast.data import (
     ScaledSampler,
     SineSampler,
 )
-from metafast.evaluate import estimate, evaluate, score
-from metafast.learning_curves import final_loss
 from metafast.methods import MAML, LearnedOptimizer, Learner, Method, ProtoNet, conv4, mlp
-from metafast.train import Batch, train
+from metafast.program.evaluate import estimate, evaluate, score
+from metafast.program.learning_curves import final_loss
+from metafast.program.train import Batch, train
+from metafast.runs.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
 
 STEPS = 12
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafast.inner_loop import task_conv2d, task_linear
+from metafast.ops.inner_loop import task_conv2d, task_linear
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metafast._arguments import blame, check_choice, check_count, check_instance, check_not_negative
-from metafast._structure import recognise
+from metafast._dispatch.arguments import blame, check_choice, check_count, check_instance, check_not_negative
+from metafast.adaptation.structure import recognise
 from metafast.data import Episodes, Problem
-from metafast.inner_loop import inner_sgd, maml_loss, task_linear
-from metafast.options import COUNT, NOT_NEGATIVE, whole
+from metafast.ops.inner_loop import inner_sgd, maml_loss, task_linear
+from metafast.program.options import COUNT, NOT_NEGATIVE, whole
 from metafast.reference.inner_loop import LearningRate
 
 from .method import Method

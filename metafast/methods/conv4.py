@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from metafast._arguments import check_count
+from metafast._dispatch.arguments import check_count
 
 
 def conv4(in_channels: int = 1, hidden: int = 64) -> nn.Sequential:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metafast._arguments import check_choice, check_count, check_instance
-from metafast.coordinatewise_lstm import CoordinatewiseLSTM
+from metafast._dispatch.arguments import check_choice, check_count, check_instance
 from metafast.data import Optimizees
-from metafast.options import COUNT, FINITE, POSITIVE, whole
+from metafast.optim.coordinatewise_lstm import CoordinatewiseLSTM
+from metafast.program.options import COUNT, FINITE, POSITIVE, whole
 
 from .method import Learner
 

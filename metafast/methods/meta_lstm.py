@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafast._arguments import check_instance
+from metafast._dispatch.arguments import check_instance
 from metafast.data import Episodes, Problem
-from metafast.meta_lstm import MetaLSTM
-from metafast.options import COUNT, SHARE, whole
+from metafast.optim.meta_lstm import MetaLSTM
+from metafast.program.options import COUNT, SHARE, whole
 from metafast.reference.labels import IGNORED
 
 from .adaptation import IMAGES, Adaptation

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
-from metafast.options import Recipes
+from metafast.program.options import Recipes
 
 
 class Learner(nn.Module, ABC):

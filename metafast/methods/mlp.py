@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from metafast._arguments import check_choice, check_count, check_instance
+from metafast._dispatch.arguments import check_choice, check_count, check_instance
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 

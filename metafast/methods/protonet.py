@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from metafast._arguments import check_choice, check_instance
+from metafast._dispatch.arguments import check_choice, check_instance
 from metafast.data import Episodes, Problem
-from metafast.options import COUNT
-from metafast.pairwise import METRICS, prototypical_log_probs, prototypical_loss
+from metafast.ops.pairwise import METRICS, prototypical_log_probs, prototypical_loss
+from metafast.program.options import COUNT
 
 from .conv4 import conv4
 from .method import Method, Recipes

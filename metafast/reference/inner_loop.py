@@ -1,6 +1,6 @@
 """Reference of the inner loop family: SGD on each task's copy of an MLP, and the query loss after it.
 
-The functions have the signatures of `metafast.inner_loop`. The inner gradients come from
+The functions have the signatures of `metafast.ops.inner_loop`. The inner gradients come from
 ``torch.func.grad``, so what is returned can be differentiated to any order, by autograd and by every
 transform of ``torch.func``.
 

@@ -1,6 +1,6 @@
 """Reference of the learned optimizer family: an LSTM shared by all coordinates that moves parameters.
 
-The functions have the signatures of `metafast.learned_optimizer`, which states the shapes, and can be
+The functions have the signatures of `metafast.ops.learned_optimizer`, which states the shapes, and can be
 differentiated to any order, by autograd and by every transform of ``torch.func``. Under autocast they run in
 float32, as the compiled operations do.
 """

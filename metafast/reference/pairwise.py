@@ -1,8 +1,8 @@
 """Reference of the pairwise family: prototypes, distances, relation scores, matching attention, losses.
 
-The seven public functions have the signatures of `metafast.pairwise`; `pairwise` and `classify` are twins of
-the registered operations beneath them. Leading batch dimensions broadcast. The result has the input's dtype;
-float16 and bfloat16 are computed in float32, and under autocast all but `prototypes` is float32.
+The seven public functions have the signatures of `metafast.ops.pairwise`; `pairwise` and `classify` are twins
+of the registered operations beneath them. Leading batch dimensions broadcast. The result has the input's
+dtype; float16 and bfloat16 are computed in float32, and under autocast all but `prototypes` is float32.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafast import _transformable
-from metafast._arguments import check_not_negative
-from metafast._structure import Mlp, recognise
-from metafast.inner_loop import inner_sgd, sgd_update, task_linear
+from metafast._dispatch.arguments import check_not_negative
+from metafast.adaptation import transformable
+from metafast.adaptation.structure import Mlp, recognise
+from metafast.ops.inner_loop import inner_sgd, sgd_update, task_linear
 from metafast.reference.labels import IGNORED, checked_labels
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -410,7 +410,7 @@ def _adapt_by_transforms(
 
 
 def _call_by_transforms(module: nn.Module, theta: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    of_tasks = _transformable.vmap_without_gradient(module, lambda *args: _call_of_task(module, *args)[0])
+    of_tasks = transformable.vmap_without_gradient(module, lambda *args: _call_of_task(module, *args)[0])
     return of_tasks(theta, buffers, x)
 
 
@@ -418,7 +418,7 @@ def _call_of_task(module: nn.Module, theta: Tensors, buffers: Tensors, x: Tensor
     """The output of the module for one task, and the buffers that it leaves."""
     buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # batch norm writes into them
     try:
-        return _transformable.call(module, {**theta, **buffers}, x), buffers
+        return transformable.call(module, {**theta, **buffers}, x), buffers
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # out of memory, not implemented
             raise

@@ -45,8 +45,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metafast import _doors
-from metafast._unroll_chain import unroll_chain
+from metafast._dispatch import doors
+from metafast._dispatch.unroll_chain import unroll_chain
 from metafast.reference import learned_optimizer as reference
 from metafast.reference.inner_loop import float32_under_autocast
 from metafast.reference.learned_optimizer import BLOCK, StateViews, blocks, log_sign
@@ -174,7 +174,7 @@ def lstm_optimizer_step_(
         state.copy_(new_state)
     """
     if len(params) or len(grads):
-        _doors.ops.lstm_step_.default(
+        doors.ops.lstm_step_.default(
             list(params), list(grads), state, list(weights), "update", preprocess, p, scale
         )
 
@@ -304,7 +304,7 @@ def meta_lstm_step_(
     folded = _with_losses(theta, loss.unsqueeze(0), weights, p)
     first = 2 if len(weights) > 2 else 1
     folded[first] = folded[first].squeeze(0)
-    _doors.ops.lstm_step_.default(list(theta), list(grads), state, folded, "gates", "log_sign", p, 1.0)
+    doors.ops.lstm_step_.default(list(theta), list(grads), state, folded, "gates", "log_sign", p, 1.0)
 
 
 def lstm_optimizer_state(
@@ -428,7 +428,7 @@ def _unroll(
         chain = unroll_chain(len(lists[0]), len(lists[1]), len(lists[3]))
         return chain, lambda op: chain.split(op(*chain.spell(*lists), head, *options))
 
-    return _doors.call_listed(
+    return doors.call_listed(
         "lstm_unroll",
         (*lists, head, *options),
         lambda: reference.unroll(*lists, head, *options),

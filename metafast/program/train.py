@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from metafast.checkpoint import Checkpoints
 from metafast.data import Episodes, Optimizees
-from metafast.evaluate import mean_score
 from metafast.methods import Learner
-from metafast.progress import Progress
+from metafast.program.evaluate import mean_score
+from metafast.program.progress import Progress
+from metafast.runs.checkpoint import Checkpoints
 
 Batch = Episodes | Optimizees
 

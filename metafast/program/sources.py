@@ -22,7 +22,7 @@ from metafast.data import (
 )
 from metafast.data.networks import elman_rnn, relu_cnn, sigmoid_mlp
 from metafast.data.resize import resize_area
-from metafast.options import COUNT, NOT_NEGATIVE, Recipes, settle
+from metafast.program.options import COUNT, NOT_NEGATIVE, Recipes, settle
 
 DATA_ROOT_HELP = "where the data lie, and are downloaded to (default: METAFAST_DATA, else the user's cache)"
 _SPLITS = ("train", "val", "test")  # of what is drawn without end

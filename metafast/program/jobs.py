@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from metafast.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
 from metafast.data import (
     Episodes,
     EpisodeSampler,
@@ -25,12 +24,13 @@ from metafast.data import (
 )
 from metafast.data.center import center
 from metafast.data.floors import pixel_floor
-from metafast.evaluate import Estimate, estimate, evaluate, mean_score, score
-from metafast.learning_curves import RATES, RIVALS, final_loss, learned, learning_curves, tune
 from metafast.methods import MAML, METHODS, Adaptation, LearnedOptimizer, Learner, Method
-from metafast.options import Recipes, settle
-from metafast.sources import TASKS, describe, load_optimizees, load_sampler, settle_data
-from metafast.train import is_log, train
+from metafast.program.evaluate import Estimate, estimate, evaluate, mean_score, score
+from metafast.program.learning_curves import RATES, RIVALS, final_loss, learned, learning_curves, tune
+from metafast.program.options import Recipes, settle
+from metafast.program.sources import TASKS, describe, load_optimizees, load_sampler, settle_data
+from metafast.program.train import is_log, train
+from metafast.runs.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
 
 Sampler = EpisodeSampler | SineSampler | QuadraticSampler | TrainingSampler | ScaledSampler
 
@@ -258,7 +258,7 @@ def _eval_optimizer(method: LearnedOptimizer, trained: Namespace, options: Names
                 f"{estimate(ours[-1] - tuned.curves[-1]):.3g}   ({settings})"
             )
     if options.figure is not None:
-        from metafast.figures import draw_learning_curves
+        from metafast.program.figures import draw_learning_curves
 
         title = f"{count} new problems: {task}, {options.split}"
         draw_learning_curves(curves, options.figure, title=title)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
-from metafast.coordinatewise_lstm import CoordinatewiseLSTM
 from metafast.data import Optimizees
 from metafast.methods import LearnedOptimizer
 from metafast.optim import LSTMOptimizer
+from metafast.optim.coordinatewise_lstm import CoordinatewiseLSTM
 
 Make = Callable[[Sequence[Tensor]], Optimizer]
 """An optimizer of the given parameters."""

@@ -57,8 +57,12 @@ class Checkpoint:
             ) from error
         return cls(tensors=tensors, **json.loads(metadata["state"]))
 
+    def model(self, part: str = "") -> dict[str, Tensor]:
+        """The ``state_dict`` of the model, or of a part of it."""
+        return self._under(f"model.{part}." if part else "model.")
+
     def restore_model(self, model: nn.Module) -> None:
-        model.load_state_dict(self._under("model."))
+        model.load_state_dict(self.model())
 
     def restore(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         """Puts everything back, random number generators included: training goes on bit for bit."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metafast.coordinatewise_lstm import CoordinatewiseLSTM
-from metafast.learned_optimizer import lstm_optimizer_step_
+from metafast.ops.learned_optimizer import lstm_optimizer_step_
+from metafast.optim.coordinatewise_lstm import CoordinatewiseLSTM
 
 _DTYPES = (torch.float32, torch.float64)
 _STATE, _SHAPE = "lstm", "shape"

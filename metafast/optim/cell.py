@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -29,6 +28,7 @@ class Cell(nn.Module):
     """
 
     _kept: ClassVar[tuple[str, ...]] = ("p",)
+    _head: ClassVar[str]  # the head's weight, which no other cell has
 
     def __init__(
         self,
@@ -77,31 +77,33 @@ class Cell(nn.Module):
             FileNotFoundError: there is no checkpoint.
             ValueError: the run has trained something else.
         """
-        from metafast.jobs import load_method  # of packages that only the command line needs
+        from metafast.runs.checkpoint import Checkpoint, find_checkpoint  # needs safetensors
 
-        method, options = load_method(Path(path), device)
-        cell = getattr(method, "cell", None)
-        if not isinstance(cell, cls):
-            raise ValueError(
-                f"path: expected a run that trains a {cls.__name__}, got one of {options.method}"
-            )
-        return cell
+        found = find_checkpoint(path)
+        weights = Checkpoint.read(found).model("cell")
+        options = cls.options_of(weights)
+        if not options:
+            raise ValueError(f"path: expected a run that trains a {cls.__name__}, got another in {found}")
+        cell = cls(**options, dtype=next(iter(weights.values())).dtype)
+        cell.load_state_dict(weights)
+        return cell.to(device).eval()
 
     @property
     def weights(self) -> list[Tensor]:
-        """[W_ih, W_hh, b, ..., W, b], as the functions of :mod:`metafast.learned_optimizer` take them."""
+        """[W_ih, W_hh, b, ..., W, b], as the functions of :mod:`metafast.ops.learned_optimizer` take them."""
         return [getattr(self, name) for name in self._names]
 
-    def kind_of(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """The attributes of a cell that has these weights, as far as they tell."""
-        if f"{prefix}{self._names[-2]}" not in state_dict:  # the head, which every such cell has
+    @classmethod
+    def options_of(cls, state_dict: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        """The arguments of a cell that has these weights, as far as they tell; none if it is another cell."""
+        if f"{prefix}{cls._head}" not in state_dict:
             return {}
         layers = [f"{prefix}weight_hh_l{layer}" for layer in range(_MOST_LAYERS)]
         found = {"layers": sum(name in state_dict for name in layers)}
-        if layers[0] in state_dict and self.layers:
+        if layers[0] in state_dict:
             found["hidden"] = state_dict[layers[0]].shape[-1]
         if f"{prefix}{_EXTRA}" in state_dict:
-            found |= zip(self._kept, state_dict[f"{prefix}{_EXTRA}"].tolist(), strict=True)
+            found |= zip(cls._kept, state_dict[f"{prefix}{_EXTRA}"].tolist(), strict=True)
         return found
 
     def get_extra_state(self) -> Tensor:
@@ -125,7 +127,7 @@ class Cell(nn.Module):
         # A cell of another size differs in every weight, one with other options in none: one line says why.
         wrong = [
             f"{name}: expected the weights of a cell with {getattr(self, name)!r}, got {value!r}"
-            for name, value in self.kind_of(state_dict, prefix).items()
+            for name, value in self.options_of(state_dict, prefix).items()
             if value != getattr(self, name)
         ]
         if wrong:

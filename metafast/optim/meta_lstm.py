@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from metafast._cell import Cell
-from metafast.learned_optimizer import meta_lstm_state, meta_lstm_step, meta_lstm_step_, meta_lstm_unroll
+from metafast.ops.learned_optimizer import meta_lstm_state, meta_lstm_step, meta_lstm_step_, meta_lstm_unroll
+from metafast.optim.cell import Cell
 
 _INPUTS = 4  # log-sign of the gradient and of the loss
 
@@ -54,6 +54,8 @@ class MetaLSTM(Cell):
         ValueError: an argument is out of range.
     """
 
+    _head = "weight_gates"
+
     def __init__(
         self,
         hidden: int = 20,
@@ -92,7 +94,7 @@ class MetaLSTM(Cell):
     def initial_state(self, theta: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Zeros for the coordinates of ``theta``, of any shapes: packed [B, 2LH + 2, 64].
 
-        :func:`metafast.learned_optimizer.state_views` shows the parts.
+        :func:`metafast.ops.learned_optimizer.state_views` shows the parts.
 
         Args:
             dtype: default: that of ``theta``; ``torch.bfloat16`` halves the memory.

@@ -51,9 +51,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast import _C, _doors
-from metafast._arguments import blame, check_not_negative, is_number, kind_of, listed
-from metafast._task_chains import inner_sgd_chain, maml_loss_chain
+from metafast import _C
+from metafast._dispatch import doors
+from metafast._dispatch.arguments import blame, check_not_negative, is_number, kind_of, listed
+from metafast._dispatch.task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
 
@@ -117,7 +118,7 @@ def inner_sgd(
     values = tuple(options.values())
     try:
         rates = _rates(lr, params, x)
-        return _doors.call_listed(
+        return doors.call_listed(
             "inner_sgd",
             (params, x, y, rates, *values),
             lambda: reference.inner_sgd(params, x, y, lr=lr, **options),
@@ -199,7 +200,7 @@ def maml_loss(
             (losses,) = op(*params, *data, *rates, step_weights, *values)
             return losses.mean() if reduction == "mean" else losses
 
-        return _doors.call_listed(
+        return doors.call_listed(
             "maml_loss",
             (params, *data, rates, step_weights, *values, reduction == "mean"),
             lambda: reference.maml_loss(
@@ -267,7 +268,7 @@ def maml_value_and_grad(
             return value, grads
 
         with torch.no_grad():
-            value, grads = _doors.call_listed(
+            value, grads = doors.call_listed(
                 "maml_loss_backward",
                 (one, params, *data, rates, weights, *options.values(), True, wanted),
                 by_transform,
@@ -341,7 +342,7 @@ def sgd_update(
         if not params and not grads:
             return [], []  # no tensor says for which device
         like = params[0] if params else grads[0]
-        return _doors.call_listed(
+        return doors.call_listed(
             "sgd_update",
             (params, grads, _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
             lambda: reference.sgd_update(
@@ -385,7 +386,7 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
         torch.stack([F.linear(x[t], weight[t], bias[t]) for t in range(T)])
     """
-    return _doors.call_composed("task_linear", x, weight, bias)
+    return doors.call_composed("task_linear", x, weight, bias)
 
 
 def task_conv2d(
@@ -419,7 +420,7 @@ def task_conv2d(
 
         torch.stack([F.conv2d(x[t], weight[t], bias[t], stride, padding) for t in range(T)])
     """
-    return _doors.call_composed("task_conv2d", x, weight, bias, _pair(stride), _pair(padding))
+    return doors.call_composed("task_conv2d", x, weight, bias, _pair(stride), _pair(padding))
 
 
 _DATA = ("support_x", "support_y", "query_x", "query_y")

@@ -1,4 +1,4 @@
-"""The second door (metafast._doors) of the inner loop ops: a vmapped dimension becomes more tasks.
+"""The second door (doors.py) of the inner loop ops: a vmapped dimension becomes more tasks.
 
 Their tensors have one task dimension T, and lists of parameters and learning rates. A `_Derivative` knows
 tensors only, so here the lists are spelled out, as params0, params1, ..., lr0, ...; a vmapped dimension is
@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from metafast import _doors
-from metafast._doors import Chain, Dims, Folding, Op, Results
+from metafast._dispatch import doors
+from metafast._dispatch.doors import Chain, Dims, Folding, Op, Results
 from metafast.reference import inner_loop as reference
 
 _OPTIONS = ("loss", "steps", "activation", "momentum", "first_order")
@@ -42,7 +42,7 @@ class _TaskChain(Chain):
         return [list(args[:data]), *args[data:rates], list(args[rates:others]), *args[others:]]
 
     def run(self, order: int, wanted: Sequence[str], args: Sequence[Any]) -> Results:
-        op = getattr(_doors.ops, self.ops[order].name).default
+        op = getattr(doors.ops, self.ops[order].name).default
         if order == 0:
             result = op(*self.pack(args), *self.fixed)
             return tuple(result) if self.gives_list else (result,)
@@ -132,7 +132,7 @@ def _chain(
             Op(name, inputs, outputs),
             Op(
                 f"{name}_backward",
-                (*(_doors.gradient_name(output) for output in outputs), *inputs),
+                (*(doors.gradient_name(output) for output in outputs), *inputs),
                 tuple(f"grad_{x}" for x in differentiable),
             ),
         ),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from metafast import sources
 from metafast.methods import METHODS, LearnedOptimizer
-from metafast.options import (
+from metafast.program import sources
+from metafast.program.options import (
     COUNT,
     FOLDER,
     NOT_NEGATIVE,
@@ -206,7 +206,7 @@ def _add_machine_options(parser: ArgumentParser | _ArgumentGroup) -> None:
 
 
 def _train(options: Namespace) -> None:
-    from metafast.jobs import run_train
+    from metafast.program.jobs import run_train
 
     recipes, kind = METHODS[options.method].recipes, sources.kind(options)
     if kind not in recipes:
@@ -217,18 +217,18 @@ def _train(options: Namespace) -> None:
 
 
 def _eval(options: Namespace) -> None:
-    from metafast.jobs import run_eval
+    from metafast.program.jobs import run_eval
 
     run_eval(options)
 
 
 def _info(options: Namespace) -> None:
-    from metafast._info import info
+    from metafast._dispatch.info import info
 
     print(info())
 
 
 def _demo(options: Namespace) -> None:
-    from metafast.demo import demo
+    from metafast.program.demo import demo
 
     demo(options.out)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import metafast
 from metafast import reference
-from metafast.checkpoint import list_checkpoints
-from metafast.cli import main
 from metafast.data import Episodes, EpisodeSampler, omniglot
-from metafast.evaluate import score
-from metafast.figures import draw_episode, draw_waves
-from metafast.jobs import LOG, WAVE_SHOTS, WAVE_STEPS, load_method, wave_errors
 from metafast.methods import Adaptation
-from metafast.sources import describe, load_classes, load_sampler
+from metafast.program.cli import main
+from metafast.program.evaluate import score
+from metafast.program.figures import draw_episode, draw_waves
+from metafast.program.jobs import LOG, WAVE_SHOTS, WAVE_STEPS, load_method, wave_errors
+from metafast.program.sources import describe, load_classes, load_sampler
+from metafast.runs.checkpoint import list_checkpoints
 
 _ROUNDS = 31
 _CANDIDATES = 21  # episodes, of which one is drawn

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafast import _C, _doors
-from metafast._arguments import blame
-from metafast._doors import Chain, Op
+from metafast import _C
+from metafast._dispatch import doors
+from metafast._dispatch.arguments import blame
+from metafast._dispatch.doors import Chain, Op
 from metafast.reference import pairwise as reference
 
 METRICS = ("sqeuclidean", "euclidean", "cosine", "cityblock", "dot")
@@ -56,7 +57,7 @@ def prototypes(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     try:
         if embeddings.shape[:-2] != labels.shape[:-1]:
             embeddings, labels = _broadcast(embeddings=(embeddings, 2), labels=(labels, 1))
-        return _doors.call(_PROTOTYPES, embeddings, labels, num_classes)
+        return doors.call(_PROTOTYPES, embeddings, labels, num_classes)
     except Exception:
         blame({"embeddings": embeddings, "labels": labels}, integers={"num_classes": num_classes})
         raise
@@ -94,7 +95,7 @@ def pairwise_distance(
     try:
         if x.shape[:-2] != y.shape[:-2]:
             x, y = _broadcast(x=(x, 2), y=(y, 2))
-        return _doors.call(_PAIRWISE, x, y, weight, None, metric)
+        return doors.call(_PAIRWISE, x, y, weight, None, metric)
     except Exception:
         blame({"x": x, "y": y} | ({} if weight is None else {"weight": weight}))
         raise
@@ -315,7 +316,7 @@ def _relation(*tensors: Tensor, metric: str) -> Tensor:
     of_class = F.linear(prototypes, weight[:, features:])  # [..., N, H]
     if query.shape[:-2] != prototypes.shape[:-2]:
         of_query, of_class = _broadcast(query=(of_query, 2), prototypes=(of_class, 2))
-    return _doors.call(_PAIRWISE, of_query, of_class, out_weight, out_bias, metric)
+    return doors.call(_PAIRWISE, of_query, of_class, out_weight, out_bias, metric)
 
 
 def _check_metric(metric: str) -> None:
@@ -391,7 +392,7 @@ def _classify(
     try:
         if torch.compiler.is_compiling() or not _C.leading_dims_agree(*given):
             given = _same_leading(*given)
-        return _doors.call(_CLASSIFY, *given, num_classes, method, metric, scale, reduction)
+        return doors.call(_CLASSIFY, *given, num_classes, method, metric, scale, reduction)
     except Exception:
         given = dict(zip(_EPISODE, given, strict=True))
         absent = {name for name in ("query_labels", "ways") if given[name] is None}
@@ -437,7 +438,7 @@ def _broadcast(**tensors: tuple[Tensor, int]) -> list[Tensor]:
     ]
 
 
-# --- what the second door (metafast._doors) needs to know about the ops ---------------------------------
+# --- what the second door (_dispatch/doors.py) needs to know about the ops ------------------------------
 
 
 def _reduced_outside(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""The second door (metafast._doors) of the learned optimizers: a vmapped dimension becomes more tensors.
+"""The second door (doors.py) of the learned optimizers: a vmapped dimension becomes more tensors.
 
 A `_Derivative` knows tensors only, so here the op's lists are spelled out, as grads0, ..., params0, ...,
 state, weights0, .... Each vmapped example has its own tensors in the lists, and its own blocks of state.
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafast import _doors
-from metafast._doors import Chain, Dims, Folding, Op, Results
+from metafast._dispatch import doors
+from metafast._dispatch.doors import Chain, Dims, Folding, Op, Results
 from metafast.reference import learned_optimizer as reference
 from metafast.reference.inner_loop import float32_under_autocast
 
@@ -56,7 +56,7 @@ class UnrollChain(Chain):
         return out, state
 
     def run(self, order: int, wanted: Sequence[str], args: Sequence[Any]) -> Results:
-        op = getattr(_doors.ops, self.ops[order].name).default
+        op = getattr(doors.ops, self.ops[order].name).default
         if order == 0:
             out, state = op(*self.pack(args))
             return *out, state
@@ -151,7 +151,7 @@ def unroll_chain(grads: int, params: int, weights: int) -> UnrollChain:
             Op("lstm_unroll", inputs, outputs),
             Op(
                 "lstm_unroll_backward",
-                (*(_doors.gradient_name(output) for output in outputs), *inputs),
+                (*(doors.gradient_name(output) for output in outputs), *inputs),
                 tuple(f"grad_{name}" for name in tensors),
             ),
         ),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metafast._cell import Cell
-from metafast.learned_optimizer import (
+from metafast.ops.learned_optimizer import (
     lstm_optimizer_state,
     lstm_optimizer_step,
     lstm_optimizer_step_,
     lstm_optimizer_unroll,
 )
+from metafast.optim.cell import Cell
 
 _INPUTS = {"log_sign": 2, "none": 1}  # numbers that stand for a gradient
 
@@ -70,7 +70,8 @@ class CoordinatewiseLSTM(Cell):
         ValueError: an argument is out of range.
     """
 
-    _kept: ClassVar[tuple[str, ...]] = ("p", "scale")
+    _kept = ("p", "scale")
+    _head = "weight_out"
 
     def __init__(
         self,
@@ -108,13 +109,13 @@ class CoordinatewiseLSTM(Cell):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keywords of the functions of :mod:`metafast.learned_optimizer`."""
+        """The keywords of the functions of :mod:`metafast.ops.learned_optimizer`."""
         return {"preprocess": self.preprocess, "p": self.p, "scale": self.scale}
 
     def initial_state(self, params: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """Zeros for the coordinates of ``params``, of any shapes: packed [B, 2LH, 64].
 
-        :func:`metafast.learned_optimizer.state_views` shows the parts.
+        :func:`metafast.ops.learned_optimizer.state_views` shows the parts.
 
         Args:
             dtype: default: that of ``params``; ``torch.bfloat16`` halves the memory.
@@ -147,8 +148,9 @@ class CoordinatewiseLSTM(Cell):
             f"scale={self.scale}"
         )
 
-    def kind_of(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        found = super().kind_of(state_dict, prefix)
+    @classmethod
+    def options_of(cls, state_dict: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found = super().options_of(state_dict, prefix)
         first = state_dict.get(f"{prefix}weight_ih_l0")
         if found and first is not None:
             names = {inputs: name for name, inputs in _INPUTS.items()}

@@ -1,0 +1,1 @@
+"""What carries an op from Python to its kernels: compiled module, doors, fakes, chains, argument checks."""

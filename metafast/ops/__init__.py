@@ -1,0 +1,1 @@
+"""The three families of operations, a module each; `metafast` has them all."""

@@ -1,0 +1,1 @@
+"""The program: training, evaluation, figures, the demo and the command line."""
