@@ -26,7 +26,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
-BENCHMARKS := $(patsubst bench/%.py,%,$(wildcard bench/[!_]*.py))
+BENCHMARKS := $(patsubst bench/%/__main__.py,%,$(wildcard bench/*/__main__.py)) overhead
 
 .PHONY: help demo test bench lint clean gpu-check gpu-build gpu-test gpu-memcheck gpu-racecheck gpu-bench
 
@@ -42,7 +42,7 @@ test: $(VENV)/metafast.stamp  ## Run the tests
 bench: $(VENV)/bench.stamp  ## Run the benchmarks
 	mkdir -p $(OUT)
 	for name in $(BENCHMARKS); do \
-	  $(BIN)/python -m bench.$$name --out $(OUT)/$$name-cpu.json | tee $(OUT)/$$name-cpu.txt; done
+	  $(BIN)/python -m bench.$$name --out $(OUT)/$$name-cpu.json; done
 
 lint: $(VENV)/lint.stamp  ## Check style and format: ruff, clang-format
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files

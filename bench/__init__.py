@@ -1,1 +1,12 @@
-"""Benchmarks: `python -m bench.<name>`, one file per family. `_harness` measures, `_peers` competes."""
+"""The benchmarks. A family is a folder, and `python -m bench.FAMILY` runs it: see bench/common/run.py.
+
+Each folder has the same files:
+
+    workloads.py   what is computed: sizes, data, the arithmetic and bytes that it needs, the right results
+    peers/         how others compute it: pytorch.py, by_hand.py, in_jax.py, libraries.py
+    cases.py       which workloads and which variants stand beside each other, and what metafast aims at
+    memory.py, scaling.py   how memory and time grow, where that matters
+    __main__.py    names the family for bench/common/run.py
+
+common/ is what they share; overhead.py, the cost of a call, has no peers.
+"""

@@ -8,6 +8,7 @@ microseconds, and operations of torch for scale.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 import metafast
-from bench._harness import Clock, Plan, Report, interleave, parse
+from bench.common.clock import Budget, Clock, Plan, interleave
+from bench.common.report import Report
+from bench.common.run import parse, stop_at_sigterm
 from metafast import _C
 
 ops = torch.ops.metafast
@@ -198,14 +201,10 @@ def groups(device: torch.device, way: int, queries: int, features: int) -> dict[
     )
 
 
-def measure(groups: dict[str, Calls], clock: Clock, plan: Plan, only: str) -> dict[str, dict[str, Cost]]:
+def measure(calls: Calls, clock: Clock, plan: Plan) -> dict[str, Cost]:
     return {
-        group: {
-            name: Cost(statistics.median(samples) * 1e6, min(samples) * 1e6)
-            for name, samples in interleave(calls, clock, plan).items()
-        }
-        for group, calls in groups.items()
-        if only in group
+        name: Cost(statistics.median(samples) * 1e6, min(samples) * 1e6)
+        for name, samples in interleave(calls, clock, plan).items()
     }
 
 
@@ -226,32 +225,40 @@ def conclusions(tiny: dict[str, dict[str, Cost]]) -> list[str]:
 
 
 def main(options: argparse.Namespace) -> None:
+    stop_at_sigterm()
     torch.set_num_threads(1)  # nothing here is large enough for two
     clock = Clock(options.device)
     quick, full = Plan(sample_s=0.002, variant_s=0.1), Plan(sample_s=0.005, variant_s=1.0, max_rounds=101)
-    plan = quick if options.quick else full
-    report = Report("overhead", options)
-    tiny = measure(groups(options.device, 2, 2, 4), clock, plan, options.only)
-    episode = measure(groups(options.device, 5, 75, 64), clock, plan, options.only)
-    for group, costs in tiny.items():
-        print(f"\n{group}\n  {'us per call':<30} {'2-way D=4':>17} {'5-way D=64':>17}")
-        print(f"  {'':<30} {'median':>10} {'best':>6} {'median':>10} {'best':>6}")
-        for name, cost in costs.items():
-            other = episode[group][name]
-            columns = "".join(f" {c.median:10.2f} {c.best:6.2f}" for c in (cost, other))
-            print(f"  {name:<30}{columns}")
-            report.results.append(
-                {"group": group, "name": name, "tiny_us": cost._asdict(), "episode_us": other._asdict()}
+    tiny_calls = groups(options.device, 2, 2, 4)
+    episode_calls = groups(options.device, 5, 75, 64)
+    chosen = [group for group in tiny_calls if options.only in group]
+    budget, tiny = Budget(options.seconds, len(chosen)), {}
+    with Report("overhead", options) as report:
+        for group in chosen:
+            deadline = budget.share()
+            if deadline is None:
+                report.say(f"\n{group}: no time left")
+                continue
+            plan, calls = quick if options.quick else full, tiny_calls[group]
+            plan = dataclasses.replace(
+                plan, variant_s=min(plan.variant_s, deadline.left() / (2 * len(calls)))
             )
-    print("\nthe code's choice, on the tiny call:")
-    lines = conclusions(tiny)
-    print("\n".join(f"  {line}" for line in lines))
-    print(f"\nbudget of a call over its kernel: {BUDGET_US:g} us")
-    for group, costs in tiny.items():
-        for name in (n for n in costs if n.startswith("metafast.") and "backward" not in group):
-            word = "met   " if costs[name].median <= BUDGET_US else "MISSED"
-            print(f"  {word} {group}, {name}: {costs[name].median:.2f} us")
-    report.write(choices=lines)
+            tiny[group], episode = (measure(c[group], clock, plan) for c in (tiny_calls, episode_calls))
+            report.say(f"\n{group}\n  {'us per call':<30} {'2-way D=4':>17} {'5-way D=64':>17}")
+            report.say(f"  {'':<30} {'median':>10} {'best':>6} {'median':>10} {'best':>6}")
+            for name, cost in tiny[group].items():
+                columns = "".join(f" {c.median:10.2f} {c.best:6.2f}" for c in (cost, episode[name]))
+                report.say(f"  {name:<30}{columns}")
+                costs = {"tiny_us": cost._asdict(), "episode_us": episode[name]._asdict()}
+                report.add({"group": group, "name": name, **costs})
+        report.content["choices"] = conclusions(tiny)
+        report.say("\nthe code's choice, on the tiny call:")
+        report.say("\n".join(f"  {line}" for line in report.content["choices"]))
+        report.say(f"\nbudget of a call over its kernel: {BUDGET_US:g} us")
+        for group, costs in tiny.items():
+            for name in (n for n in costs if n.startswith("metafast.") and "backward" not in group):
+                word = "met   " if costs[name].median <= BUDGET_US else "MISSED"
+                report.say(f"  {word} {group}, {name}: {costs[name].median:.2f} us")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench._learned_optimizer_by_hand import layers_of
-from bench._learned_optimizer_peers import TINY
-from bench._learned_optimizer_workloads import P_LOG_SIGN, SCALE, Call, Problem, Read
-from bench._peers import import_jax, jax_array
+from bench.common.in_jax import JaxCall, from_torch, import_jax, to_torch
+from bench.learned_optimizer.peers.by_hand import layers_of
+from bench.learned_optimizer.peers.pytorch import TINY
+from bench.learned_optimizer.workloads import P_LOG_SIGN, SCALE, Problem, Read
 
 
 def _advance_of(problem: Problem) -> Callable[..., Any]:
@@ -49,43 +49,39 @@ def _advance_of(problem: Problem) -> Callable[..., Any]:
 
 
 def _weights(problem: Problem) -> Any:
-    layers = [(jax_array(layer.weight), jax_array(layer.bias)) for layer in layers_of(problem)]
-    return layers, *(jax_array(w) for w in problem.weights[-2:])
+    layers = [(from_torch(layer.weight), from_torch(layer.bias)) for layer in layers_of(problem)]
+    return layers, *(from_torch(w) for w in problem.weights[-2:])
 
 
 def _start(problem: Problem) -> Any:
-    states = [(jax_array(h.T), jax_array(c.T)) for h, c in zip(problem.hidden, problem.cell, strict=True)]
-    return jax_array(problem.params), (states, jax_array(problem.gates.T))
+    states = [(from_torch(h.T), from_torch(c.T)) for h, c in zip(problem.hidden, problem.cell, strict=True)]
+    return from_torch(problem.params), (states, from_torch(problem.gates.T))
 
 
-def _tensor(array: Any) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(array))
-
-
-def step(problem: Problem) -> Call:
+def step(problem: Problem) -> JaxCall:
     """The old state is donated: its memory is the new one's."""
-    jax = import_jax(problem.params.device)
+    device = problem.params.device
+    jax = import_jax(device)
     advance = jax.jit(_advance_of(problem), donate_argnums=1)
-    weights, carry, grad = _weights(problem), _start(problem), jax_array(problem.grads[0])
-    loss = jax_array(problem.losses[0]) if problem.is_meta else None
+    weights, carry, grad = _weights(problem), _start(problem), from_torch(problem.grads[0])
+    loss = from_torch(problem.losses[0]) if problem.is_meta else None
+
+    def run() -> Any:
+        nonlocal carry
+        carry = advance(weights, carry, grad, loss)
+        return carry
 
     def read() -> Sequence[Tensor]:
-        theta, (states, gates) = carry
-        rows = [torch.stack([_tensor(t).T for t in part]) for part in zip(*states, strict=True)]
-        return _tensor(theta), *rows, *([_tensor(gates).T] if problem.is_meta else [])
+        theta, *states, gates = to_torch(carry)
+        rows = [torch.stack([t.T for t in states[part::2]]) for part in range(2)]  # h, c of each layer
+        return theta, *rows, *([gates.T] if problem.is_meta else [])
 
-    def call() -> Read:
-        nonlocal carry
-        carry = jax.block_until_ready(advance(weights, carry, grad, loss))
-        return read
-
-    return call
+    return JaxCall(device, run, lambda _: read)
 
 
-def unroll(problem: Problem) -> Call:
-    jax = import_jax(problem.params.device)
+def unroll(problem: Problem) -> JaxCall:
+    device = problem.params.device
+    jax = import_jax(device)
     advance = _advance_of(problem)
 
     def thetas_of(weights: Any, start: Any, grads: Any, losses: Any) -> Any:
@@ -100,18 +96,18 @@ def unroll(problem: Problem) -> Call:
         return thetas, pull(grad_out)[0]
 
     function = jax.jit(forward_backward)
-    losses = jax_array(problem.losses) if problem.is_meta else None
-    data = (jax_array(problem.grads), losses, jax_array(problem.grad_out))
+    losses = from_torch(problem.losses) if problem.is_meta else None
+    data = (from_torch(problem.grads), losses, from_torch(problem.grad_out))
     arguments = (_weights(problem), _start(problem), *data)
 
-    def call() -> Read:
-        thetas, (layers, *head) = jax.block_until_ready(function(*arguments))
-
+    def result_of(found: Any) -> Read:
         def read() -> Sequence[Tensor]:
-            pairs = zip(layers_of(problem), layers, strict=True)
-            grads = [g for layer, of in pairs for g in layer.in_torch_order(*map(_tensor, of))]
-            return _tensor(thetas), *grads, *map(_tensor, head)
+            thetas, *grads = to_torch(found)
+            head = 2 * problem.layers
+            pairs = zip(layers_of(problem), grads[:head:2], grads[1:head:2], strict=True)
+            of_layers = [g for layer, *of in pairs for g in layer.in_torch_order(*of)]
+            return thetas, *of_layers, *grads[head:]
 
         return read
 
-    return call
+    return JaxCall(device, lambda: function(*arguments), result_of)

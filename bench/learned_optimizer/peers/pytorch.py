@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench._harness import Skip
-from bench._learned_optimizer_workloads import P_LOG_SIGN, SCALE, Call, Problem, Read
+from bench.common.cases import Skip
+from bench.common.cuda_graph import graphed
+from bench.learned_optimizer.workloads import P_LOG_SIGN, SCALE, Call, Problem, Read
 
 State = tuple[Tensor, ...]  # as each model likes it; the last is gates [P, 2], or [P, 0]
 TINY = math.exp(-P_LOG_SIGN)
@@ -26,9 +27,6 @@ TINY = math.exp(-P_LOG_SIGN)
 def log_sign(g: Tensor) -> Tensor:
     """[...] -> [..., 2], with as few operations as it takes"""
     return torch.stack(((g.abs().log() / P_LOG_SIGN).clamp(min=-1), (g / TINY).clamp(-1, 1)), -1)
-
-
-# --- PyTorch ----------------------------------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -231,24 +229,15 @@ def step(model: Callable[[Problem], Model], problem: Problem, compiled: bool = F
 
 
 def step_graphed(model: Callable[[Problem], Model], problem: Problem) -> Call:
-    """A CUDA graph of the first step, from the same state every time: no launch from Python."""
+    """The first step, from the same state every time."""
     made, loss = model(problem), problem.losses[0] if problem.is_meta else None
-    arguments = (problem.params, made.first_state, problem.grads[0], loss)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad():
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                made(*arguments)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            theta, state = made(*arguments)
 
+    @torch.no_grad()
     def call() -> Read:
-        graph.replay()
+        theta, state = made(problem.params, made.first_state, problem.grads[0], loss)
         return lambda: (theta, *made.read(state), *state[-1:][: problem.is_meta])
 
-    return call
+    return graphed(call)
 
 
 def _forward_backward(made: Model, thetas_of: Callable[[], Tensor]) -> Call:
@@ -276,12 +265,3 @@ def lstm_unroll_compiled(problem: Problem) -> Call:
     except Exception as error:  # of dynamo, of inductor, or what they ran into
         raise Skip(f"torch.compile: {str(error).strip().splitlines()[0][:80]}") from None
     return call
-
-
-# --- libraries --------------------------------------------------------------------------------------------
-
-
-def pylo_step(problem: Problem) -> Call:
-    raise Skip(
-        "not on the package index, where pylo is another program; and its optimizers are MLPs, not this"
-    )

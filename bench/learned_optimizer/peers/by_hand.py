@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench._learned_optimizer_peers import TINY, log_sign
-from bench._learned_optimizer_workloads import P_LOG_SIGN, SCALE, Call, Problem, Read
+from bench.learned_optimizer.peers.pytorch import TINY, log_sign
+from bench.learned_optimizer.workloads import P_LOG_SIGN, SCALE, Call, Problem, Read
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.common.cuda_graph import graphed
 from metafast import learned_optimizer as ops
 from metafast.reference import learned_optimizer as reference
 
@@ -93,7 +94,9 @@ class Problem:
 # --- metafast ---------------------------------------------------------------------------------------------
 
 
-def metafast_step_in_place(problem: Problem, state_dtype: torch.dtype = torch.float32) -> Call:
+def metafast_step_in_place(
+    problem: Problem, state_dtype: torch.dtype = torch.float32, in_a_graph: bool = False
+) -> Call:
     """As an optimizer uses it: parameters and state change in place."""
     theta, state, grad = problem.params.clone(), problem.state(state_dtype), problem.grads[0]
 
@@ -107,7 +110,7 @@ def metafast_step_in_place(problem: Problem, state_dtype: torch.dtype = torch.fl
             ops.lstm_optimizer_step_([theta], [grad], state, problem.weights, p=P_LOG_SIGN, scale=SCALE)
         return read
 
-    return call
+    return graphed(call, changes=(theta, state)) if in_a_graph else call
 
 
 def metafast_step(problem: Problem) -> Call:
@@ -150,6 +153,10 @@ def unroll_with(functions: object, problem: Problem) -> Call:
 
 def metafast_unroll(problem: Problem) -> Call:
     return unroll_with(ops, problem)
+
+
+def metafast_unroll_graphed(problem: Problem) -> Call:
+    return graphed(metafast_unroll(problem))
 
 
 # --- the right results ------------------------------------------------------------------------------------

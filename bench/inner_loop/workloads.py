@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metafast
+from bench.common.cuda_graph import graphed
+from metafast import reference
 
 LEARNING_RATE = 0.01
 Result = tuple[Tensor, ...]  # the loss [], and the gradients of W1 [O, I], b1 [O], W2, ...
@@ -72,6 +74,10 @@ def metafast_call(problem: Problem) -> Call:
     return call
 
 
+def metafast_graphed(problem: Problem) -> Call:
+    return graphed(metafast_call(problem))
+
+
 def metafast_through_autograd(problem: Problem) -> Call:
     leaves = problem.leaves()
 
@@ -87,6 +93,28 @@ def metafast_through_autograd(problem: Problem) -> Call:
         return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
     return call
+
+
+def expected(problem: Problem) -> list[Tensor]:
+    """The float64 reference, in parts that stay small."""
+    size = sum(p.numel() for p in problem.params)
+    part = max(1, 2**22 // size)
+    leaves = [p.double().requires_grad_() for p in problem.params]
+    total = [torch.zeros_like(p) for p in (leaves[0].new_zeros(()), *leaves)]
+    for chunk in zip(*(t.split(part) for t in problem.data), strict=True):
+        data = [t.double() if t.is_floating_point() else t for t in chunk]
+        loss = reference.maml_loss(
+            leaves,
+            *data,
+            loss=problem.loss,
+            lr=LEARNING_RATE,
+            steps=problem.steps,
+            first_order=problem.first_order,
+            reduction="none",
+        ).sum()
+        found = (loss.detach(), *torch.autograd.grad(loss, leaves))
+        total = [t + f for t, f in zip(total, found, strict=True)]
+    return [t / problem.tasks for t in total]
 
 
 @dataclass(frozen=True)

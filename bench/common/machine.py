@@ -1,0 +1,127 @@
+"""What the machine is, and what it can do: the measured peaks that the floors are made of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.common.clock import Clock
+from metafast import _C
+
+GIB = 2**30
+PACKAGES = (
+    "metafast",
+    "torch",
+    "jax",
+    "easyfsl",
+    "pytorch-metric-learning",
+    "learn2learn",
+    "higher",
+    "torchopt",
+)
+
+
+@dataclass(frozen=True)
+class Peak:
+    flops: float  # float32 matrix products, per second
+    bandwidth: float  # bytes per second
+    exponentials: float | None  # float32, of what need not come from memory, per second; None: not measured
+
+    def __str__(self) -> str:
+        exponentials = f"{self.exponentials / 1e9:.1f} G exponentials/s, " if self.exponentials else ""
+        return (
+            f"sgemm peak {self.flops / 1e9:.0f} GFLOP/s, {exponentials}"
+            f"bandwidth {self.bandwidth / 1e9:.1f} GB/s"
+        )
+
+
+def measure_peak(clock: Clock, quick: bool, exponentials: bool) -> Peak:
+    size = 1024 if quick else 4096
+    a, b = (torch.randn(size, size, device=clock.device) for _ in range(2))
+    product = min(clock(lambda: a @ b) for _ in range(5))
+    # 1 GiB, larger than the cache. Reading and copying differ in speed; the faster makes the lower floor.
+    source = torch.ones((GIB >> (3 if quick else 0)) // 4, device=clock.device)
+    target = torch.empty_like(source)
+    read = min(clock(source.sum) for _ in range(5))
+    copy = min(clock(lambda: target.copy_(source)) for _ in range(5))
+    return Peak(
+        2 * size**3 / product,
+        max(source.nbytes / read, 2 * source.nbytes / copy),
+        _exponentials(clock) if exponentials else None,
+    )
+
+
+def _exponentials(clock: Clock) -> float:
+    """On the CPU torch.exp of an array that the cache holds.
+
+    A GPU's units are faster than its memory brings numbers, and an array that its cache holds is done sooner
+    than the next launch. So there many in a row for each number, in one kernel by torch.compile, on an array
+    that takes about a millisecond.
+    """
+    if clock.device.type == "cpu":
+        cached = torch.randn(2**18)
+        result = torch.empty_like(cached)
+        return cached.numel() / min(clock(lambda: torch.exp(cached, out=result), 50) for _ in range(5))
+    large = torch.rand(2**26, device=clock.device)
+    chain = torch.compile(exponential_chain)
+    chain(large)
+    return CHAIN * large.numel() / min(clock(lambda: chain(large)) for _ in range(10))
+
+
+CHAIN = 16
+
+
+def exponential_chain(x: Tensor) -> Tensor:
+    for _ in range(CHAIN):
+        x = torch.exp(-x)
+    return x
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        root = git("rev-parse", "--show-toplevel")
+        dirty = git("status", "--porcelain", f"{root}/csrc", f"{root}/metafast")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an exported tree
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def describe(device: torch.device, threads: int) -> dict[str, object]:
+    """The machine and the versions, as a report names them."""
+    return {
+        "commit": git_commit(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "isa": _C.active_isa(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in PACKAGES},
+    }

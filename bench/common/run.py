@@ -1,0 +1,141 @@
+"""Runs the benchmarks of a family: `python -m bench.FAMILY`.
+
+What is measured comes in the order of its weight, and is written after every case. `--seconds` is shared over
+them; a run that is stopped, or whose time is up, leaves what it has. float32 is IEEE's for everyone: TF32 is
+off in torch and in JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common.cases import Case, failures, judge, run_case, summary, table
+from bench.common.clock import Budget, Clock, Deadline, Plan
+from bench.common.machine import GIB, Peak, measure_peak
+from bench.common.report import Report
+
+QUICK = Plan(variant_s=0.1, max_rounds=5)
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a study is given."""
+
+    options: argparse.Namespace
+    report: Report
+    clock: Clock
+    plan: Plan
+    peak: Peak
+    deadline: Deadline
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    description: str
+    # (device, quick) -> name and what builds the case, the most important first. Built one after the other,
+    # so that one case's data is gone before the next one's comes.
+    cases: Callable[[torch.device, bool], Iterator[tuple[str, Callable[[], Case]]]]
+    plan: Plan = field(default_factory=Plan)
+    exponentials: bool = False  # the floors of its cases count some
+    # What is measured beside the cases, for the report; rows with a "target" are judged by it.
+    studies: Mapping[str, Callable[[Run], list[dict[str, Any]]]] = field(default_factory=dict)
+
+
+def parse(name: str, description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--threads", type=int, help="CPU cores for every variant (2; with a GPU all)")
+    parser.add_argument("--quick", action="store_true", help="small and few: to see that it runs")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--seconds", type=float, metavar="S", help="about how long the run may take")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="skip what takes more (6; of a GPU half)")
+    default_out = f"bench/results/{name}-<device>.json"
+    parser.add_argument("--out", type=Path, help=f"JSON file; of a full run by default {default_out}")
+    options = parser.parse_args()
+    cuda = options.device.type == "cuda"
+    if options.out is None and not options.quick and not options.only:
+        options.out = RESULTS / f"{name}-{options.device.type}.json"
+    if options.memory is None:
+        options.memory = (
+            torch.cuda.get_device_properties(options.device).total_memory / 2 / GIB if cuda else 6
+        )
+    if options.threads is None:
+        options.threads = os.cpu_count() if cuda else 2
+    # The same cores for everyone: torch, metafast and JAX, which has no setting of its own.
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    return options
+
+
+def stop_at_sigterm() -> None:
+    """What `timeout` sends ends the run as an exception does: the report is closed, the processes end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def main(family: Family) -> None:
+    options = parse(family.name, family.description)
+    stop_at_sigterm()
+    with Report(family.name, options) as report:
+        failed = run(family, options, report)
+    sys.exit(1 if failed else 0)
+
+
+def run(family: Family, options: argparse.Namespace, report: Report) -> list[str]:
+    """-> what of metafast failed, which is more than to miss a target."""
+    chosen = [(n, build) for n, build in family.cases(options.device, options.quick) if options.only in n]
+    studies = {name: study for name, study in family.studies.items() if options.only in name}
+    budget = Budget(options.seconds, len(chosen) + len(studies))
+    clock, plan = Clock(options.device), QUICK if options.quick else family.plan
+    peak = measure_peak(clock, options.quick, family.exponentials)
+    report.say(str(peak))
+    report.content |= {
+        "sgemm_flops": peak.flops,
+        "exponentials": peak.exponentials,
+        "bandwidth_bytes": peak.bandwidth,
+    }
+    missed, failed = [], []
+    for name, build in chosen:
+        deadline = budget.share()
+        if deadline is None:
+            report.say(f"\n{name}: no time left")
+            continue
+        case = build()
+        torch._dynamo.reset()  # every case compiles for its own shapes
+        rows = run_case(case, clock, plan, peak, options.memory * GIB, deadline)
+        verdicts = judge(case, rows)
+        report.say(table(case, rows, verdicts, peak))
+        report.add(summary(case, rows, verdicts, peak))
+        missed += [f"{name}: {v['target']}: {v['reached']}" for v in verdicts if not v["met"]]
+        failed += [f"{name}: {failure}" for failure in failures(rows)]
+    for name, study in studies.items():
+        deadline = budget.share()
+        if deadline is None:
+            report.say(f"\n{name}: no time left")
+            continue
+        rows = study(Run(options, report, clock, plan, peak, deadline))
+        report.content[name] = rows
+        verdicts = [(row["workload"], row["target"]) for row in rows if "target" in row]
+        missed += [f"{of}: {v['target']}: {v['reached']}" for of, v in verdicts if not v["met"]]
+    for what, lines in {"missed targets": missed, "failed": failed}.items():
+        if lines:
+            report.say("\n".join([f"\n{what}:", *(f"  {line}" for line in lines)]))
+    return failed
