@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import metafast
 from bench.common.cuda_graph import graphed
-from metafast import learned_optimizer as ops
 from metafast.reference import learned_optimizer as reference
 
 P_LOG_SIGN = 10.0
@@ -105,9 +105,9 @@ def metafast_step_in_place(
 
     def call() -> Read:
         if problem.is_meta:
-            ops.meta_lstm_step_([theta], [grad], problem.losses[0], state, problem.weights, p=P_LOG_SIGN)
+            metafast.meta_lstm_step_([theta], [grad], problem.losses[0], state, problem.weights, p=P_LOG_SIGN)
         else:
-            ops.lstm_optimizer_step_([theta], [grad], state, problem.weights, p=P_LOG_SIGN, scale=SCALE)
+            metafast.lstm_optimizer_step_([theta], [grad], state, problem.weights, p=P_LOG_SIGN, scale=SCALE)
         return read
 
     return graphed(call, changes=(theta, state)) if in_a_graph else call
@@ -120,11 +120,11 @@ def metafast_step(problem: Problem) -> Call:
     def call() -> Read:
         nonlocal theta, state
         if problem.is_meta:
-            (theta,), state = ops.meta_lstm_step(
+            (theta,), state = metafast.meta_lstm_step(
                 [theta], [grad], problem.losses[0], state, problem.weights, p=P_LOG_SIGN
             )
         else:
-            (theta,), state = ops.lstm_optimizer_step(
+            (theta,), state = metafast.lstm_optimizer_step(
                 [grad], state, problem.weights, params=[theta], p=P_LOG_SIGN, scale=SCALE
             )
         return lambda: (theta, *problem.read_state(state))
@@ -133,7 +133,7 @@ def metafast_step(problem: Problem) -> Call:
 
 
 def unroll_with(functions: object, problem: Problem) -> Call:
-    """Forward + backward of the unroll of `metafast.learned_optimizer` or of its reference."""
+    """Forward + backward of the unroll of `metafast` or of its reference."""
     leaves, state = problem.leaves(), problem.state(problem.params.dtype)
 
     def call() -> Read:
@@ -152,7 +152,7 @@ def unroll_with(functions: object, problem: Problem) -> Call:
 
 
 def metafast_unroll(problem: Problem) -> Call:
-    return unroll_with(ops, problem)
+    return unroll_with(metafast, problem)
 
 
 def metafast_unroll_graphed(problem: Problem) -> Call:
