@@ -200,12 +200,51 @@ def test_update_of_nothing() -> None:
         metafast.sgd_update([], [torch.ones(2)], 0.1)
 
 
-def test_task_linear_under_autocast() -> None:
-    x, weight, bias = torch.randn(3, 4, 5), torch.randn(3, 2, 5), torch.randn(3, 2)
-    expected = metafast.task_linear(x, weight, bias)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = metafast.task_linear(x.bfloat16(), weight, bias)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
-    with pytest.raises(TypeError, match="weight: expected the dtype of x, BFloat16, got Float"):
-        metafast.task_linear(x.bfloat16(), weight, bias)
+LAYERS = {
+    "task_linear": ((2, 20, 1500), (2, 7, 1500), (2, 7)),
+    "task_conv2d": ((2, 20, 8, 7, 6), (2, 5, 8, 3, 3), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_16_bit_layers_round_once(name: str, dtype: torch.dtype) -> None:
+    """Results and first and second derivatives, each a sum of hundreds of terms, to half a unit."""
+    torch.manual_seed(0)
+    layer, x, weight, bias = getattr(metafast, name), *(torch.randn(s).to(dtype) for s in LAYERS[name])
+    out = layer(x, weight, bias)
+    grad, *gg = (torch.randn(t.shape).to(dtype) for t in (out, x, weight, bias))
+    results = []
+    for of in (dtype, torch.float64):
+        args = [t.to(of).requires_grad_() for t in (x, weight, bias, grad)]
+        out = layer(*args[:3])
+        grads = torch.autograd.grad(out, args[:3], args[3], create_graph=True)
+        # Of one gradient at a time: torch adds up those of two in 16 bits.
+        seconds = [
+            torch.autograd.grad(grads[i], args[1 - i], gg[i].to(of), retain_graph=True)[0] for i in (0, 1)
+        ]
+        seconds += torch.autograd.grad(grads[2], args[3], gg[2].to(of))
+        results.append([out, *grads, *seconds])
+    for one, exact in zip(*results, strict=True):
+        assert one.dtype == dtype
+        # Half a unit in the last place, and what cancels in sums in float32.
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-5 * exact.abs().max()
+        assert ((one.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_under_autocast(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, args = getattr(metafast, name), [torch.randn(shape) for shape in LAYERS[name]]
+    mixed = [args[0].to(dtype), *args[1:]]
+    expected = [layer(*args).to(dtype), layer(mixed[0].float(), *args[1:]).to(dtype)]
+    with torch.autocast("cpu", dtype):
+        results = layer(*args), layer(*mixed)
+        double = layer(*(arg.double() for arg in args))
+        with pytest.raises(TypeError, match="weight: expected the dtype of x, Float, got Double"):
+            layer(args[0], args[1].double(), args[2])
+    assert all(map(torch.equal, results, expected))
+    assert double.dtype == torch.float64
+    with pytest.raises(TypeError, match=r"weight: expected the dtype of x, (Half|BFloat16), got Float"):
+        layer(*mixed)

@@ -336,11 +336,31 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
 
 // ---- task_linear, task_conv2d: the library's, at its best here, with derivatives of every order ----
 
+bool casts(const Tensor& x) {
+  const c10::DeviceType device = x.device().type();
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
+         x.scalar_type() != at::kDouble;  // which autocast leaves alone
+}
+
 void check_layer(const Arg& x, const Arg& weight, const Arg& bias) {
-  const c10::DeviceType device = x.tensor.device().type();
-  const bool casts = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
-  if (!casts) check_same_dtype(x, {weight, bias});  // autocast brings the product's arguments to one
+  for (const Arg& arg : {weight, bias}) {
+    const bool one = casts(x.tensor) && casts(arg.tensor);  // autocast brings the product's arguments to one
+    if (!one) check_same_dtype(x, {arg});
+  }
   check_same_device(x, {weight, bias});
+}
+
+// product(x, weight, bias) by the library, in the dtype of x, or autocast's. What a CPU's library adds 16-bit
+// numbers up in depends on the CPU. So there they are computed in float32 and rounded once: 3 to 35 times as
+// fast where it would have added them in 16 bits, 1 to 3 times as slow where the CPU multiplies bfloat16.
+// cuDNN and cuBLAS accumulate in float32.
+template <class F>
+Tensor library_product(const Tensor& x, const Tensor& weight, const Tensor& bias, F&& product) {
+  const at::ScalarType dtype =
+      casts(x) ? at::autocast::get_autocast_dtype(x.device().type()) : x.scalar_type();
+  if (!x.device().is_cpu() || !at::isReducedFloatingType(dtype)) return product(x, weight, bias);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+  return product(x.to(at::kFloat), weight.to(at::kFloat), bias.to(at::kFloat)).to(dtype);
 }
 
 // Batched GEMM.
@@ -352,7 +372,9 @@ Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias)
                     "weight: expected shape [T, O, I] with T = ", x.size(0), ", I = ", x.size(2), ", got ",
                     weight.sizes());
   check_sizes(ab, {x.size(0), weight.size(1)}, "[T, O]");
-  return at::baddbmm(bias.unsqueeze(1), x, weight.mT());
+  return library_product(x, weight, bias, [](const Tensor& x, const Tensor& weight, const Tensor& bias) {
+    return at::baddbmm(bias.unsqueeze(1), x, weight.mT());
+  });
 }
 
 // One convolution with a group of channels for each task. In the layers of a conv4, forward and backward,
@@ -383,9 +405,12 @@ Tensor task_conv2d_op(const Tensor& x, const Tensor& weight, const Tensor& bias,
     return (bias.unsqueeze(1).unsqueeze(-1).unsqueeze(-1) + nothing(x) + nothing(weight))
         .expand_symint(sizes);
   }
-  const Tensor out = at::conv2d_symint(x.transpose(0, 1).flatten(1, 2), weight.flatten(0, 1), bias.flatten(),
-                                       stride, padding, c10::SymInt(1), tasks);
-  return out.unflatten_symint(1, {tasks, outputs}).transpose(0, 1);
+  return library_product(x, weight, bias, [&](const Tensor& x, const Tensor& weight, const Tensor& bias) {
+    return at::conv2d_symint(x.transpose(0, 1).flatten(1, 2), weight.flatten(0, 1), bias.flatten(), stride,
+                             padding, c10::SymInt(1), tasks)
+        .unflatten_symint(1, {tasks, outputs})
+        .transpose(0, 1);
+  });
 }
 
 void implement(torch::Library& m) {

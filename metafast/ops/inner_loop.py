@@ -367,8 +367,11 @@ def sgd_update(
 def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer of each task's own, for the forward of networks adapted by `inner_sgd`.
 
-    One batched matrix product of torch's library, on CPU and CUDA; under autocast in its dtype, as
-    `torch.nn.functional.linear`. Differentiable to any order.
+    One batched matrix product of torch's library, on CPU and CUDA; under autocast to its dtype, as
+    `torch.nn.functional.linear`. Differentiable to any order. On the CPU float16 and bfloat16 are computed in
+    float32 and rounded once, forward and backward. On CUDA cuBLAS accumulates them in float32, unless it
+    splits a long sum: `torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction`, and that of bf16,
+    say whether it may then add the parts in 16 bits.
 
     Args:
         x: [T, B, I], any float.
@@ -399,8 +402,9 @@ def task_conv2d(
 ) -> Tensor:
     """A 2-d convolution of each task's own, for the forward of adapted convolutional networks.
 
-    One grouped convolution of torch's library, on CPU and CUDA; under autocast in its dtype, as
-    `torch.nn.functional.conv2d`. Differentiable to any order.
+    One grouped convolution of torch's library, on CPU and CUDA; under autocast to its dtype, as
+    `torch.nn.functional.conv2d`. Differentiable to any order. float16 and bfloat16 are computed in float32 and
+    rounded once, forward and backward: on the CPU here, on CUDA by cuDNN.
 
     Args:
         x: [T, B, C, H, W], any float.
