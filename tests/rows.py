@@ -46,6 +46,9 @@ class Row:
     # How a call comes to its kernels under grad and vmap: fused through the second door, by the reference, or
     # as everywhere ("op").
     transform_door: str = "function"
+    # Of torch's library, where it computes the row: torch.backends.<library>.fp32_precision is what float32
+    # means on a GPU.
+    library: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -313,7 +316,7 @@ def _updated(m: ModuleType) -> Callable[..., Tensor]:
     return update
 
 
-def _layer(name: str, make: Callable[[Sizes, Generator], tuple[Tensor, ...]]) -> Row:
+def _layer(name: str, library: str, make: Callable[[Sizes, Generator], tuple[Tensor, ...]]) -> Row:
     return Row(
         name,
         lambda m: getattr(m, name),
@@ -327,6 +330,7 @@ def _layer(name: str, make: Callable[[Sizes, Generator], tuple[Tensor, ...]]) ->
         leading=False,
         one_task=True,
         transform_door="op",
+        library=library,
     )
 
 
@@ -487,6 +491,6 @@ ROWS = (
     _optimizer_row("1 layer", "lstm_optimizer_unroll", 1, gates=False, steps=4),
     _optimizer_row("no layer", "meta_lstm_step", 0, gates=True),
     _optimizer_row("1 layer", "meta_lstm_unroll", 1, gates=True, steps=3),
-    _layer("task_linear", _linear),
-    _layer("task_conv2d", _conv2d),
+    _layer("task_linear", "cuda.matmul", _linear),
+    _layer("task_conv2d", "cudnn.conv", _conv2d),
 )

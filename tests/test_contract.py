@@ -18,6 +18,8 @@ from parity import (
     assert_parity,
     assert_second_order_parity,
     cotangent,
+    in_tf32,
+    library,
     make,
     scalar,
     value_and_grads,
@@ -541,17 +543,55 @@ def test_cuda_graph(row: Row) -> None:
     args = [arg.detach() for arg in make(row, ODD[1], dtype=torch.float32, device="cuda")]
     other = make(row, ODD[1], seed=1, dtype=torch.float32, device="cuda")
     expected = value_and_grads(row, row.call(metafast), other)
+    grad = cotangent(expected[0])
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        value_and_grads(row, row.call(metafast), args)  # what is done once is not to be captured
+        value_and_grads(row, row.call(metafast), args, grad)  # what is done once is not to be captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = value_and_grads(row, row.call(metafast), args)  # detached, they share the memory of args
+        found = value_and_grads(
+            row, row.call(metafast), args, grad
+        )  # detached, they share the memory of args
     for arg, value in zip(args, other, strict=True):
         arg.copy_(value)
     graph.replay()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+# torch's switches of what a float32 product is on a GPU: the new one of each library, and the older one.
+SWITCHES = {
+    ("cuda.matmul", "new"): lambda tf32: setattr(
+        torch.backends.cuda.matmul, "fp32_precision", "tf32" if tf32 else "ieee"
+    ),
+    ("cuda.matmul", "old"): lambda tf32: setattr(torch.backends.cuda.matmul, "allow_tf32", tf32),
+    ("cudnn.conv", "new"): lambda tf32: setattr(
+        torch.backends.cudnn.conv, "fp32_precision", "tf32" if tf32 else "ieee"
+    ),
+    ("cudnn.conv", "old"): lambda tf32: setattr(torch.backends.cudnn, "allow_tf32", tf32),
+}
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.library], ids=str)
+@pytest.mark.parametrize("switch", ["new", "old"])
+@pytest.mark.parametrize("tf32", [False, True], ids=["ieee", "tf32"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_float32_is_what_the_switch_of_the_library_says(
+    row: Row, switch: str, tf32: bool, device: str
+) -> None:
+    """The tolerance is that of the switch: see parity.tolerance. On the CPU it changes nothing."""
+    libraries = [library(name) for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn")]  # the old one has two
+    before = [library.fp32_precision for library in libraries]
+    args = make(row, ODD[1], dtype=torch.float32, device=device)
+    try:
+        SWITCHES[row.library, switch](tf32)
+        assert in_tf32(row.library) == tf32
+        assert_parity(row, args, torch.float32)
+        assert_second_order_parity(row, args, torch.float32)
+    finally:
+        for one, precision in zip(libraries, before, strict=True):
+            one.fp32_precision = precision
 
 
 @pytest.mark.gpu

@@ -132,12 +132,14 @@ UNROLL_CASES = pytest.mark.parametrize(
 )
 
 
-def unroll_with_gradients(module: ModuleType, case: Unroll, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The results and, weighed by numbers of their own, their gradients. The same numbers for both dtypes."""
+def unroll_with_gradients(
+    module: ModuleType, case: Unroll, dtype: torch.dtype, device: str = "cpu"
+) -> list[torch.Tensor]:
+    """The results and, weighed by numbers of their own, their gradients. The same numbers everywhere."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype).requires_grad_()
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype).requires_grad_()
 
     hidden, heads = case.hidden, 1 + case.gates
     weights = []
@@ -157,7 +159,7 @@ def unroll_with_gradients(module: ModuleType, case: Unroll, dtype: torch.dtype) 
     else:
         out, state = module.lstm_optimizer_unroll(grads, state, weights, params=params)
     results = [*out, state]
-    total = sum((t * torch.randn(t.shape, generator=generator).to(dtype)).sum() for t in results)
+    total = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in results)
     return [t.detach() for t in (*results, *torch.autograd.grad(total, leaves, materialize_grads=True))]
 
 

@@ -371,7 +371,8 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     `torch.nn.functional.linear`. Differentiable to any order. On the CPU float16 and bfloat16 are computed in
     float32 and rounded once, forward and backward. On CUDA cuBLAS accumulates them in float32, unless it
     splits a long sum: `torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction`, and that of bf16,
-    say whether it may then add the parts in 16 bits.
+    say whether it may then add the parts in 16 bits. Its float32 products are IEEE's, unless
+    `torch.backends.cuda.matmul.fp32_precision` (or `allow_tf32`) says TF32.
 
     Args:
         x: [T, B, I], any float.
@@ -403,8 +404,12 @@ def task_conv2d(
     """A 2-d convolution of each task's own, for the forward of adapted convolutional networks.
 
     One grouped convolution of torch's library, on CPU and CUDA; under autocast to its dtype, as
-    `torch.nn.functional.conv2d`. Differentiable to any order. float16 and bfloat16 are computed in float32 and
-    rounded once, forward and backward: on the CPU here, on CUDA by cuDNN.
+    `torch.nn.functional.conv2d`. Differentiable to any order. float16 and bfloat16 are computed in float32
+    and rounded once, forward and backward: on the CPU here, on CUDA by cuDNN.
+
+    On CUDA torch convolves float32 in TF32 by default: the factors are rounded to 10 bits of mantissa, and a
+    result is off by some thousandths. `torch.backends.cudnn.conv.fp32_precision = "ieee"` (or the older
+    `torch.backends.cudnn.allow_tf32 = False`) is float32 throughout.
 
     Args:
         x: [T, B, C, H, W], any float.
