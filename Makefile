@@ -26,7 +26,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cmake csrc -type f)
-BENCHMARKS := $(patsubst bench/%/__main__.py,%,$(wildcard bench/*/__main__.py)) overhead
 
 .PHONY: help demo test bench lint clean gpu-check gpu-build gpu-test gpu-memcheck gpu-racecheck gpu-bench
 
@@ -40,9 +39,7 @@ test: $(VENV)/metafast.stamp  ## Run the tests
 	$(BIN)/python -m pytest -q --durations=15
 
 bench: $(VENV)/bench.stamp  ## Run the benchmarks
-	mkdir -p $(OUT)
-	for name in $(BENCHMARKS); do \
-	  $(BIN)/python -m bench.$$name --out $(OUT)/$$name-cpu.json; done
+	$(BIN)/python -m bench --out $(OUT)
 
 lint: $(VENV)/lint.stamp  ## Check style and format: ruff, clang-format
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
@@ -76,29 +73,48 @@ $(VENV)/lint.stamp: pyproject.toml
 	touch $@
 
 # On a machine with a GPU: no network and no environment, the Python at hand with the torch, scikit-build-core, cmake,
-# ninja, numpy and pytest that it has.
+# ninja, numpy and pytest that it has, and pytest-xdist, jax and compute-sanitizer where it has them. On 16 cores the
+# build takes a minute and a half, the tests half a minute, the sanitizers one; the benchmarks share what is left of
+# seven. Each part says how it ended; its output is in $(OUT) as it comes.
 
 GPU_DIR := $(abspath build/gpu)
+GPU_CHECK_SECONDS ?= 420
+GPU_BENCH_SECONDS ?= 240
 # PYTHONSAFEPATH keeps the checkout's metafast/, which holds no compiled module, from coming before the built one.
-ON_GPU = PYTHONSAFEPATH=1 PYTHONPATH="$(GPU_DIR):$(CURDIR)" $(PYTHON)
-SANITIZE = PYTHONSAFEPATH=1 PYTHONPATH="$(GPU_DIR):$(CURDIR)" compute-sanitizer --error-exitcode 1 --target-processes all
+ON_GPU = env PYTHONSAFEPATH=1 PYTHONPATH="$(GPU_DIR):$(CURDIR)"
+# Without torch's cache every tensor is an allocation of its own, behind whose end memcheck sees an access.
+SANITIZE = $(ON_GPU) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
+WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(10, len(os.sched_getaffinity(0))))" 2>/dev/null)
 
-gpu-check: gpu-build  ## Build for the GPU here, run its tests (also under compute-sanitizer) and the benchmarks
-	mkdir -p $(OUT)
-	$(MAKE) --keep-going gpu-test gpu-memcheck gpu-racecheck gpu-bench
+# $(call gpu_part,seconds,command): at most so long, and a line at the end, after what was wrong.
+define gpu_part
+	@mkdir -p $(OUT); log=$(OUT)/$@.txt; status=0; \
+	timeout --kill-after=10 $(1) $(2) > $$log 2>&1 || status=$$?; \
+	case $$status in 0) word=passed;; 124) word="ran out of time";; *) word="FAILED ($$status)";; esac; \
+	if (( status )); then tail -n 25 $$log; fi; \
+	echo "$@: $$word after $$SECONDS s: $$(tail -n 1 $$log)"; exit $$status
+endef
+
+gpu-check:  ## Build for the GPU here, run its tests (also under compute-sanitizer) and the benchmarks
+	@$(MAKE) --no-print-directory gpu-build; failed=; \
+	for part in gpu-test gpu-memcheck gpu-racecheck; do \
+	  $(MAKE) --no-print-directory $$part || failed+=" $$part"; done; \
+	left=$$(( $(GPU_CHECK_SECONDS) - SECONDS )); \
+	$(MAKE) --no-print-directory gpu-bench GPU_BENCH_SECONDS=$$(( left > 60 ? left : 60 )) || failed+=" gpu-bench"; \
+	echo "gpu-check: $${failed:+FAILED:}$${failed:-passed} after $$SECONDS s"; test -z "$$failed"
 
 gpu-build:
-	rm -rf $(GPU_DIR)
-	METAFAST_CUDA=ON METAFAST_CUDA_ARCHITECTURES=$${METAFAST_CUDA_ARCHITECTURES:-native} \
-	  $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps --target $(GPU_DIR) .
+	@rm -rf $(GPU_DIR)
+	$(call gpu_part,300,env METAFAST_CUDA=ON METAFAST_CUDA_ARCHITECTURES=$${METAFAST_CUDA_ARCHITECTURES:-native} \
+	  $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps --target $(GPU_DIR) .)
 
 gpu-test:
-	$(ON_GPU) -m pytest -q -m gpu --durations=15 | tee $(OUT)/gpu-test.txt
+	$(call gpu_part,120,$(ON_GPU) $(PYTHON) -m pytest -q -m gpu --durations=15 $(WORKERS))
 
 gpu-memcheck gpu-racecheck: gpu-%:
-	@if ! command -v compute-sanitizer; then echo "$@: skipped, no compute-sanitizer here"; exit 0; fi; \
-	$(SANITIZE) --tool $* $(PYTHON) -m pytest -q -m "gpu and sanitizer" | tee $(OUT)/$@.txt
+	$(call gpu_part,60,$(if $(shell command -v compute-sanitizer), \
+	  $(SANITIZE) --tool $* $(PYTHON) -m pytest -q -m "gpu and sanitizer", \
+	  echo "skipped: no compute-sanitizer here"))
 
 gpu-bench:
-	for name in $(BENCHMARKS); do \
-	  $(ON_GPU) -m bench.$$name --device cuda --out $(OUT)/$$name-cuda.json | tee $(OUT)/$$name-cuda.txt; done
+	$(ON_GPU) $(PYTHON) -m bench --device cuda --seconds $(GPU_BENCH_SECONDS) --out $(OUT)

@@ -2,11 +2,17 @@
 
 Each folder has the same files:
 
-    workloads.py   what is computed: sizes, data, the arithmetic and bytes that it needs, the right results
-    peers/         how others compute it: pytorch.py, by_hand.py, in_jax.py, libraries.py
-    cases.py       which workloads and which variants stand beside each other, and what metafast aims at
+    workloads.py            what is computed: sizes, data, the arithmetic that it takes, the right results
+    peers/                  how others compute it: pytorch.py, by_hand.py, in_jax.py, libraries.py
+    cases.py                which workloads and variants stand beside each other, and what metafast aims at
     memory.py, scaling.py   how memory and time grow, where that matters
-    __main__.py    names the family for bench/common/run.py
+    __main__.py             names the family for bench/common/run.py
 
-common/ is what they share; overhead.py, the cost of a call, has no peers.
+common/ is what they share; overhead.py, the cost of a call, has no peers. `python -m bench` runs all, in the
+order of FAMILIES, which a new folder joins.
 """
+
+import time
+
+STARTED = time.perf_counter()  # before torch is imported: a budget of seconds counts that too
+FAMILIES = ("pairwise", "inner_loop", "learned_optimizer", "overhead")  # the most important first

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import metafast
-from bench.common.clock import Budget, Clock, Plan, interleave
+from bench.common.budget import Budget, stop_at_sigterm
+from bench.common.clock import Clock, Plan, interleave
 from bench.common.report import Report
-from bench.common.run import parse, stop_at_sigterm
+from bench.common.run import parse
 from metafast import _C
 
 ops = torch.ops.metafast

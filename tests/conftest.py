@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from emulated_build import emulated_library
+from emulated_build import ROOT, emulated_library
 from hypothesis import settings
 
 from metafast._dispatch import doors
+
+sys.path.append(str(ROOT))  # for bench/, behind an installed metafast
 
 settings.register_profile("metafast", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("metafast")

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench.common.clock import Clock, Deadline, Plan, interleave
+from bench.common.budget import Deadline
+from bench.common.clock import Clock, Plan, interleave
 from bench.common.machine import GIB, Peak
 
 
@@ -35,6 +36,7 @@ class Variant:
     collect: Callable[[object], Sequence[Tensor]]  # of what the call returns: as `Case.expected`
     metric: str | None = None  # where the variant computes another metric than the case
     peak_bytes: float = 0  # estimate of the memory that the call takes beyond its arguments
+    build_s: float = 0  # estimate of how long it compiles, where that is long
 
     @property
     def is_ours(self) -> bool:
@@ -157,7 +159,7 @@ def run_case(
         row = rows[variant.name]
         if variant.peak_bytes > memory_limit:
             row.skipped = f"would take {variant.peak_bytes / GIB:.0f} GiB"
-        elif not variant.is_ours and deadline.left() < kept:
+        elif not variant.is_ours and deadline.left() < kept + variant.build_s:
             row.skipped = "no time left"
         else:
             within = case.tolerance if variant.is_ours else allowed

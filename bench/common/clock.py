@@ -1,4 +1,4 @@
-"""Times calls against each other, interleaved, and shares out the time that there is."""
+"""Times calls against each other, interleaved."""
 
 from __future__ import annotations
 
@@ -73,33 +73,3 @@ def interleave(calls: dict[str, Callable[[], object]], clock: Clock, plan: Plan)
     finally:
         gc.enable()
     return samples
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """What a case may take. What it began before the end it finishes, at the cost of the later cases."""
-
-    end: float = math.inf  # of time.perf_counter()
-
-    def left(self) -> float:
-        return max(0.0, self.end - time.perf_counter())
-
-
-class Budget:
-    """Shares `seconds` (None: no end) over parts that come in the order of their weight.
-
-    A part gets about twice an equal share of what is left, the last one all of it: so the first have most,
-    and what one does not need goes to the next.
-    """
-
-    def __init__(self, seconds: float | None, parts: int) -> None:
-        self.end = math.inf if seconds is None else time.perf_counter() + seconds
-        self.parts = parts
-
-    def share(self) -> Deadline | None:
-        """Of the next part; None where no time is left."""
-        left, parts = self.end - time.perf_counter(), self.parts
-        self.parts -= 1
-        if left <= 0:
-            return None
-        return Deadline(time.perf_counter() + left * 2 / (parts + 1))

@@ -25,7 +25,8 @@ def graphed(call: Callable[[], Result], changes: Sequence[Tensor] = ()) -> Calla
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of others, such as JAX's, may call what a capture forbids to its own.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = call()
     for tensor, value in zip(changes, before, strict=True):
         tensor.copy_(value)

@@ -103,6 +103,8 @@ class MemoryTable:
                     found[name] = peak_bytes(self.variants[name], workload, self.small(workload), options)
                 except Skip as reason:
                     found[name] = str(reason)
+                except torch.OutOfMemoryError:
+                    found[name] = "out of memory"
             found |= {name: of(workload, options.threads) for name, of in stated.items()}
             texts = [f"{b / MIB:.1f}" if isinstance(b := found[name], int) else "skipped" for name in columns]
             say(f"  {workload!s:{width}}" + "".join(f" {text:>18}" for text in texts))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from typing import Any
 
 import torch
 
+from bench.common.budget import Budget, Deadline, stop_at_sigterm
 from bench.common.cases import Case, failures, judge, run_case, summary, table
-from bench.common.clock import Budget, Clock, Deadline, Plan
+from bench.common.clock import Clock, Plan
 from bench.common.machine import GIB, Peak, measure_peak
 from bench.common.report import Report
 
@@ -86,11 +86,6 @@ def parse(name: str, description: str) -> argparse.Namespace:
     return options
 
 
-def stop_at_sigterm() -> None:
-    """What `timeout` sends ends the run as an exception does: the report is closed, the processes end."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
 def main(family: Family) -> None:
     options = parse(family.name, family.description)
     stop_at_sigterm()
@@ -118,9 +113,14 @@ def run(family: Family, options: argparse.Namespace, report: Report) -> list[str
         if deadline is None:
             report.say(f"\n{name}: no time left")
             continue
-        case = build()
         torch._dynamo.reset()  # every case compiles for its own shapes
-        rows = run_case(case, clock, plan, peak, options.memory * GIB, deadline)
+        try:
+            case = build()
+            rows = run_case(case, clock, plan, peak, options.memory * GIB, deadline)
+        except Exception as error:  # one case that fails leaves the others
+            failed.append(f"{name}: raised {type(error).__name__}: {error}")
+            report.say(f"\n{failed[-1]}")
+            continue
         verdicts = judge(case, rows)
         report.say(table(case, rows, verdicts, peak))
         report.add(summary(case, rows, verdicts, peak))

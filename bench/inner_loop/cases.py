@@ -28,14 +28,18 @@ JAX_AND_EAGER = Target(6, ("jax", "eager"), "JAX and eager PyTorch")
 LEARN2LEARN = Target(400, ("learn2learn",), "learn2learn")
 FEW_TASKS = Target(3, ("jax",), "JAX")
 LARGE = Target(2.5, ("eager", "compiled", "jax", "library", "learn2learn"), "the best of all")
+COMPILING_S = 30  # five steps and back, by torch.compile
 MANY_TASKS = (Target(2), COMPILED, JAX_AND_EAGER, LEARN2LEARN)
 
 
 def build_case(workload: Workload, device: torch.device, targets: Sequence[Target]) -> Case:
     problem, on_gpu = workload.problem(device), device.type == "cuda"
 
-    def variant(name: str, kind: str, build: Callable[[Problem], Callable[[], object]]) -> Variant:
-        return Variant(name, kind, lambda: build(problem), to_torch if kind == "jax" else list)
+    def variant(
+        name: str, kind: str, build: Callable[[Problem], Callable[[], object]], build_s: float = 0
+    ) -> Variant:
+        collect = to_torch if kind == "jax" else list
+        return Variant(name, kind, lambda: build(problem), collect, build_s=build_s)
 
     in_a_graph = [
         variant("metafast, CUDA graph", "metafast, CUDA graph", metafast_graphed),
@@ -56,8 +60,8 @@ def build_case(workload: Workload, device: torch.device, targets: Sequence[Targe
         variant("JAX jit(grad(vmap))", "jax", in_jax.vmap),
         variant("bmm, HVP by hand", "eager", by_hand.bmm_by_hand),
         variant("bmm, autograd", "eager", pytorch.bmm_autograd),
-        variant("bmm, HVP by hand, compiled", "compiled", compiled_by_hand),
-        variant("torch.func, compiled", "compiled", compiled_func),
+        variant("bmm, HVP by hand, compiled", "compiled", compiled_by_hand, COMPILING_S),
+        variant("torch.func, compiled", "compiled", compiled_func, COMPILING_S),
         variant("torch.func", "eager", pytorch.torch_func),
         *(() if on_gpu else loops),
     ]

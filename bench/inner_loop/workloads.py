@@ -98,8 +98,8 @@ def metafast_through_autograd(problem: Problem) -> Call:
 def expected(problem: Problem) -> list[Tensor]:
     """The float64 reference, in parts that stay small."""
     size = sum(p.numel() for p in problem.params)
-    part = max(1, 2**22 // size)
     leaves = [p.double().requires_grad_() for p in problem.params]
+    part = max(1, (2**25 if leaves[0].is_cuda else 2**22) // size)
     total = [torch.zeros_like(p) for p in (leaves[0].new_zeros(()), *leaves)]
     for chunk in zip(*(t.split(part) for t in problem.data), strict=True):
         data = [t.double() if t.is_floating_point() else t for t in chunk]

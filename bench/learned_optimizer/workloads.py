@@ -165,7 +165,7 @@ def metafast_unroll_graphed(problem: Problem) -> Call:
 def expected(problem: Problem, unroll: bool, state_dtype: torch.dtype | None = None) -> list[Tensor]:
     """Of the float64 reference, in parts that stay small: (theta, state ...) of a step, (thetas, gradients of
     the weights ...) of an unroll. A state of another dtype is rounded before and after the step."""
-    size, part = problem.params.numel(), 2**15
+    size, part = problem.params.numel(), 2**20 if problem.params.is_cuda else 2**15
     found = []
     for start in range(0, size, part):
         some = problem.double_part(start, min(size, start + part))
@@ -218,17 +218,17 @@ class Workload:
         return 1 if self.is_meta else 2
 
     def problem(self, device: torch.device) -> Problem:
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator(device).manual_seed(0)
         steps, size, units = self.steps or 1, self.coordinates, self.units
         inputs = [4 if self.is_meta else 2] + [units] * (self.layers - 1)
         head = [(2, units + 2), (2,)] if self.is_meta else [(1, units), (1,)]
         of_layers = [s for i in inputs for s in ((4 * units, i), (4 * units, units), (4 * units,))]
 
         def uniform(*shape: int, low: float = -1, high: float = 1) -> Tensor:
-            return low + (high - low) * torch.rand(shape, generator=random)
+            return low + (high - low) * torch.rand(shape, generator=random, device=device)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random)
+            return torch.randn(shape, generator=random, device=device)
 
         tensors = {
             "params": 0.1 * normal(size),
@@ -236,11 +236,10 @@ class Workload:
             "losses": uniform(steps, low=0.5, high=2) if self.is_meta else None,
             "hidden": uniform(self.layers, size, units),
             "cell": normal(self.layers, size, units),
-            "gates": uniform(size, 2, low=0) if self.is_meta else torch.zeros(size, 0),
+            "gates": uniform(size, 2, low=0) if self.is_meta else torch.zeros(size, 0, device=device),
             "grad_out": normal(steps, size),
         }
-        weights = [uniform(*shape).to(device) / math.sqrt(units) for shape in (*of_layers, *head)]
-        return Problem(weights, **{n: None if t is None else t.to(device) for n, t in tensors.items()})
+        return Problem([uniform(*shape) / math.sqrt(units) for shape in (*of_layers, *head)], **tensors)
 
     # --- floors -------------------------------------------------------------------------------------------
 

@@ -97,8 +97,8 @@ def prototypical_case(size: Size, device: torch.device, backward: bool, targets:
     variants = [
         *ours(build, e.collect, device),
         torch_variant("eager bmm without |q|^2", "eager", pytorch.logits_bmm_without_query_norm, torch_call),
-        torch_variant("compiled bmm", "compiled", pytorch.logits_bmm_without_query_norm, compiled_call),
         Variant("JAX jit einsum", "jax", jax, lambda r: e.collect(to_torch(r))),
+        torch_variant("compiled bmm", "compiled", pytorch.logits_bmm_without_query_norm, compiled_call),
         torch_variant("eager bmm", "eager", pytorch.logits_bmm, torch_call),
         torch_variant("eager torch.cdist", "eager", pytorch.logits_cdist, torch_call),
         torch_variant("eager broadcasting", "eager", pytorch.logits_broadcasting, torch_call, held),
@@ -157,8 +157,8 @@ def matching_case(size: Size, device: torch.device, backward: bool, targets: Seq
     variants = [
         *ours(build, e.collect, device),
         torch_variant("eager bmm", "eager", pytorch.cosine_bmm, torch_call),
-        torch_variant("compiled bmm", "compiled", pytorch.cosine_bmm, compiled_call),
         Variant("JAX jit einsum", "jax", jax, lambda r: e.collect(to_torch(r))),
+        torch_variant("compiled bmm", "compiled", pytorch.cosine_bmm, compiled_call),
         torch_variant(
             "eager F.cosine_similarity",
             "eager",
@@ -225,8 +225,8 @@ def relation_case(size: Size, device: torch.device, backward: bool, targets: Seq
     variants = [
         *ours(build, e.collect, device),
         torch_variant("eager split", "eager", pytorch.relation_scores_split, torch_call, 6 * hidden),
-        torch_variant("compiled split", "compiled", pytorch.relation_scores_split, compiled_call, 6 * hidden),
         Variant("JAX jit split", "jax", jax, lambda r: e.collect(to_torch(r))),
+        torch_variant("compiled split", "compiled", pytorch.relation_scores_split, compiled_call, 6 * hidden),
         torch_variant(
             "eager concatenation",
             "library",
@@ -278,8 +278,8 @@ def distance_case(
     variants = [
         *ours(build, collect, device),
         torch_variant("eager GEMM", "eager", sqeuclidean, torch_call),
-        torch_variant("compiled GEMM", "compiled", sqeuclidean, compiled_call),
         Variant("JAX jit einsum", "jax", lambda: in_jax.distance(x, y, grad, backward), jax_collect),
+        torch_variant("compiled GEMM", "compiled", sqeuclidean, compiled_call),
         torch_variant("eager torch.cdist", "eager", pytorch.sqeuclidean_cdist, torch_call),
         torch_variant(
             "eager broadcasting",
@@ -303,7 +303,7 @@ def distance_case(
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """On a GPU the large ones first, which show the kernels; on the CPU from small to large."""
+    """From small to large; on a GPU the large ones first, which show the kernels and not the launches."""
     small, large = (BEST_OF_ALL,), (FLOOR,)
     one = (TORCH_EAGER, dataclasses.replace(BEST_OF_ALL, ratio=2))
     split = Target(2, ("eager", "jax", "compiled"), "the best split by hand")
@@ -328,6 +328,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[],
     add(f"relation head {{}} H={HIDDEN}", relation_case, Size(64, 20, 1, 64), (split,))
     kinds.append((f"pairwise_distance {huge[0]} x {huge[1]} x {huge[2]}", distance_case, huge, (gemm,)))
 
+    if device.type == "cuda":
+        kinds.reverse()
     for name, build, size, targets in {name: (name, *rest) for name, *rest in kinds}.values():
         for backward in (False, True):
             # 0.8 GiB of embeddings: on the CPU the backward would hold as much again for every variant.

@@ -97,7 +97,8 @@ class Episodes:
         support, query, labels, target = map(
             self.per_task, (self.support, self.query, self.support_labels, targets)
         )
-        chunk = max(1, min(CHECKED_TASKS, tasks * 2**22 // (self.size.pairs * self.size.features)))
+        largest = 2**28 if support.is_cuda else 2**22  # elements of [T, Q, N, D]
+        chunk = max(1, min(CHECKED_TASKS, tasks * largest // (self.size.pairs * self.size.features)))
         loss, grads, shared_grads = 0.0, [], [torch.zeros_like(p, dtype=torch.float64) for p in shared]
         for begin in range(0, tasks, chunk):
             part = slice(begin, begin + chunk)
