@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from metafast.adaptation.scratch import called
+
 _MAX_LAYERS = 8
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh"}
 
@@ -141,9 +143,8 @@ def _add_linear(
     return None
 
 
-def _called(name: str, layer: nn.Module) -> str:
-    title = f"layer {name.removesuffix('.')!r}" if name else "the module"
-    return f"{title} ({type(layer).__name__})"
+def _called(prefix: str, layer: nn.Module) -> str:
+    return called(prefix.removesuffix("."), layer)
 
 
 def _addition(module: nn.Module) -> str | None:

@@ -1,65 +1,43 @@
-"""Runs modules under `torch.func` where torch (2.13) itself gives an error or a wrong second derivative.
+"""Functions of torch (2.13) that are wrong when differentiated twice or under `vmap`, by elementary ones.
 
 - Batch norm in training and layer norm: `vmap(grad)` of them has the wrong gradient with respect to their
   input (pytorch/functorch issue 534), and their third derivatives are wrong everywhere (pytorch/pytorch
-  issues 175754, 186256). Here they run in elementary operations; so does instance norm, built on batch norm.
-- Attention: its fused kernels have no second derivative. Here it takes the plain one.
-- Recurrent networks: `vmap` alone has no rule for them, but for what autograd makes of them.
+  issues 175754, 186256). So is instance norm, built on batch norm.
+- Attention: its fused kernels have no second derivative.
+- Embedding: under `vmap` the gradient passes the row of `padding_idx` of all tasks but the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def call(module: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The module with these parameters and buffers, which it may write into."""
-    with sdpa_kernel(SDPBackend.MATH), _Elementary():
-        return torch.func.functional_call(module, _by_every_name(module, tensors), (x,), tie_weights=False)
+class Elementary(TorchFunctionMode):
+    """Within it modules run in functions that are right to any order, in any transform.
 
-
-def _by_every_name(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the other names of tensors that several parts of the module share.
-
-    `functional_call` ties them itself, but counts a part that runs twice as two, and leaves the second
-    one's tensor in the module.
+    Functions that are given a stray tensor, by its id, raise: a module's parameter where a task's should be.
     """
-    names: dict[int, list[str]] = {}
-    for prefix, part in module.named_modules():
-        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
-    tied = dict(tensors)
-    for group in names.values():
-        given = [name for name in group if name in tensors]
-        tied |= dict.fromkeys(group, tensors[given[0]]) if given else {}
-    return tied
 
-
-def vmap_without_gradient(module: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``torch.vmap`` of a function that calls the module and is not below `torch.func.grad`."""
-    if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-        recorded = function
-
-        def function(*args: Any) -> Tensor:
-            return torch.func.vjp(lambda *args: recorded(*args), *args)[0]
-
-    return torch.vmap(function, randomness="different")
-
-
-class _Elementary(TorchFunctionMode):
-    """Replaces norms by elementary operations."""
+    def __init__(self, strays: Mapping[int, str]) -> None:
+        super().__init__()
+        self._strays = strays
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if self._strays:
+            for arg in args:
+                if id(arg) in self._strays:
+                    raise ValueError(
+                        f"module: expected that it uses {self._strays[id(arg)]} by its name alone; its "
+                        "forward got the parameter from an object that is no part of the module"
+                    )
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -121,7 +99,8 @@ def _norm(
         if running_mean is not None:
             unbiased = var * (count / max(count - 1, 1))
             for running, new in ((running_mean, mean), (running_var, unbiased)):
-                running.lerp_(new.detach().mean(0).flatten().to(running.dtype), momentum)
+                seen = new.detach().mean(0).flatten().to(running.dtype)
+                running.mul_(1 - momentum).add_(seen * momentum)  # vmap has no rule for lerp_
     out = centred * (var + eps).rsqrt()
     out = out if weight is None else out * weight.view(channels)
     return out if bias is None else out + bias.view(channels)
@@ -142,8 +121,41 @@ def _layer_norm(
     return out if bias is None else out + bias
 
 
-_REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+def _attention(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`torch.nn.functional.multi_head_attention_forward`, which does without kernels to return weights."""
+    out, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+    return out, weights if need_weights else None
+
+
+def _scaled_dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+    plain = torch.ops.aten._scaled_dot_product_attention_math.default
+    return plain(query, key, value, attn_mask, dropout_p, is_causal, None, **options)[0]
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`torch.nn.functional.embedding`: the padding row as a constant, which no gradient reaches."""
+    if padding_idx is not None:
+        rows = torch.arange(weight.shape[0], device=weight.device).unsqueeze(1)
+        weight = torch.where(rows == padding_idx % weight.shape[0], weight.detach(), weight)
+    return F.embedding(input, weight, None, *args, **kwargs)
+
+
+_REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
+    F.embedding: _embedding,
+    F.multi_head_attention_forward: _attention,
+    F.scaled_dot_product_attention: _scaled_dot_product,
 }

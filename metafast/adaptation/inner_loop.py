@@ -1,0 +1,178 @@
+"""What an inner loop does besides on what: its options, its learning rates, and where it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metafast._dispatch.arguments import check_count, check_not_negative, is_number, kind_of
+from metafast.adaptation.examples import Examples
+from metafast.adaptation.losses import LOSSES
+from metafast.ops.inner_loop import sgd_update
+
+Tensors = dict[str, Tensor]
+Loss = str | Callable[[Examples, Examples], Tensor]
+Penalty = Callable[[Tensors, Tensors], Tensor]
+Rates = float | Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class InnerLoop:
+    """The options of `adapt`, under their names."""
+
+    loss: Loss = "cross_entropy"
+    steps: int = 1
+    first_order: bool = False
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    per_step: bool = False
+    max_norm: float | Tensor | None = None
+    penalty: Penalty | None = None
+    weighted: bool = False  # whether there are example weights
+
+    def check(self) -> None:
+        check_count(steps=self.steps)
+        check_not_negative(momentum=self.momentum, weight_decay=self.weight_decay, max_norm=self.max_norm)
+        if not callable(self.loss) and self.loss not in tuple(LOSSES):
+            raise ValueError(f"loss: expected 'mse', 'cross_entropy' or a function, got {self.loss!r}")
+        if self.weighted and callable(self.loss):
+            raise ValueError(
+                "example_weights: expected loss 'mse' or 'cross_entropy'; a function of your own can take "
+                "the weights as a part of y"
+            )
+        if self.penalty is not None and not callable(self.penalty):
+            raise TypeError(f"penalty: expected a function, got {kind_of(self.penalty)}")
+
+    def beyond_kernels(self) -> str | None:
+        """What of it the fused kernels do not have."""
+        options = ("weight_decay", "nesterov", "per_step", "max_norm", "penalty")
+        for name in options:
+            if getattr(self, name) not in (0, False, None):
+                return f"the kernels have no {name}"
+        if self.weighted:
+            return "the kernels have no example_weights"
+        return None if isinstance(self.loss, str) else "the loss is a function of the caller"
+
+    def moved(
+        self,
+        params: Tensors,
+        grads: Tensors,
+        rates: float | Tensor | list[Tensor],
+        momenta: list[Tensor] | None,
+    ) -> tuple[Tensors, list[Tensor]]:
+        """The parameters one step on, and the momentum buffers."""
+        updated, momenta = sgd_update(
+            list(params.values()),
+            [grads[name] for name in params],
+            rates,
+            momentum_buffers=momenta or None,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
+        return dict(zip(params, updated, strict=True)), momenta
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where the tasks begin."""
+
+    params: Tensors  # those that adapt: of the module, or [T, ...] of tasks that go on
+    buffers: Tensors  # alike
+    tasks: int
+    shared: bool  # whether all begin from the same
+
+    def batched(self) -> tuple[Tensors, Tensors]:
+        """The parameters and the buffers of all tasks, [T, ...]."""
+        if not self.shared:
+            return dict(self.params), dict(self.buffers)
+        params, buffers = (
+            {name: tensor.expand(self.tasks, *tensor.shape) for name, tensor in group.items()}
+            for group in (self.params, self.buffers)
+        )
+        return params, buffers
+
+    def of_tasks(self) -> list[tuple[Tensors, Tensors]]:
+        """The parameters and the buffers of each task."""
+        if self.shared:
+            return [(self.params, self.buffers)] * self.tasks
+        return list(zip(unbound(self.params, self.tasks), unbound(self.buffers, self.tasks), strict=True))
+
+
+def unbound(tensors: Tensors, tasks: int) -> list[Tensors]:
+    """name -> [T, ...] as one dict for each task."""
+    columns = zip(*(tensor.unbind() for tensor in tensors.values()), strict=True)
+    return [dict(zip(tensors, column, strict=True)) for column in columns] if tensors else [{}] * tasks
+
+
+class LearningRates:
+    """lr for each step, as `sgd_update` takes it."""
+
+    def __init__(self, lr: Rates, params: Tensors, steps: int) -> None:
+        """
+        Args:
+            lr: As `adapt` takes it.
+            params: Those that adapt, of one task.
+        """
+        check_not_negative(lr=lr)
+        self.of_layers = None  # [K, L]
+        self.fixed = lr
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in params))
+        if isinstance(lr, Tensor) and lr.dim():
+            if lr.shape != (steps, len(layers)):
+                raise ValueError(
+                    f"lr: expected a number, a tensor [], one for each parameter, or a tensor [K, L] = "
+                    f"[{steps}, {len(layers)}] of each step and layer that adapts, got shape {list(lr.shape)}"
+                )
+            self.of_layers = lr
+            self.layer_of = [layers.index(name.rpartition(".")[0]) for name in params]
+        elif not isinstance(lr, Tensor) and not is_number(lr):
+            self.fixed = _for_each(lr, params)
+
+    def at(self, step: int) -> float | Tensor | list[Tensor]:
+        if self.of_layers is None:
+            return self.fixed
+        return [self.of_layers[step, layer] for layer in self.layer_of]
+
+    def for_kernels(self, params: Tensors) -> float | Tensor | list[Tensor]:
+        """As `inner_sgd` takes it."""
+        if self.of_layers is not None:
+            return self.of_layers
+        if not isinstance(self.fixed, list):
+            return self.fixed
+        return [rate.expand(p.shape) for rate, p in zip(self.fixed, params.values(), strict=True)]
+
+
+def _for_each(lr: Rates, params: Tensors) -> list[Tensor]:
+    names = ", ".join(params)
+    if hasattr(lr, "items"):  # a dict, or a ParameterDict
+        given = dict(lr.items())
+        if set(given) != set(params):
+            raise ValueError(
+                f"lr: expected one for each of {names}; check {', '.join(sorted(set(given) ^ set(params)))}"
+            )
+        values = [given[name] for name in params]
+    elif isinstance(lr, str) or not isinstance(lr, Iterable):
+        raise TypeError(f"lr: expected a number, a tensor, a sequence or a dict of them, got {kind_of(lr)}")
+    else:
+        values = list(lr)
+        if len(values) != len(params):
+            raise ValueError(f"lr: expected one for each of {names}, got {len(values)}")
+    return [_rate(value, *named) for value, named in zip(values, params.items(), strict=True)]
+
+
+def _rate(value: float | Tensor, name: str, param: Tensor) -> Tensor:
+    """A tensor that broadcasts to the parameter."""
+    if not isinstance(value, Tensor):
+        check_not_negative(lr=value)
+        value = torch.full((), value, dtype=param.dtype, device=param.device)
+    try:
+        value.expand(param.shape)
+    except RuntimeError:
+        shapes = f"{list(param.shape)}, got {list(value.shape)}"
+        raise ValueError(f"lr: expected for {name} what broadcasts to its shape, {shapes}") from None
+    return value

@@ -1,0 +1,133 @@
+"""Which path `adapt` takes: the kernels, `torch.func`, or a loop over the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from metafast._dispatch.arguments import check_choice
+from metafast.adaptation import loop, transforms
+from metafast.adaptation.examples import Examples
+from metafast.adaptation.inner_loop import InnerLoop
+from metafast.adaptation.structure import Mlp, recognise
+
+PATHS = ("fused", "torch.func", "loop")
+GENERAL: dict[str, ModuleType] = {"torch.func": transforms, "loop": loop}
+
+_has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+_DEVICES = [key.lower() for key in ("CPU", "CUDA") if _has_kernel("metafast::inner_sgd", key)]
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The path, and what it needs to know of the module."""
+
+    path: str
+    reason: str
+    params: dict[str, nn.Parameter]  # those that adapt
+    mlp: Mlp | None = None  # the module as the kernels know it
+    features: Tensor | None = None  # what the body of that makes of x
+    not_fused: str = ""  # why
+
+
+def plan(
+    module: nn.Module,
+    inner: InnerLoop,
+    names: str | Iterable[str] | None,
+    path: str | None,
+    x: Examples | None,
+) -> Plan:
+    if path is not None:
+        check_choice(PATHS, path=path)
+    params = adapted(module, names)
+    found: Mlp | str = f"path={path!r} was asked for"
+    if path in (None, "fused"):
+        found = _known(module, params, inner, x)
+    if isinstance(found, Mlp):
+        features = None if x is None else found.features(x)
+        if features is None or features.dim() == 3:
+            return Plan("fused", f"the kernels know {found}", found.params, found, features)
+        name, weight = next(iter(found.params.items()))
+        if features.dim() < 3:
+            raise ValueError(
+                f"x: expected shape [T, S, ...], so that {name} {list(weight.shape)} gets [T, S, "
+                f"{weight.shape[1]}], got {list(x.shape)}; one task is a batch of one"
+            )
+        found = f"a Linear has {list(features.shape)} before it, and the kernels know [T, S, D]"
+    if path == "fused":
+        raise ValueError(
+            f"path: expected a module and options that the kernels know for 'fused', but {found}"
+        )
+    if path is not None:
+        return Plan(path, found, params, not_fused=found)
+    path, why = _general(module, params, x)
+    return Plan(path, f"{found}; {why}", params, not_fused=found)
+
+
+def adapted(module: nn.Module, names: str | Iterable[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters that adapt, by their names."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if names is not None:
+        asked = [names] if isinstance(names, str) else list(names)
+        for one in asked:
+            if not any(_names(one, name) for name in trained):
+                raise ValueError(
+                    f"params: expected names of parameters that require grad, or prefixes, got {one!r}; "
+                    f"there are {', '.join(trained) or 'none'}"
+                )
+        trained = {name: p for name, p in trained.items() if any(_names(one, name) for one in asked)}
+    if not trained:
+        raise ValueError("module: expected a parameter that requires grad and adapts, got none")
+    for name, param in trained.items():
+        if isinstance(param, nn.UninitializedParameter):
+            raise ValueError(
+                f"module: expected parameters with a shape, got {name} of a lazy layer; call it once"
+            )
+        if param.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"module: expected parameters of dtype float32 or float64, got {param.dtype} in {name}; "
+                "SGD's small steps are lost in fewer bits, torch.autocast runs the rest in 16"
+            )
+    for name, part in module.named_modules():
+        if getattr(part, "sparse", False) and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(f"module: expected embeddings with sparse=False, got layer {name!r} with True")
+    return trained
+
+
+def _names(prefix: str, name: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _known(
+    module: nn.Module, params: dict[str, nn.Parameter], inner: InnerLoop, x: Examples | None
+) -> Mlp | str:
+    """The module as the kernels know it, or what they do not know in it or in the options."""
+    if (unknown := inner.beyond_kernels()) is not None:
+        return unknown
+    if x is not None and not isinstance(x, Tensor):
+        return f"x is a {type(x).__name__} of tensors"
+    found = recognise(module, set(params))
+    if isinstance(found, Mlp):
+        device = next(iter(found.params.values())).device.type
+        if device not in _DEVICES:
+            return f"the kernels do not run on {device}"
+    return found
+
+
+def _general(module: nn.Module, params: dict[str, nn.Parameter], x: Examples | None) -> tuple[str, str]:
+    """The faster of the other two, as measured by bench/networks.py, and why."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return "torch.func", "transforms and torch.compile take no loop of torch.autograd.grad"
+    device = next(iter(params.values())).device.type
+    convolution = next((name for name, m in module.named_modules() if isinstance(m, _CONVOLUTIONS)), None)
+    if device == "cpu" and convolution is not None:
+        return (
+            "loop",
+            f"on a CPU a convolution for each task (layer {convolution!r}) is faster than a grouped one",
+        )
+    return "torch.func", "all tasks are one batch"

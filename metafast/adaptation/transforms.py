@@ -1,0 +1,67 @@
+"""The path "torch.func": all tasks at once, by `vmap` over `grad` of a module's double.
+
+The backward of the steps holds the graph of all of them, for all tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metafast.adaptation.examples import Examples, at
+from metafast.adaptation.inner_loop import LearningRates, Start, Tensors
+from metafast.adaptation.task import Task
+
+# They run in functions that vmap knows only below grad.
+_BELOW_GRAD = (nn.RNNBase, nn.RNNCellBase)
+
+
+def train(
+    task: Task, start: Start, rates: LearningRates, x: Examples, y: Examples, weights: Tensor | None
+) -> tuple[Tensors, Tensors]:
+    """The parameters and buffers of the tasks after all steps, [T, ...]."""
+    inner = task.inner
+    params, buffers = start.batched()
+    first = params
+
+    def gradient(
+        params: Tensors, buffers: Tensors, first: Tensors, *examples: Any
+    ) -> tuple[Tensors, Tensors]:
+        grads, buffers = torch.func.grad(task.loss, has_aux=True)(params, buffers, first, *examples)
+        return task.clipped(grads), buffers
+
+    of_tasks = torch.vmap(gradient, randomness="different")
+    momenta: list[Tensor] | None = None
+    for step in range(inner.steps):
+        examples = (x, y) if weights is None else (x, y, weights)
+        examples = at(examples, step) if inner.per_step else examples
+        with torch.no_grad() if inner.first_order else nullcontext():  # torch.func.grad works in either
+            grads, buffers = of_tasks(params, buffers, first, *examples)
+        params, momenta = inner.moved(params, grads, rates.at(step), momenta)
+    return params, buffers
+
+
+def call(task: Task, params: Tensors, buffers: Tensors, x: Examples) -> Any:
+    """The outputs of the tasks, [T, ...]."""
+
+    def output(params: Tensors, buffers: Tensors, x: Examples) -> Any:
+        return task.call(params, buffers, x)[0]
+
+    def below_grad(params: Tensors, *others: Any) -> Any:
+        return torch.func.vjp(lambda params: output(params, *others), params)[0]
+
+    def of_tasks(function: Callable[..., Any]) -> Any:
+        return torch.vmap(function, randomness="different")(params, buffers, x)
+
+    if any(isinstance(part, _BELOW_GRAD) for part in task.scratch.module.modules()):
+        return of_tasks(below_grad)
+    try:
+        return of_tasks(output)
+    except RuntimeError as error:
+        if "Batching rule not implemented" not in str(error):
+            raise
+        return of_tasks(below_grad)
