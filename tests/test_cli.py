@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("pydantic", reason="the command line needs metafast[cli]")
 pytest.importorskip("rich", reason="training needs metafast[cli]")
 pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
 PIL = pytest.importorskip("PIL.Image", reason="image folders need metafast[cli]")
@@ -202,7 +203,7 @@ def test_learned_optimizers_learn_on_omniglot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = ImageClasses(torch.rand(12, 5, 1, 14, 14), tuple("abcdefghijkl"))
-    monkeypatch.setattr("metafast.program.sources.omniglot", lambda *_, **__: drawn)
+    monkeypatch.setattr("metafast.data.sources.omniglot", lambda *_, **__: drawn)
     task = ["--task", "omniglot-mlp", "--batch-size", "8"]
     assert main(["train", "l2l", "--out", str(tmp_path), *OPTIMISE, *task]) == 0
     assert main(["eval", str(tmp_path), "--episodes", "2", "--inner-steps", "2"]) == 0
@@ -229,19 +230,22 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "maml", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "(default: sine 70000, images" in said
-    assert "per step (default: sine 25, images 16)" in said
+    assert "(default: images 4000, sine 70000)" in said
+    assert "tasks per step (default: images 16, sine 25)" in said
     assert "else --inner-steps (default: images 5)" in said
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train protonet --data sine", "--data: protonet learns from images, got 'sine'"),
-        ("train pretrain", "--data: pretrain learns from sine, got 'omniglot'"),
+        (
+            "train protonet --data sine",
+            "--data: expected omniglot, digits or a folder, which protonet learns from, got sine",
+        ),
+        ("train pretrain --data omniglot", "--data: expected sine, which pretrain learns from, got omniglot"),
         (
             "train protonet --data nowhere",
-            "--data: expected 'omniglot', 'digits', 'sine' or a folder, got 'nowhere'",
+            "--data: expected omniglot, digits or a folder, which protonet learns from, got nowhere",
         ),
         (
             "train protonet --data {images} --ways 2 --queries 2 --image-size 8",
@@ -260,7 +264,7 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
         ("eval {waves} --split x", "--split: expected one of ('train', 'val', 'test') for sine, got 'x'"),
         ("eval {adapting} --ways 4", "--ways: expected at most 3 classes, as maml was trained, got 4"),
         ("eval {adapting} --runs", "--runs: expected at most 3 classes, as maml was trained, got 20"),
-        ("eval {optimizer} --inner-steps 2 0", "--inner-steps: expected at least 1, got 0"),
+        ("eval {optimizer} --inner-steps 2 0", "--inner-steps: expected a whole number of at least 1, got 0"),
         ("eval {optimizer} --inner-steps 2 3 --figure x.png", "--figure: expected one number of inner steps"),
     ],
 )
@@ -299,6 +303,74 @@ def test_a_value_out_of_range_is_refused_by_the_name_of_its_option(
     assert f"{option.split()[1]}: expected {message}" in refused(f"train {option}")
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train maml --inner-lrr 1", "--inner-lrr: unknown (did you mean --inner-lr?)"),
+        ("train maml --inner 1", "--inner: unknown"),
+        ("eval {run} --shotz 5", "--shotz: unknown (did you mean --shots?)"),
+        ("train maml --data sine --optimizer adan", "--optimizer: expected adam or sgd, got adan"),
+        ("train l2l --preprocess none --p 3", "--p: expected only with preprocess log_sign, got 3 with none"),
+        (
+            "train meta-lstm --cell-layers 0 --cell-hidden 3",
+            "--cell-hidden: expected only with cell_layers 1, 2 or 3, got 3 with 0",
+        ),
+    ],
+)
+def test_what_is_misspelt_or_would_be_ignored_is_refused(
+    command: str, message: str, refused: Refused
+) -> None:
+    assert message in refused(command)
+
+
+def test_the_default_of_every_method_can_be_learned_from() -> None:
+    from metafast.methods import METHODS
+    from metafast.program.config import compose
+
+    for name in METHODS:
+        config = compose(name, {})
+        assert config.data.kind in METHODS[name].recipes
+
+
+def test_recipes_name_settings_that_there_are() -> None:
+    from metafast.methods import METHODS
+    from metafast.program.config import sources_of
+    from metafast.program.settings import check_names, stated
+    from metafast.program.train import Pace, TrainingSettings
+
+    for method in METHODS.values():
+        assert sources_of(method)
+        for kind, recipe in method.recipes.items():
+            sources = [source for source in sources_of(method).values() if source.kind == kind]
+            check_names(recipe, stated(method.Settings, *sources, TrainingSettings, Pace))
+
+
+def test_the_configuration_of_a_run_is_read_strictly(trained: Path, tmp_path: Path) -> None:
+    from metafast.program.config import read_config, rebuild
+
+    described = read_config(trained)
+    config, problem = rebuild(described)
+    assert config.described(problem) == described
+    training = described["training"]
+    for change, message in (
+        ({"setings": {}}, r"setings: unknown \(did you mean settings\?\)"),
+        (
+            {"training": {**training, "stepz": 3}},
+            r"training.stepz: unknown \(did you mean steps",
+        ),
+        (
+            {"training": {**training, "lr": -1}},
+            "training.lr: expected a finite number > 0, got -1",
+        ),
+        ({"data": {**described["data"], "name": "x"}}, "data.name: expected one of omniglot, .* got 'x'"),
+        ({"method": "mam"}, "method: expected one of .*, got 'mam'"),
+        ({"problem": {"outputs": 2}}, "problem: "),
+        ({"pace": []}, "pace: expected an object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rebuild({**described, **change})
+
+
 @pytest.mark.parametrize("values", ["--episodes 1", "--inner-steps -1", "--shots 5 0", "--sgd -1"])
 def test_evaluation_too_refuses_by_the_name_of_the_option(values: str, refused: Refused) -> None:
     assert f"{values.split()[0]}: expected" in refused("eval {run} " + values)
@@ -307,23 +379,23 @@ def test_evaluation_too_refuses_by_the_name_of_the_option(values: str, refused: 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train maml --data sine --ways 5", "images, got 5 for sine"),
-        ("train maml --data sine --center", "images, got True for sine"),
+        ("train maml --data sine --ways 5", "omniglot or digits or a folder, got 5 for sine"),
+        ("train maml --data sine --center", "omniglot or digits or a folder, got True for sine"),
         ("train maml --data sine --image-size 28", "omniglot or digits or a folder, got 28 for sine"),
         ("train maml --data sine --protocol vinyals", "omniglot, got vinyals for sine"),
         ("train maml --data sine --data-root x", "omniglot or digits, got x for sine"),
         ("train maml --data digits --protocol vinyals", "omniglot, got vinyals for digits"),
         ("train protonet --data {images} --data-root x", "omniglot or digits, got x for a folder"),
-        ("train l2l --batch-size 8", "digits-mlp or digits-cnn or digits-rnn or omniglot-mlp, got 8 for qu"),
+        ("train l2l --batch-size 8", "digits-mlp or omniglot-mlp, got 8 for quadratic"),
         ("eval {run} --inner-steps 3", "or sine waves or problems of l2l, got 3 for images"),
-        ("eval {run} --sgd 0.1 1", "images with an inner loop, got 0.1 1.0 for images"),
+        ("eval {run} --sgd 0.1 1", "images with an inner loop, got 0.1 1 for images"),
         ("eval {run} --task quadratic", "problems of l2l, got quadratic for images"),
         ("eval {run} --figure x.png", "problems of l2l, got x.png for images"),
         ("eval {run} --data-root x", "omniglot or digits, got x for a folder"),
-        ("eval {waves} --runs", "or the 20-run benchmark, got True for sine waves"),
+        ("eval {waves} --runs", "images, got it for sine waves"),
         ("eval {waves} --ways 5", "images or images with an inner loop, got 5 for sine waves"),
         ("eval {waves} --sgd 0.1", "images with an inner loop, got 0.1 for sine waves"),
-        ("eval {optimizer} --runs", "or the 20-run benchmark, got True for problems of l2l"),
+        ("eval {optimizer} --runs", "images, got it for problems of l2l"),
         ("eval {optimizer} --sgd 0.1", "images with an inner loop, got 0.1 for problems of l2l"),
         ("eval {optimizer} --ways 5", "images or images with an inner loop, got 5 for problems of l2l"),
         ("eval {optimizer} --shots 5", "or sine waves, got 5 for problems of l2l"),
@@ -421,8 +493,7 @@ def test_an_empty_out_is_not_the_current_folder(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        main([*command, "--out", ""])
+    assert main([*command, "--out", ""]) == 1
     assert capsys.readouterr().err.endswith(
         "--out: expected a folder to write to, there or to be made, got ''\n"
     )
@@ -470,7 +541,7 @@ def test_a_model_that_saw_the_benchmark_is_not_scored_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn = ImageClasses(torch.rand(6, 5, 1, 16, 16), tuple("abcdef"))
-    monkeypatch.setattr("metafast.program.sources.omniglot", lambda *_, **__: drawn)
+    monkeypatch.setattr("metafast.data.sources.omniglot", lambda *_, **__: drawn)
     assert main(["train", "protonet", "--out", str(tmp_path), *TINY]) == 0
     assert main(["eval", str(tmp_path), "--runs"]) == 1
     assert "train with --protocol background" in capsys.readouterr().err
@@ -481,8 +552,8 @@ def test_the_benchmark_of_a_model_trained_on_background(
 ) -> None:
     drawn = ImageClasses(torch.rand(6, 5, 1, 16, 16), tuple("abcdef"))
     runs = EpisodeSampler(drawn, ways=2, shots=1, queries=2, tasks=3).batch(0)
-    monkeypatch.setattr("metafast.program.sources.omniglot", lambda *_, **__: drawn)
-    monkeypatch.setattr("metafast.program.jobs.omniglot_runs", lambda *_, **__: runs)
+    monkeypatch.setattr("metafast.data.sources.omniglot", lambda *_, **__: drawn)
+    monkeypatch.setattr("metafast.program.evaluations.omniglot_runs", lambda *_, **__: runs)
     assert main(["train", "protonet", "--protocol", "background", "--out", str(tmp_path), *TINY]) == 0
     assert main(["eval", str(tmp_path), "--runs"]) == 0
     assert "20-run one-shot benchmark" in capsys.readouterr().out

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "metafast"
 # From the ground up. A folder beside another on one floor does not know it.
 FLOORS = (
     {"_C", "_built"},  # compiled, and what the build wrote
-    {"reference", "runs"},
+    {"reference", "runs", "settings"},
     {"_dispatch"},
     {"ops"},
     {"adaptation", "optim"},
@@ -42,15 +42,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-# Their options are still argparse's: until methods state typed settings of their own.
-KNOWS_OPTIONS = pytest.mark.xfail(reason="methods declare options of the command line", strict=False)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=KNOWS_OPTIONS if path.parent.name == "methods" else ()) for path in MODULES],
-    ids=lambda path: str(path.relative_to(PACKAGE)),
-)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
     if path == PACKAGE / "__init__.py":  # the roof: it shows a user what the floors below the methods have
         return

@@ -245,13 +245,15 @@ def images(tmp_path: Path) -> Path:
 def test_trains_resumes_bit_for_bit_and_evaluates(
     layers: int, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("pydantic", reason="the command line needs metafast[cli]")
     pytest.importorskip("rich", reason="training needs metafast[cli]")
     pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
     from metafast.program.cli import main
     from metafast.runs.checkpoint import Checkpoint, find_checkpoint
 
     sizes = "--image-size 8 --no-center --hidden 8 --ways 3 --shots 5 --queries 2 --tasks 2 --steps 60"
-    runs = f"--cell-hidden 4 --cell-layers {layers} --checkpoint-every 40 --log-every 20 --lr 0.02"
+    cell = f"--cell-layers {layers}" + (" --cell-hidden 4" if layers else "")
+    runs = f"{cell} --checkpoint-every 40 --log-every 20 --lr 0.02"
     train = ["train", "meta-lstm", "--data", str(images), *sizes.split(), *runs.split()]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out in (whole, parts):
@@ -270,8 +272,8 @@ def test_trains_resumes_bit_for_bit_and_evaluates(
     assert [record["step"] for record in log] == [20, 40, 60]
     assert log[-1]["loss"] < log[0]["loss"]
 
-    assert main([*train, "--out", str(parts), "--resume", "--cell-hidden", "5"]) == 1
-    assert "--cell-hidden: the run in" in capsys.readouterr().err
+    assert main([*train, "--out", str(parts), "--resume", "--cell-layers", "2"]) == 1
+    assert "--cell-layers: the run in" in capsys.readouterr().err
     few = ["--ways", "3", "--shots", "5", "--queries", "2", "--episodes", "20"]
     assert main(["eval", str(whole), *few, "--sgd", "0.001", "0.3"]) == 0
     lines = capsys.readouterr().out.splitlines()

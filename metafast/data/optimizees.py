@@ -22,6 +22,17 @@ _START = 0.01  # standard deviation of the parameters that a quadratic begins fr
 
 
 @dataclass(frozen=True)
+class Optimization:
+    """What a learned optimizer is trained for.
+
+    Attributes:
+        steps: of an optimisation.
+    """
+
+    steps: int
+
+
+@dataclass(frozen=True)
 class Optimizees(ABC):
     """T problems, stacked: parameters to begin from, and a loss of them that changes from step to step.
 
@@ -36,6 +47,11 @@ class Optimizees(ABC):
     def __len__(self) -> int:
         """T, the number of problems."""
         return len(self.start[0])
+
+    @property
+    def problem(self) -> Optimization:
+        """The kind of optimisation that these are."""
+        return Optimization(self.steps)
 
     @abstractmethod
     def losses(self, params: Sequence[Tensor], step: int) -> Tensor:

@@ -1,7 +1,16 @@
 """The methods, one file each, thin over the fused operations.
 
-To add one: write a class that satisfies :class:`Method` in a file of its own and enter it in ``METHODS``. The
-command line then trains, resumes and evaluates it, with the options that the class declares.
+To add one, write a file and enter its class in ``METHODS``:
+
+1. a frozen dataclass of :class:`metafast.settings.Settings` with the method's own settings: type, default and
+   meaning of each (``hidden: Count = setting(64, "channels of Conv4")``);
+2. a class of :class:`Method` with ``loss`` and ``predict``, which takes the user's own network;
+3. in the class: ``Settings``, the ``paper``, the ``recipes`` (for each kind of data that it learns from,
+   ``"images"`` or ``"sine"``, the settings of method, data, training and pace whose defaults differ), and
+   ``from_settings``, which builds it with the paper's network.
+
+The command line trains, resumes, evaluates and lists it; its options, their help and checks, and the run's
+``config.json`` follow from the settings. ``protonet.py`` is the shortest example.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import operator
 from abc import abstractmethod
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,50 +16,42 @@ from metafast._dispatch.arguments import blame, check_choice, check_count, check
 from metafast.adaptation.structure import recognise
 from metafast.data import Episodes, Problem
 from metafast.ops.inner_loop import inner_sgd, maml_loss, task_linear
-from metafast.program.options import COUNT, NOT_NEGATIVE, whole
 from metafast.reference.inner_loop import LearningRate
+from metafast.settings import Count, NotNegative, Settings, Whole, setting
 
 from .method import Method
 from .mlp import mlp
 
 # Finn, Abbeel, Levine 2017, section 5.1 and appendix A.2.
-SINE: dict[str, Any] = {
-    "hidden": [40, 40],
-    "activation": "relu",
-    "inner_lr": 0.01,
-    "inner_steps": 1,
-    "test_steps": None,
-    "shots": 10,
-    "queries": 10,
+SINE: Mapping[str, Any] = {
     "tasks": 25,
     "steps": 70_000,
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "schedule": "constant",
     "precision": "float32",
     "log_every": 5000,
     "checkpoint_every": 10_000,
 }
 # The network without convolutions of section 5.2, without its batch norm.
-IMAGES: dict[str, Any] = {
+IMAGES: Mapping[str, Any] = {
     "center": True,
-    "hidden": [256, 128, 64],
-    "activation": "relu",
+    "hidden": (256, 128, 64),
     "inner_lr": 0.1,
     "inner_steps": 2,
-    "test_steps": None,
-    "ways": 5,
-    "shots": 1,
-    "queries": 5,
     "tasks": 16,
     "steps": 4000,
-    "optimizer": "adam",
-    "lr": 1e-3,
     "schedule": "cosine",
     "precision": "float32",
     "log_every": 100,
     "checkpoint_every": 1000,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationSettings(Settings):
+    hidden: tuple[Count, ...] = setting((40, 40), "widths of the hidden layers")
+    activation: Literal["relu", "tanh"] = setting("relu", "between layers")
+    inner_lr: NotNegative = setting(0.01, "learning rate of the inner loop")
+    inner_steps: Whole = setting(1, "of the inner loop in training")
+    test_steps: Whole | None = setting(None, "of the inner loop in evaluation; else --inner-steps")
 
 
 class Adaptation(Method):
@@ -82,8 +74,7 @@ class Adaptation(Method):
         TypeError: an argument is of another type.
     """
 
-    inner_rates: ClassVar[Callable[[str], float]] = staticmethod(NOT_NEGATIVE)
-    """The values of ``--inner-lr``."""
+    Settings = AdaptationSettings
 
     def __init__(
         self, network: nn.Module, *, loss: str, lr: float, steps: int, test_steps: int | None = None
@@ -163,37 +154,20 @@ class Adaptation(Method):
     def loss(self, episodes: Episodes) -> Tensor: ...
 
     @classmethod
-    def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--hidden", type=COUNT, nargs="+", metavar="H", help="widths of the hidden layers"
-        )
-        parser.add_argument("--activation", choices=("relu", "tanh"), help="between layers")
-        parser.add_argument(
-            "--inner-lr", type=cls.inner_rates, metavar="X", help="learning rate of the inner loop"
-        )
-        parser.add_argument("--inner-steps", type=whole(0), metavar="K", help="of the inner loop in training")
-        parser.add_argument(
-            "--test-steps",
-            type=whole(0),
-            metavar="K",
-            help="of the inner loop in evaluation; else --inner-steps",
-        )
+    def from_settings(cls, settings: Any, problem: Problem) -> Adaptation:
+        return cls(**cls.arguments(settings, problem))
 
     @classmethod
-    def from_options(cls, options: Namespace, problem: Problem) -> Adaptation:
-        return cls(**cls.settings(options, problem))
-
-    @classmethod
-    def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
-        """The arguments of the class that the options describe."""
+    def arguments(cls, settings: Any, problem: Problem) -> dict[str, Any]:
+        """The arguments of the class that the settings describe."""
         inputs = math.prod(problem.input_shape)
-        network = mlp(inputs, options.hidden, problem.outputs, options.activation)
+        network = mlp(inputs, settings.hidden, problem.outputs, settings.activation)
         if not problem.regression:
             nn.init.normal_(network[-1].weight, std=0.01)  # at first no class is favoured
         return {
             "network": network,
             "loss": "mse" if problem.regression else "cross_entropy",
-            "lr": options.inner_lr,
-            "steps": options.inner_steps,
-            "test_steps": options.test_steps,
+            "lr": settings.inner_lr,
+            "steps": settings.inner_steps,
+            "test_steps": settings.test_steps,
         }

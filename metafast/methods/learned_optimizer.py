@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from metafast._dispatch.arguments import check_choice, check_count, check_instance
 from metafast.data import Optimizees
+from metafast.data.optimizees import Optimization
+from metafast.data.sources import TASKS
 from metafast.optim.coordinatewise_lstm import CoordinatewiseLSTM
-from metafast.program.options import COUNT, FINITE, POSITIVE, whole
+from metafast.settings import Count, Positive, Range, Settings, setting
 
-from .method import Learner
+from .method import Learner, Recipes
 
 _OBJECTIVES = ("loss", "log")
 
 # Section 3.1 of the paper, at its full horizon.
 _QUADRATIC: Mapping[str, Any] = {
-    "hidden": 20,
-    "layers": 2,
-    "preprocess": "log_sign",
-    "p": 10.0,
-    "scale": 0.1,
-    "inner_steps": 100,
-    "truncation": 20,
-    "objective": "loss",
-    "random_scaling": 0.0,
     "tasks": 16,
     "steps": 4000,
-    "optimizer": "adam",
     "lr": 5e-3,
     "schedule": "cosine",
     "precision": "float32",
@@ -53,6 +45,21 @@ _TRAINING: Mapping[str, Any] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearnedOptimizerSettings(Settings):
+    hidden: Count = setting(20, "units of a layer")
+    layers: Annotated[int, Range(ge=1, le=3)] = setting(2, "of the LSTM")
+    preprocess: Literal["log_sign", "none"] = setting("log_sign", "of the gradients")
+    p: Positive = setting(
+        10.0,
+        "of log_sign: gradients below exp(-X) count as small",
+        only_with=("preprocess", ("log_sign",)),
+    )
+    scale: float = setting(0.1, "what the LSTM's output is multiplied by")
+    objective: Literal["loss", "log"] = setting("loss", "the loss of a step, or its logarithm")
+    truncation: Count = setting(20, "steps that the meta-gradient goes through")
+
+
 class LearnedOptimizer(Learner):
     """Gradient descent as an LSTM (Andrychowicz et al. 2016): learns to optimise, on problems of one kind.
 
@@ -71,7 +78,11 @@ class LearnedOptimizer(Learner):
             than fast progress at first. The loss has to be positive.
     """
 
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    paper = "Andrychowicz et al. 2016"
+    Settings = LearnedOptimizerSettings
+    sources = TASKS
+    source = "task"
+    recipes: ClassVar[Recipes] = {
         "quadratic": _QUADRATIC,
         "digits-mlp": _TRAINING,
         "omniglot-mlp": _TRAINING,
@@ -132,33 +143,16 @@ class LearnedOptimizer(Learner):
             raise ValueError(f"truncation: expected a divisor of the {steps} steps, got {self.truncation}")
 
     @classmethod
-    def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument("--hidden", type=COUNT, metavar="H", help="units of a layer")
-        parser.add_argument("--layers", type=whole(1, 3), metavar="L", help="of the LSTM, 1 to 3")
-        parser.add_argument("--preprocess", choices=("log_sign", "none"), help="of the gradients")
-        parser.add_argument(
-            "--p", type=POSITIVE, metavar="X", help="of log_sign: gradients below exp(-X) count as small"
-        )
-        parser.add_argument(
-            "--scale", type=FINITE, metavar="X", help="what the LSTM's output is multiplied by"
-        )
-        parser.add_argument("--inner-steps", type=COUNT, metavar="K", help="steps of an optimisation")
-        parser.add_argument("--objective", choices=_OBJECTIVES, help="the loss of a step, or its logarithm")
-        parser.add_argument(
-            "--truncation", type=COUNT, metavar="K", help="steps that the meta-gradient goes through"
-        )
-
-    @classmethod
-    def from_options(cls, options: Namespace, problem: None = None) -> LearnedOptimizer:
+    def from_settings(cls, settings: LearnedOptimizerSettings, problem: Optimization) -> LearnedOptimizer:
         cell = CoordinatewiseLSTM(
-            options.hidden,
-            options.layers,
-            preprocess=options.preprocess,
-            p=options.p,
-            scale=options.scale,
+            settings.hidden,
+            settings.layers,
+            preprocess=settings.preprocess,
+            p=settings.p,
+            scale=settings.scale,
         )
-        method = cls(cell, truncation=options.truncation, objective=options.objective)
-        method.check_steps(options.inner_steps)
+        method = cls(cell, truncation=settings.truncation, objective=settings.objective)
+        method.check_steps(problem.steps)
         return method
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +10,17 @@ from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
 from metafast.reference.inner_loop import LearningRate
+from metafast.settings import setting
 
-from .adaptation import IMAGES, SINE, Adaptation
+from .adaptation import IMAGES, SINE, Adaptation, AdaptationSettings
 from .method import Recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAMLSettings(AdaptationSettings):
+    learn_inner_lr: bool = setting(
+        False, "learn the rate of every step and layer, as MAML++; --inner-lr is where they begin"
+    )
 
 
 class MAML(Adaptation):
@@ -26,8 +34,10 @@ class MAML(Adaptation):
             last.
     """
 
+    paper = "Finn, Abbeel, Levine 2017"
+    Settings = MAMLSettings
     recipes: ClassVar[Recipes] = {
-        "sine": {**SINE, "learn_inner_lr": False},
+        "sine": SINE,
         "images": {**IMAGES, "learn_inner_lr": True, "test_steps": 5},
     }
 
@@ -48,18 +58,9 @@ class MAML(Adaptation):
         return self.query_loss(episodes, self.steps)
 
     @classmethod
-    def add_options(cls, parser: ArgumentParser) -> None:
-        super().add_options(parser)
-        parser.add_argument(
-            "--learn-inner-lr",
-            action=BooleanOptionalAction,
-            help="learn the rate of every step and layer, as MAML++; --inner-lr is where they begin",
-        )
-
-    @classmethod
-    def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
-        if options.learn_inner_lr and options.inner_steps < 1:
+    def arguments(cls, settings: MAMLSettings, problem: Problem) -> dict[str, Any]:
+        if settings.learn_inner_lr and settings.inner_steps < 1:
             raise ValueError(
-                f"inner_steps: expected at least 1, whose rates are learned, got {options.inner_steps}"
+                f"inner_steps: expected at least 1, whose rates are learned, got {settings.inner_steps}"
             )
-        return {**super().settings(options, problem), "learn_lr": options.learn_inner_lr}
+        return {**super().arguments(settings, problem), "learn_lr": settings.learn_inner_lr}

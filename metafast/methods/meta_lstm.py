@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,22 @@ from torch import Tensor, nn
 from metafast._dispatch.arguments import check_instance
 from metafast.data import Episodes, Problem
 from metafast.optim.meta_lstm import MetaLSTM
-from metafast.program.options import COUNT, SHARE, whole
 from metafast.reference.labels import IGNORED
+from metafast.settings import Count, Range, Share, setting
 
-from .adaptation import IMAGES, Adaptation
+from .adaptation import IMAGES, Adaptation, AdaptationSettings
 from .method import Recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaLSTMSettings(AdaptationSettings):
+    inner_lr: Share = setting(0.2, "where the input gate begins, a learning rate")
+    cell_layers: Annotated[int, Range(ge=0, le=3)] = setting(
+        1,
+        "LSTM layers below the gates of the meta-LSTM; with 0 the gates see the gradient, the loss, the "
+        "weight and themselves alone",
+    )
+    cell_hidden: Count = setting(20, "units of such a layer", only_with=("cell_layers", (1, 2, 3)))
 
 
 class MetaLSTMLearner(Adaptation):
@@ -31,14 +42,14 @@ class MetaLSTMLearner(Adaptation):
         settings: as :class:`Adaptation`'s, but for ``lr``, which is the cell's first input gate.
     """
 
+    paper = "Ravi, Larochelle 2017"
+    Settings = MetaLSTMSettings
     recipes: ClassVar[Recipes] = {
         "images": {
             **IMAGES,
-            "hidden": [64],
+            "hidden": (64,),
             "inner_lr": 0.2,
             "inner_steps": 5,
-            "cell_hidden": 20,
-            "cell_layers": 1,
             "shots": 5,
             "tasks": 4,
             "steps": 2400,
@@ -47,8 +58,6 @@ class MetaLSTMLearner(Adaptation):
             "checkpoint_every": 100,
         },
     }
-
-    inner_rates = staticmethod(SHARE)
 
     def __init__(self, network: nn.Module, cell: MetaLSTM, **settings: Any) -> None:
         check_instance(MetaLSTM, cell=cell)
@@ -110,24 +119,10 @@ class MetaLSTMLearner(Adaptation):
         return self.query_loss(episodes, self.steps)
 
     @classmethod
-    def add_options(cls, parser: ArgumentParser) -> None:
-        super().add_options(parser)
-        parser.add_argument(
-            "--cell-hidden", type=COUNT, metavar="H", help="units of a layer of the meta-LSTM"
-        )
-        parser.add_argument(
-            "--cell-layers",
-            type=whole(0, 3),
-            metavar="L",
-            help="LSTM layers below its gates; with 0 the gates see the gradient, the loss, the weight and "
-            "themselves alone. --inner-lr is where the input gate begins",
-        )
-
-    @classmethod
-    def settings(cls, options: Namespace, problem: Problem) -> dict[str, Any]:
-        settings = super().settings(options, problem)
-        gate = settings.pop("lr")
-        return {**settings, "cell": MetaLSTM(options.cell_hidden, options.cell_layers, input_gate=gate)}
+    def arguments(cls, settings: MetaLSTMSettings, problem: Problem) -> dict[str, Any]:
+        arguments = super().arguments(settings, problem)
+        gate = arguments.pop("lr")
+        return {**arguments, "cell": MetaLSTM(settings.cell_hidden, settings.cell_layers, input_gate=gate)}
 
 
 def _stack(tasks: list[list[Tensor]]) -> list[Tensor]:

@@ -18,6 +18,7 @@ class MetaSGD(Adaptation):
     ``lr`` is where they begin.
     """
 
+    paper = "Li, Zhou, Chen, Li 2017"
     recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_lr": 0.05, "inner_steps": 1}}
 
     def __init__(self, network: nn.Module, **settings: Any) -> None:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from metafast.data import Episodes, Problem
-from metafast.program.options import Recipes
+from metafast.data.sources import DATA, Source
+from metafast.settings import Settings
+
+Recipes = Mapping[str, Mapping[str, Any]]
+"""Kind of data -> setting -> its default: of the method's own settings, the data's, the training's and the
+run's, where it differs from what these say themselves."""
 
 
 class Learner(nn.Module, ABC):
     """What training can train: a module with a loss over a batch of tasks.
 
-    The recipes and the two class methods serve the command line; what they declare and read is the method's
-    own.
+    All but the loss serves the command line and a run's files.
     """
 
+    Settings: ClassVar[type[Settings]]
+    """The method's own settings."""
+
     recipes: ClassVar[Recipes]
-    """The defaults of the options that depend on the data: ``"images"``, ``"sine"`` -> option -> value. What
-    the method cannot learn from is absent, and so is an option from the data that it does not belong to."""
+    """The kinds of data that the method learns from, and what it does by default on each."""
+
+    sources: ClassVar[Mapping[str, type[Source]]] = DATA
+    """What it may learn from: those of a kind that has a recipe."""
+
+    source: ClassVar[str] = "data"
+    """The option that names one of them."""
+
+    paper: ClassVar[str]
+    """Authors and year."""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
@@ -29,13 +44,12 @@ class Learner(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def add_options(cls, parser: ArgumentParser) -> None:
-        """Declares the method's options."""
+    def from_settings(cls, settings: Any, problem: Any) -> Learner:
+        """The method that ``settings``, a ``cls.Settings``, describe, for a problem, with fresh weights.
 
-    @classmethod
-    @abstractmethod
-    def from_options(cls, options: Namespace, problem: Any) -> Learner:
-        """The method that the options describe, with fresh weights."""
+        Raises:
+            ValueError: they do not fit the problem. The message begins with the name of the setting.
+        """
 
 
 class Method(Learner):
@@ -51,5 +65,4 @@ class Method(Learner):
 
     @classmethod
     @abstractmethod
-    def from_options(cls, options: Namespace, problem: Problem) -> Method:
-        """The method that the options describe, with fresh weights."""
+    def from_settings(cls, settings: Any, problem: Problem) -> Method: ...

@@ -19,6 +19,7 @@ class Pretrain(Adaptation):
     For regression: classes are numbered anew in every episode, which leaves nothing to learn without one.
     """
 
+    paper = "baseline of Finn, Abbeel, Levine 2017"
     recipes: ClassVar[Recipes] = {"sine": SINE}
 
     def loss(self, episodes: Episodes) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from metafast._dispatch.arguments import check_choice, check_instance
 from metafast.data import Episodes, Problem
 from metafast.ops.pairwise import METRICS, prototypical_log_probs, prototypical_loss
-from metafast.program.options import COUNT
+from metafast.settings import Count, Settings, setting
 
 from .conv4 import conv4
 from .method import Method, Recipes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtoNetSettings(Settings):
+    metric: Literal["sqeuclidean", "euclidean", "cosine", "cityblock"] = setting(
+        "sqeuclidean", "distance of a query to a prototype"
+    )
+    hidden: Count = setting(64, "channels of Conv4")
 
 
 class ProtoNet(Method):
@@ -25,18 +33,14 @@ class ProtoNet(Method):
         metric: distance of a query to a prototype, as in :func:`metafast.pairwise_distance`.
     """
 
+    paper = "Snell, Swersky, Zemel 2017"
+    Settings = ProtoNetSettings
     recipes: ClassVar[Recipes] = {
         "images": {
-            "center": False,
             "ways": 60,
-            "shots": 1,
-            "queries": 5,
-            "tasks": 1,
             "steps": 600,
-            "optimizer": "adam",
             "lr": 2e-3,
             "schedule": "cosine",
-            "precision": "auto",
             "log_every": 20,
             "checkpoint_every": 200,
         }
@@ -76,20 +80,8 @@ class ProtoNet(Method):
         )
 
     @classmethod
-    def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--metric",
-            default="sqeuclidean",
-            choices=("sqeuclidean", "euclidean", "cosine", "cityblock"),
-            help="distance of a query to a prototype (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--hidden", type=COUNT, default=64, metavar="H", help="channels of Conv4 (default: %(default)s)"
-        )
-
-    @classmethod
-    def from_options(cls, options: Namespace, problem: Problem) -> ProtoNet:
+    def from_settings(cls, settings: ProtoNetSettings, problem: Problem) -> ProtoNet:
         channels, height, width = problem.input_shape
         if min(height, width) < 16:
             raise ValueError(f"image_size: expected at least 16, which Conv4 halves four times, got {height}")
-        return cls(conv4(channels, options.hidden), metric=options.metric)
+        return cls(conv4(channels, settings.hidden), metric=settings.metric)

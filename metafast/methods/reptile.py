@@ -19,12 +19,13 @@ class Reptile(Adaptation):
     It has no query: the inner loop of training runs on all examples of a task.
     """
 
+    paper = "Nichol, Achiam, Schulman 2018"
     recipes: ClassVar[Recipes] = {
         # The sine of the authors' own demonstration, but for the inner loop: 20 steps on all 20 points of a
         # wave, where theirs takes 5 steps, each on another 10 of 50 points.
         "sine": {
             **SINE,
-            "hidden": [64, 64],
+            "hidden": (64, 64),
             "activation": "tanh",
             "inner_lr": 0.02,
             "inner_steps": 20,

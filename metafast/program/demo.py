@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,13 +14,14 @@ from torch import Tensor
 
 import metafast
 from metafast import reference
-from metafast.data import Episodes, EpisodeSampler, omniglot
+from metafast.data import Episodes, omniglot
+from metafast.data.sources import Sine
 from metafast.methods import Adaptation
 from metafast.program.cli import main
 from metafast.program.evaluate import score
+from metafast.program.evaluations import WAVE_SHOTS, WAVE_STEPS, wave_errors
 from metafast.program.figures import draw_episode, draw_waves
-from metafast.program.jobs import LOG, WAVE_SHOTS, WAVE_STEPS, load_method, wave_errors
-from metafast.program.sources import describe, load_classes, load_sampler
+from metafast.program.run import LOG, load_method
 from metafast.runs.checkpoint import list_checkpoints
 
 _ROUNDS = 31
@@ -81,9 +82,8 @@ def drawings(out: Path) -> None:
 
 
 def _test_waves(shots: int, queries: int, tasks: int) -> Episodes:
-    options = Namespace(data="sine")
-    sizes = {"shots": shots, "queries": queries, "tasks": tasks}
-    return load_sampler(options, "test", ways=None, seed=1, device="cpu", **sizes).batch(0)
+    waves = Sine(shots=shots, queries=queries, tasks=tasks)
+    return waves.sampler("test", seed=1, device="cpu").batch(0)
 
 
 def _print_errors(methods: Mapping[str, Adaptation]) -> None:
@@ -160,10 +160,10 @@ def _medians(
 @torch.no_grad()
 def _draw(run: Path, ways: int, path: Path) -> None:
     """The median episode of some, by accuracy: neither the best nor the worst of them."""
-    method, options = load_method(run)
-    classes = load_classes(options, "test")
-    drawn = EpisodeSampler(classes, ways=ways, shots=1, queries=1, tasks=_CANDIDATES, seed=2).batch(0)
+    method, trained = load_method(run)
+    data = replace(trained.data, ways=ways, shots=1, queries=1, tasks=_CANDIDATES)
+    drawn = data.sampler("test", seed=2, device="cpu").batch(0)
     middle = score(method, drawn).argsort(stable=True)[_CANDIDATES // 2]
     typical = drawn.take(middle.unsqueeze(0))
-    title = f"A typical {ways}-way 1-shot episode of {describe(options)} test"
+    title = f"A typical {ways}-way 1-shot episode of {data} test"
     draw_episode(typical, method.predict(typical), path, title=title)

@@ -1,114 +1,88 @@
-"""Options of the command line: what values they take, and what data they belong to."""
+"""Options of the command line, made of settings."""
 
 from __future__ import annotations
 
-import math
-import os
 import re
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-Recipes = Mapping[str, Mapping[str, Any]]
-"""Kind of data -> option -> its default, ``None`` where something else gives one. An option that some kinds
-name and others do not belongs to the kinds that name it."""
+from metafast.program.settings import items_of, nearest, said, stated, types_of
+from metafast.settings import Settings
 
-Value = TypeVar("Value")
+Defaults = Mapping[str, Mapping[str, Any]]
+"""Kind -> name of a setting -> its default."""
 
 
 class Parser(ArgumentParser):
-    """Refuses a command line in one line, that begins with the option's name."""
+    """Refuses a command line in one line, that begins with the option's name. Words stay as they are typed:
+    what they mean, and whether they may, is the settings' to say."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, argument_default=SUPPRESS, **arguments)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"metafast: error: {message.removeprefix('argument ')}\n")
 
-
-def checked(
-    read: Callable[[str], Value], expected: str, holds: Callable[[Value], bool]
-) -> Callable[[str], Value]:
-    """A ``type`` of argparse: the values that ``read`` makes of a word and for which ``holds`` is true."""
-
-    def value_of(word: str) -> Value:
-        try:
-            value = read(word)
-            fits = holds(value)
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ArgumentTypeError(f"expected {expected}, got {word or repr(word)}")
-        return value
-
-    return value_of
+    def options(self) -> Iterable[str]:
+        return self._option_string_actions
 
 
-def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """The whole numbers from ``least`` to ``most``."""
-    expected = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-    return checked(int, f"a whole number {expected}", lambda value: least <= value <= most)
+def add_options(
+    parser: ArgumentParser | _ArgumentGroup, classes: Sequence[type[Settings]], defaults: Defaults
+) -> None:
+    """An option for each setting of the classes, which may share some.
 
-
-COUNT = whole(1)
-SEED = whole(0, 2**63 - 1)
-FINITE = checked(float, "a finite number", math.isfinite)
-POSITIVE = checked(float, "a finite number > 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = checked(float, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-SHARE = checked(float, "a number between 0 and 1", lambda value: 0 < value < 1)
-
-
-def _path(word: str) -> Path:
-    """Of an empty word, which a shell makes of an unset variable, ``Path`` would make the current folder."""
-    if not word:
-        raise ValueError("a path has at least one character")
-    return Path(word)
-
-
-def _can_be_folder(path: Path) -> bool:
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return nearest.is_dir() and os.access(nearest, os.W_OK)
-
-
-FOLDER = checked(_path, "a folder to write to, there or to be made", _can_be_folder)
-
-
-def settle(options: Namespace, recipes: Recipes, kind: str) -> None:
-    """Gives the options that were not given what the recipe of ``kind`` says.
-
-    Raises:
-        ValueError: an option was given that belongs to other kinds alone.
+    Args:
+        defaults: of the settings by kind of data, where a kind has them.
     """
-    for name, value in vars(options).items():
-        owners = [owner for owner, recipe in recipes.items() if name in recipe]
-        if kind in owners:
-            if value is None:
-                setattr(options, name, recipes[kind][name])
-        elif owners and value is not None:
-            expected = " or ".join(owners)
-            raise ValueError(f"{name}: expected only for {expected}, got {_said(value)} for {kind}")
+    for name, field in stated(*classes).items():
+        if not field.metadata["option"]:
+            continue
+        hint = next(types_of(cls)[name] for cls in classes if name in types_of(cls))
+        option = "--" + name.replace("_", "-")
+        help = f"{field.metadata['meaning']}{_default(name, defaults)}".replace("%", "%%")
+        if hint is bool:
+            parser.add_argument(option, action=BooleanOptionalAction, help=help)
+        else:
+            items = items_of(hint)
+            nargs = {} if items is None else {"nargs": "+"}
+            parser.add_argument(option, metavar=_metavar(items or hint), help=help, **nargs)
 
 
-def say_defaults(parser: ArgumentParser, recipes: Recipes) -> None:
-    """Adds to the help of an option what it is by default, and for which data where that depends on them."""
-    for action in parser._actions:
-        values = {kind: recipe[action.dest] for kind, recipe in recipes.items() if action.dest in recipe}
-        known = {kind: _said(value) for kind, value in values.items() if value is not None}
-        if known:
-            alike = len(known) == len(values) and len(set(known.values())) == 1
-            each = ", ".join(f"{kind} {value}" for kind, value in known.items())
-            default = next(iter(known.values())) if alike else each
-            action.help = f"{action.help or ''} (default: {default})".lstrip()
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(get_args(hint)) + "}"
+    kind = (get_args(hint) or (hint,))[0]
+    return {int: "N", float: "X", Path: "PATH", str: "NAME"}[kind]
 
 
-def _said(value: Any) -> str:
-    """A value as it is typed."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _default(name: str, defaults: Defaults) -> str:
+    """What it is by default, and for which data where that depends on them."""
+    values = {kind: known[name] for kind, known in defaults.items() if name in known}
+    there = {kind: said(value) for kind, value in values.items() if value not in (None, ())}
+    if not there:
+        return ""
+    if len(there) == len(values) and len(set(there.values())) == 1:
+        return f" (default: {next(iter(there.values()))})"
+    return f" (default: {', '.join(f'{kind} {value}' for kind, value in there.items())})"
 
 
-def by_option(message: str, options: Namespace) -> str:
-    """The message of an error that begins with the names of arguments, as in ``shots + queries: expected``:
+def by_option(message: str, names: Iterable[str]) -> str:
+    """The message of an error that begins with the names of settings, as in ``shots + queries: expected``:
     with those of the options."""
-    names = re.match(r"\w+(?: \+ \w+)*(?=: )", message)
-    if names is None or not all(name in options for name in names[0].split(" + ")):
+    found = re.match(r"\w+(?: \+ \w+)*(?=: )", message)
+    if found is None or not set(found[0].split(" + ")) <= set(names):
         return message
-    flags = re.sub(r"\w+", lambda name: "--" + name[0].replace("_", "-"), names[0])
-    return flags + message[names.end() :]
+    flags = re.sub(r"\w+", lambda name: "--" + name[0].replace("_", "-"), found[0])
+    return flags + message[found.end() :]
+
+
+def unknown(words: Iterable[str], parser: Parser) -> str:
+    """The error of words that are left over: the first, and the option that is like it."""
+    word = next((word for word in words if word.startswith("-")), None)
+    if word is None:
+        return f"{next(iter(words))}: expected an option"
+    option = word.partition("=")[0]
+    return f"{option}: unknown{nearest(option, list(parser.options()))}"

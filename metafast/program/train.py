@@ -6,8 +6,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +21,83 @@ from metafast.methods import Learner
 from metafast.program.evaluate import mean_score
 from metafast.program.progress import Progress
 from metafast.runs.checkpoint import Checkpoints
+from metafast.settings import Count, Positive, Seed, Settings, setting
 
 Batch = Episodes | Optimizees
 
 # What tells a log's records from those of other programs, which count steps as well.
 _BEGINNING = b'{"step": '
 _MARKS = {"diverged", "episodes_per_second"}
+
+
+def available(device: str | None) -> str:
+    """The device that is asked for, by default a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if device is not None and device not in devices:
+        raise ValueError(f"device: expected {' or '.join(devices)}, of which there is one here, got {device}")
+    return device or devices[-1]
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
+PRECISION = "of the backbone; auto is bfloat16 where the hardware multiplies it"
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Settings):
+    """What a run is, besides its method and its data: the same settings give the same bits."""
+
+    steps: Count = setting(1000, "of the optimizer")
+    optimizer: Literal["adam", "sgd"] = setting("adam", "of the outer loop")
+    lr: Positive = setting(1e-3, "of the optimizer, its peak")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "of the learning rate: linear falls to 0; cosine warms up, then falls along a cosine"
+    )
+    seed: Seed = setting(0, "of the weights and of the data")
+    device: Device = setting(available(None), "where it is computed")
+    precision: Precision = setting("auto", PRECISION)
+
+    def make_optimizer(self, method: Learner) -> tuple[Optimizer, LRScheduler | None]:
+        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[self.optimizer]
+        optimizer = kind(method.parameters(), lr=self.lr, fused=True)
+        if self.schedule == "constant":
+            return optimizer, None
+        share = {"linear": _linear, "cosine": _warm_up_and_cosine}[self.schedule]
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share, steps=self.steps))
+
+
+def _linear(step: int, *, steps: int) -> float:
+    """Shares of the peak learning rate, down to zero."""
+    return 1 - step / steps
+
+
+def _warm_up_and_cosine(step: int, *, steps: int) -> float:
+    """Up over a tenth of the steps and down along half a cosine."""
+    return min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace(Settings):
+    """How often a run writes: a resumed run may change it."""
+
+    log_every: Count = setting(20, "steps between two records of the log")
+    checkpoint_every: Count = setting(200, "steps between two checkpoints")
+    keep: Count = setting(2, "latest checkpoints")
+
+
+def autocast_dtype(precision: Precision, device: str) -> torch.dtype | None:
+    """What ``--precision`` means on a device: the dtype of autocast, ``None`` for float32 throughout."""
+    if precision == "auto":
+        if device == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = torch.cpu.get_capabilities().get("amx_bf16", False)
+        precision = "bfloat16" if fast else "float32"
+    return {"float32": None, "bfloat16": torch.bfloat16}[precision]
 
 
 def train(
