@@ -8,12 +8,13 @@ off in torch and in JAX.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +40,9 @@ class Run:
     deadline: Deadline
 
 
+Study = Callable[[Run], list[dict[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Family:
     name: str
@@ -49,7 +53,7 @@ class Family:
     plan: Plan = field(default_factory=Plan)
     exponentials: bool = False  # the floors of its cases count some
     # What is measured beside the cases, for the report; rows with a "target" are judged by it.
-    studies: Mapping[str, Callable[[Run], list[dict[str, Any]]]] = field(default_factory=dict)
+    studies: Mapping[str, Study] = field(default_factory=dict)
 
 
 def parse(name: str, description: str) -> argparse.Namespace:
@@ -96,9 +100,12 @@ def main(family: Family) -> None:
 
 def run(family: Family, options: argparse.Namespace, report: Report) -> list[str]:
     """-> what of metafast failed, which is more than to miss a target."""
-    chosen = [(n, build) for n, build in family.cases(options.device, options.quick) if options.only in n]
-    studies = {name: study for name, study in family.studies.items() if options.only in name}
-    budget = Budget(options.seconds, len(chosen) + len(studies))
+    parts: dict[str, Callable[[Run], Findings]] = {
+        name: functools.partial(_case, build) for name, build in family.cases(options.device, options.quick)
+    }
+    parts |= {name: functools.partial(_study, name, study) for name, study in family.studies.items()}
+    parts = {name: part for name, part in parts.items() if options.only in name}
+    budget = Budget(options.seconds, len(parts))
     clock, plan = Clock(options.device), QUICK if options.quick else family.plan
     peak = measure_peak(clock, options.quick, family.exponentials)
     report.say(str(peak))
@@ -108,34 +115,41 @@ def run(family: Family, options: argparse.Namespace, report: Report) -> list[str
         "bandwidth_bytes": peak.bandwidth,
     }
     missed, failed = [], []
-    for name, build in chosen:
+    for name, part in parts.items():
         deadline = budget.share()
         if deadline is None:
             report.say(f"\n{name}: no time left")
             continue
-        torch._dynamo.reset()  # every case compiles for its own shapes
         try:
-            case = build()
-            rows = run_case(case, clock, plan, peak, options.memory * GIB, deadline)
-        except Exception as error:  # one case that fails leaves the others
+            found = part(Run(options, report, clock, plan, peak, deadline))
+        except Exception as error:  # a part that fails leaves the others
             failed.append(f"{name}: raised {type(error).__name__}: {error}")
             report.say(f"\n{failed[-1]}")
             continue
-        verdicts = judge(case, rows)
-        report.say(table(case, rows, verdicts, peak))
-        report.add(summary(case, rows, verdicts, peak))
-        missed += [f"{name}: {v['target']}: {v['reached']}" for v in verdicts if not v["met"]]
-        failed += [f"{name}: {failure}" for failure in failures(rows)]
-    for name, study in studies.items():
-        deadline = budget.share()
-        if deadline is None:
-            report.say(f"\n{name}: no time left")
-            continue
-        rows = study(Run(options, report, clock, plan, peak, deadline))
-        report.content[name] = rows
-        verdicts = [(row["workload"], row["target"]) for row in rows if "target" in row]
-        missed += [f"{of}: {v['target']}: {v['reached']}" for of, v in verdicts if not v["met"]]
+        missed += [f"{of}: {v['target']}: {v['reached']}" for of, v in found.verdicts if not v["met"]]
+        failed += [f"{name}: {failure}" for failure in found.failures]
     for what, lines in {"missed targets": missed, "failed": failed}.items():
         if lines:
             report.say("\n".join([f"\n{what}:", *(f"  {line}" for line in lines)]))
     return failed
+
+
+class Findings(NamedTuple):
+    verdicts: list[tuple[str, Mapping[str, Any]]]  # on what, and as `judge` gives them
+    failures: list[str]
+
+
+def _case(build: Callable[[], Case], run: Run) -> Findings:
+    torch._dynamo.reset()  # every case compiles for its own shapes
+    case = build()
+    rows = run_case(case, run.clock, run.plan, run.peak, run.options.memory * GIB, run.deadline)
+    verdicts = judge(case, rows)
+    run.report.say(table(case, rows, verdicts, run.peak))
+    run.report.add(summary(case, rows, verdicts, run.peak))
+    return Findings([(case.name, verdict) for verdict in verdicts], failures(rows))
+
+
+def _study(name: str, study: Study, run: Run) -> Findings:
+    rows = run.report.content[name] = study(run)
+    run.report.write()
+    return Findings([(row["workload"], row["target"]) for row in rows if "target" in row], [])
