@@ -86,7 +86,10 @@ def test_each_way_of_the_inner_loop(case: inner_loop.Case, backend: torch.device
 def test_each_way_of_the_unroll(case: Unroll) -> None:
     expected = unroll_with_gradients(reference, case, torch.float64)
     found = unroll_with_gradients(metafast, case, torch.float32, "cuda")
-    inner_loop.assert_near(found, expected, torch.float32)
+    # Ten times the emulator's tolerance: a GPU's fast exponential is off by several units in the last place.
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().item() if other.numel() else 0.0
+        torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=1e-4 * max(scale, 1e-3))
 
 
 # --- no GPU needed: is anything selected, and all? --------------------------------------------------------

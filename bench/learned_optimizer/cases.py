@@ -138,6 +138,7 @@ def workloads(device: torch.device, quick: bool) -> dict[Workload, Sequence[Targ
             Workload(META, 10**5): (),
             Workload(META, 10**5, 5): (Target(2),),
             Workload(LSTM, 10**7): (Target(milliseconds=3.3),),
+            Workload(LSTM, 10**6, 20): (Target(2),),
         }
     else:
         rows = {

@@ -165,7 +165,7 @@ def metafast_unroll_graphed(problem: Problem) -> Call:
 def expected(problem: Problem, unroll: bool, state_dtype: torch.dtype | None = None) -> list[Tensor]:
     """Of the float64 reference, in parts that stay small: (theta, state ...) of a step, (thetas, gradients of
     the weights ...) of an unroll. A state of another dtype is rounded before and after the step."""
-    size, part = problem.params.numel(), 2**20 if problem.params.is_cuda else 2**15
+    size, part = problem.params.numel(), 2**17 if problem.params.is_cuda else 2**15
     found = []
     for start in range(0, size, part):
         some = problem.double_part(start, min(size, start + part))
