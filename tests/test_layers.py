@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,3 +69,10 @@ def test_importing_the_package_loads_no_method_and_no_program() -> None:
 
 def test_every_folder_has_a_floor() -> None:
     assert {folder_of(path) for path in MODULES} - {"__init__"} <= FLOOR.keys()
+
+
+def test_importing_loads_no_compiler() -> None:
+    """torch._dynamo, which much of torch imports in passing, takes as long as torch itself."""
+    code = "import sys, metafast.methods; print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

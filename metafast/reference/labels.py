@@ -8,6 +8,7 @@ differentiated, so what a transform of `torch.func` has wrapped them in hides no
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,8 +75,12 @@ def _require(
     `message` is called with what `values`, which broadcast to good, have where it fails first, and with the
     number of the task and the position within it.
     """
-    if torch.compiler.is_compiling() or good.device.type in ("cuda", "meta") or get_proxy_mode() is not None:
-        return _asserted(checked, good, expected)
+    if torch.compiler.is_compiling():
+        _assert_all(good, expected)
+        return checked
+    if good.device.type in ("cuda", "meta") or get_proxy_mode() is not None:
+        torch._assert_async(_unwrapped(good).all(), expected)
+        return checked
     holds = _unwrapped(good)
     if isinstance(holds, FakeTensor) or holds.all():
         return checked
@@ -87,10 +92,25 @@ def _require(
     raise ValueError(message(*found, task, place[-1]))
 
 
-@torch.compiler.allow_in_graph
-def _asserted(checked: Tensor, good: Tensor, expected: str) -> Tensor:
-    torch._assert_async(_unwrapped(good).all(), expected)
-    return checked
+# An operation, because torch.compile takes no assertion under vmap. (`torch.compiler.allow_in_graph` would do
+# as well, but imports all of torch._dynamo, for a second and more, wherever this package is imported.)
+@torch.library.custom_op("metafast::assert_all", mutates_args=())
+def _assert_all(good: Tensor, expected: str) -> None:
+    torch._assert_async(good.all(), expected)
+
+
+@_assert_all.register_fake
+def _(good: Tensor, expected: str) -> None:
+    pass
+
+
+@_assert_all.register_vmap
+def _(info: Any, in_dims: tuple[int | None, None], good: Tensor, expected: str) -> tuple[None, None]:
+    _assert_all(good, expected)
+    return None, None
+
+
+torch.fx.node.has_side_effect(torch.ops.metafast.assert_all.default)
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
