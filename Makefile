@@ -81,7 +81,7 @@ GPU_DIR := $(abspath build/gpu)
 GPU_CHECK_SECONDS ?= 420
 GPU_BENCH_SECONDS ?= 240
 # PYTHONSAFEPATH keeps the checkout's metafast/, which holds no compiled module, from coming before the built one.
-ON_GPU = env PYTHONSAFEPATH=1 PYTHONPATH="$(GPU_DIR):$(CURDIR)"
+ON_GPU = env PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONPATH="$(GPU_DIR):$(CURDIR)"
 # Without torch's cache every tensor is an allocation of its own, behind whose end memcheck sees an access.
 SANITIZE = $(ON_GPU) PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all
 WORKERS = $(shell $(PYTHON) -c "import os, xdist; print('-n', min(10, len(os.sched_getaffinity(0))))" 2>/dev/null)
