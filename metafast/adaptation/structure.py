@@ -55,7 +55,7 @@ _REPEATABLE_IN_EVAL = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mlp:
     """A module that is a body, which does not adapt, followed by an MLP, all of which does."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .center import center
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageClasses:
     """Images grouped by class.
 

@@ -23,7 +23,7 @@ class Problem:
     regression: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Episodes:
     """T few-shot tasks, stacked: each classifies examples, or predicts numbers from them.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from metafast.ops.inner_loop import task_conv2d, task_linear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
     """T networks of one architecture.
 

@@ -21,7 +21,7 @@ _STREAMS = ("start", "rows", "scales", "classes")  # of random numbers
 _START = 0.01  # standard deviation of the parameters that a quadratic begins from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Optimization:
     """What a learned optimizer is trained for.
 
@@ -32,7 +32,7 @@ class Optimization:
     steps: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Optimizees(ABC):
     """T problems, stacked: parameters to begin from, and a loss of them that changes from step to step.
 
@@ -66,7 +66,7 @@ class Optimizees(ABC):
         """Some of the problems: an index [T'] (int64), a mask [T] (bool) or a slice."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quadratics(Optimizees):
     """f(theta) = |W theta - y|^2, the same in every step (Andrychowicz et al. 2016, section 3.1).
 
@@ -90,7 +90,7 @@ class Quadratics(Optimizees):
         return replace(self, start=start, matrix=self.matrix[tasks], target=self.target[tasks])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trainings(Optimizees):
     """T trainings of a network from initialisations of their own, each on minibatches of its own.
 
@@ -122,7 +122,7 @@ class Trainings(Optimizees):
         return replace(self, start=[tensor[tasks] for tensor in self.start], rows=self.rows[:, tasks])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scaled(Optimizees):
     """Problems whose coordinates are measured in units of their own: f(c theta), begun at start / c.
 

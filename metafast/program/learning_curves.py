@@ -42,7 +42,7 @@ def learned(cell: CoordinatewiseLSTM) -> Make:
     return partial(LSTMOptimizer, cell=cell)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tuned:
     """An optimizer at the best of its settings.
 

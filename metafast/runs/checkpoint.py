@@ -23,7 +23,7 @@ _NAME = re.compile(r"step-(\d{8})\.safetensors")
 _PARTIAL = ".partial"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """What a file holds.
 

@@ -269,3 +269,24 @@ def test_half_precision_is_refused() -> None:
     message = "module: expected parameters of dtype float32 or float64, got torch.bfloat16 in 0.weight"
     with pytest.raises(TypeError, match=message):
         metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=STEPS)
+
+
+def test_compile_with_a_graph_break() -> None:
+    """The default torch.compile breaks at a GRU, and carries the Adapted over."""
+    torch.compiler.reset()
+    module, (x, y, query_x, _) = make("GRU", "mse")
+
+    def outputs(x: Tensor, y: Tensor, query_x: Tensor) -> Tensor:
+        adapted = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=1)
+        torch._dynamo.graph_break()
+        return adapted(query_x)
+
+    found = torch.compile(outputs, backend="aot_eager")(x, y, query_x)
+    torch.testing.assert_close(found, outputs(x, y, query_x))
+
+
+def test_adapted_is_equal_to_itself_alone() -> None:
+    module, (x, y, *_) = make("mlp", "mse")
+    one, other = (metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=1) for _ in range(2))
+    assert one in {one, other}
+    assert one != other
