@@ -17,6 +17,7 @@ pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
 PIL = pytest.importorskip("PIL.Image", reason="image folders need metafast[cli]")
 
 from metafast.data import EpisodeSampler, ImageClasses, SineSampler
+from metafast.methods import METHODS
 from metafast.program.cli import main
 from metafast.runs.checkpoint import Checkpoint, find_checkpoint
 
@@ -50,6 +51,78 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "x"
     assert main(arguments(images, out)) == 0
     return out
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "images" in method.recipes])
+def test_every_method_of_images_trains_and_is_evaluated(
+    method: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "--image-size 16 --hidden 4 --ways 3 --shots 1 --queries 2 --tasks 2 --steps 2"
+    assert main(["train", method, "--data", str(images), *few.split(), "--out", str(tmp_path / "x")]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "x"), *["--ways", "3", "--queries", "2", "--episodes", "4"]]) == 0
+    assert "3-way 1-shot, 4 episodes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("matching", "--full-context --context-steps 2"),
+        ("relation", "--head linear"),
+        ("imaginary", "--learner matching --imagined 2"),
+        ("imaginary", "--learner siamese"),
+        ("protonet", "--backbone resnet12"),
+        ("relation", "--backbone {own}:maps"),
+        ("siamese", "--backbone {own}:vectors"),
+    ],
+)
+def test_variants_train(method: str, options: str, images: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from torch import nn\n"
+        "def maps(shape): return nn.Conv2d(shape[0], 3, 5, stride=2)\n"
+        "def vectors(shape): return nn.Sequential(nn.Flatten(), nn.LazyLinear(6))\n"
+    )
+    few = "--image-size 16 --hidden 4 --ways 3 --shots 1 --queries 2 --tasks 2 --steps 1"
+    words = [*options.format(own=own).split(), *few.split(), "--out", str(tmp_path / "x")]
+    assert main(["train", method, "--data", str(images), *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("conv5", "--backbone: expected conv4, resnet12 or FILE.py:FUNCTION, got conv5"),
+        ("absent.py:f", "there is no file absent.py"),
+        ("{own}:g", "--backbone: expected a function of {own}, got g"),
+        ("{own}:f", "--backbone: expected a result of shape [B, D], got [B, 1, 16, 16]"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_named(
+    backbone: str, message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("from torch import nn\ndef f(shape): return nn.Identity()\n")
+    few = [
+        "--image-size",
+        "16",
+        "--ways",
+        "3",
+        "--out",
+        str(tmp_path / "x"),
+        "--backbone",
+        backbone.format(own=own),
+    ]
+    assert main(["train", "protonet", "--data", str(images), *few]) == 1
+    assert message.format(own=own) in capsys.readouterr().err
+
+
+def test_imaginary_data_is_compared_with_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"train imaginary --data gaussians --steps 2 --out {tmp_path / 'x'}".split()) == 0
+    capsys.readouterr()
+    assert main(f"eval {tmp_path / 'x'} --episodes 4".split()) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "of gaussians test:" in first
+    assert ", without imagined data:" in second
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +322,7 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             "train protonet --data {images} --ways 2 --queries 2 --image-size 8",
-            "--image-size: expected at least 16, which Conv4 halves four times, got 8",
+            "--image-size: expected at least 16, which conv4 halves four times, got 8",
         ),
         ("train protonet --data {images} --ways 7", "--ways: expected at most 6"),
         ("train protonet --data {images} --ways 2 --queries 9", "--shots + --queries: expected at most 5"),

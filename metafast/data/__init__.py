@@ -3,6 +3,7 @@
 from .classes import ImageClasses
 from .digits import digits
 from .episodes import Episodes, Problem
+from .gaussians import GaussianSampler
 from .image_folder import image_folder
 from .omniglot import omniglot, omniglot_runs
 from .optimizees import Optimizees, QuadraticSampler, ScaledSampler, TrainingSampler
@@ -12,6 +13,7 @@ from .sine import SineSampler
 __all__ = [
     "EpisodeSampler",
     "Episodes",
+    "GaussianSampler",
     "ImageClasses",
     "Optimizees",
     "Problem",

@@ -15,6 +15,7 @@ from metafast.settings import Count, NotNegative, Settings, setting
 from .classes import ImageClasses
 from .digits import digits
 from .episodes import Problem
+from .gaussians import GaussianSampler
 from .image_folder import image_folder
 from .networks import Network, elman_rnn, relu_cnn, sigmoid_mlp
 from .omniglot import omniglot
@@ -150,6 +151,26 @@ class Folder(Images):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gaussians(Source):
+    """Classes that are normal distributions with the same scatter."""
+
+    name = kind = "gaussians"
+
+    ways: Count = setting(5, "classes of a task")
+    shots: Count = setting(1, "support examples of a class, or of a wave")
+    queries: Count = setting(5, "query examples of a class, or of a wave")
+
+    def sampler(self, split: str, *, seed: int, device: torch.device | str) -> GaussianSampler:
+        seed = _stream(self.name, split, seed)
+        sizes = {"ways": self.ways, "shots": self.shots, "queries": self.queries, "tasks": self.tasks}
+        return GaussianSampler(**sizes, seed=seed, device=device)
+
+    @property
+    def task(self) -> str:
+        return f"{self.ways}-way {self.shots}-shot"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sine(Source):
     """Regression of sine waves."""
 
@@ -262,7 +283,9 @@ class OmniglotMLP(Trainings):
         return self._of(classes, _OMNIGLOT_WAYS, seed)
 
 
-DATA: Mapping[str, type[Source]] = {source.name: source for source in (Omniglot, Digits, Folder, Sine)}
+DATA: Mapping[str, type[Source]] = {
+    source.name: source for source in (Omniglot, Digits, Folder, Sine, Gaussians)
+}
 """What episodes are drawn from."""
 
 TASKS: Mapping[str, type[Source]] = {

@@ -16,20 +16,33 @@ The command line trains, resumes, evaluates and lists it; its options, their hel
 from __future__ import annotations
 
 from .adaptation import Adaptation
-from .conv4 import conv4
+from .backbones import conv4, resnet12
 from .fomaml import FOMAML
+from .imaginary import Hallucinator, ImaginaryData
 from .learned_optimizer import LearnedOptimizer
 from .maml import MAML
+from .mann import MANN
+from .matching import FullContext, MatchingNet
 from .meta_lstm import MetaLSTMLearner
 from .metasgd import MetaSGD
 from .method import Learner, Method
+from .metric import MetricLearner
 from .mlp import mlp
 from .pretrain import Pretrain
 from .protonet import ProtoNet
+from .relation import ConvRelation, LinearRelation, RelationNet
 from .reptile import Reptile
+from .rnn import RNN
+from .sequence import SequenceLearner
+from .siamese import Siamese
+from .snail import SNAIL
 
 METHODS: dict[str, type[Learner]] = {
     "protonet": ProtoNet,
+    "siamese": Siamese,
+    "matching": MatchingNet,
+    "relation": RelationNet,
+    "imaginary": ImaginaryData,
     "maml": MAML,
     "fomaml": FOMAML,
     "reptile": Reptile,
@@ -37,21 +50,38 @@ METHODS: dict[str, type[Learner]] = {
     "meta-lstm": MetaLSTMLearner,
     "pretrain": Pretrain,
     "l2l": LearnedOptimizer,
+    "rnn": RNN,
+    "mann": MANN,
+    "snail": SNAIL,
 }
 
 __all__ = [
     "FOMAML",
     "MAML",
+    "MANN",
     "METHODS",
+    "RNN",
+    "SNAIL",
     "Adaptation",
+    "ConvRelation",
+    "FullContext",
+    "Hallucinator",
+    "ImaginaryData",
     "LearnedOptimizer",
     "Learner",
+    "LinearRelation",
+    "MatchingNet",
     "MetaLSTMLearner",
     "MetaSGD",
     "Method",
+    "MetricLearner",
     "Pretrain",
     "ProtoNet",
+    "RelationNet",
     "Reptile",
+    "SequenceLearner",
+    "Siamese",
     "conv4",
     "mlp",
+    "resnet12",
 ]

@@ -16,7 +16,15 @@ from metafast.data import Episodes, omniglot_runs
 from metafast.data.center import center
 from metafast.data.floors import pixel_floor
 from metafast.data.sources import TASKS, Images, Omniglot, Problems, Sine
-from metafast.methods import MAML, Adaptation, LearnedOptimizer, Learner, Method
+from metafast.methods import (
+    MAML,
+    Adaptation,
+    ImaginaryData,
+    LearnedOptimizer,
+    Learner,
+    Method,
+    SequenceLearner,
+)
 from metafast.program.config import Config
 from metafast.program.evaluate import Estimate, estimate, evaluate, score
 from metafast.program.learning_curves import RATES, RIVALS, learned, learning_curves, tune
@@ -84,6 +92,8 @@ class OnImages(_OfEpisodes):
     def _learners(self, method: Method) -> Iterator[tuple[str, Method, Any]]:
         """What is added to its line, who predicts, and how."""
         yield "", method, method.predict
+        if isinstance(method, ImaginaryData):
+            yield ", without imagined data", method.learner, method.learner.predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +270,7 @@ def _samplers(
 
 
 def _check_ways(name: str, ways: int, method: Method, trained: Config) -> None:
-    if isinstance(method, Adaptation) and ways > trained.data.ways:
+    if isinstance(method, (Adaptation, SequenceLearner)) and ways > trained.data.ways:
         raise ValueError(
             f"{name}: expected at most {trained.data.ways} classes, as {trained.method} was trained, got "
             f"{ways}"

@@ -1,0 +1,139 @@
+"""The networks of the few-shot papers that embed an example, and a user's own, by name."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from metafast._dispatch.arguments import check_count
+from metafast.data import Problem
+from metafast.settings import Count, Settings, setting
+
+
+def conv4(in_channels: int = 1, hidden: int = 64, *, pools: int = 4, flatten: bool = True) -> nn.Sequential:
+    """Four blocks of 3x3 convolution, batch norm, 2x2 max-pooling and ReLU (Vinyals et al. 2016).
+
+    [B, in_channels, H, W] -> [B, hidden * (H // 16) * (W // 16)]: 28x28 images give D = ``hidden``.
+
+    ReLU follows the pooling rather than precedes it: both are monotone, so the result is the same, on a
+    quarter of the elements. The weights are channels-last, the layout of the fast CPU and tensor-core
+    convolutions; it carries over to the activations.
+
+    Args:
+        pools: how many of the blocks pool, the first ones; Relation Networks have 2.
+        flatten: whether the result is flat; else [B, hidden, H // 2^pools, W // 2^pools].
+    """
+    check_count(1, in_channels=in_channels, hidden=hidden)
+    check_count(pools=pools)
+    layers: list[nn.Module] = []
+    for block, channels in enumerate((in_channels, hidden, hidden, hidden)):
+        layers += [nn.Conv2d(channels, hidden, kernel_size=3, padding=1), nn.BatchNorm2d(hidden)]
+        layers += [nn.MaxPool2d(2)] if block < pools else []
+        layers += [nn.ReLU(inplace=True)]
+    layers += [nn.Flatten()] if flatten else []
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def resnet12(in_channels: int = 3, hidden: int = 64, *, flatten: bool = True) -> nn.Sequential:
+    """ResNet-12 with widths 64, 160, 320 and 640 (Oreshkin et al. 2018, Lee et al. 2019), without DropBlock.
+
+    [B, in_channels, H, W] -> [B, 10 * hidden], the mean over the image.
+
+    Args:
+        hidden: width of the first block; the others are 2.5, 5 and 10 times as wide.
+        flatten: whether the result is that mean; else [B, 10 * hidden, H // 16, W // 16].
+    """
+    check_count(1, in_channels=in_channels, hidden=hidden)
+    widths = [hidden, hidden * 5 // 2, hidden * 5, hidden * 10]
+    blocks = map(_ResidualBlock, [in_channels, *widths[:-1]], widths)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if flatten else []
+    return nn.Sequential(*blocks, *head).to(memory_format=torch.channels_last)
+
+
+class _ResidualBlock(nn.Module):
+    """Three convolutions beside one, and 2x2 max-pooling of their sum."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in (channels, width, width):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+            layers += [nn.LeakyReLU(0.1)]
+        self.convolutions = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.end = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.convolutions(x) + self.shortcut(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSettings(Settings):
+    """Of the methods that embed examples."""
+
+    backbone: str = setting(
+        "conv4",
+        "what embeds an example: conv4, resnet12, or FILE.py:FUNCTION, which takes the shape of an example "
+        "and returns a module",
+    )
+    hidden: Count = setting(64, "channels of conv4, or of resnet12's first block")
+
+    def build(self, problem: Problem, *, maps: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
+        """The backbone for the examples of a problem, and the shape of an embedding.
+
+        Args:
+            maps: [C, H, W] is wanted instead of [D].
+
+        Raises:
+            ValueError: there is no such backbone, or it does not fit the examples.
+        """
+        shape = problem.input_shape
+        if len(shape) == 1:  # vectors are embeddings
+            network: nn.Module = nn.Identity()
+        elif ":" in self.backbone:
+            network = _factory(self.backbone)(shape)
+        elif self.backbone not in ("conv4", "resnet12"):
+            raise ValueError(
+                f"backbone: expected conv4, resnet12 or FILE.py:FUNCTION, got {self.backbone or repr('')}"
+            )
+        elif min(shape[1:]) < 16:
+            raise ValueError(
+                f"image_size: expected at least 16, which {self.backbone} halves four times, got "
+                f"{min(shape[1:])}"
+            )
+        elif self.backbone == "resnet12":
+            network = resnet12(shape[0], self.hidden, flatten=not maps)
+        else:
+            network = conv4(shape[0], self.hidden, pools=2 if maps else 4, flatten=not maps)
+        found = _embedding_shape(network, shape)
+        if len(found) != (3 if maps else 1):
+            wanted = "[B, C, H, W]" if maps else "[B, D]"
+            got = ", ".join(map(str, ("B", *found)))
+            raise ValueError(f"backbone: expected a result of shape {wanted}, got [{got}]")
+        return network, found
+
+
+def _factory(name: str) -> Callable[[tuple[int, ...]], nn.Module]:
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"backbone: expected FILE.py:FUNCTION, got {name}, and there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"backbone: expected a function of {path}, got {function or repr('')}")
+    return getattr(module, function)
+
+
+@torch.no_grad()
+def _embedding_shape(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What the network makes of an example, without a trace in it."""
+    training = network.training
+    embedded = network.eval()(torch.zeros(1, *shape))
+    network.train(training)
+    return tuple(embedded.shape[1:])

@@ -1,0 +1,139 @@
+"""SNAIL."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metafast._dispatch.arguments import check_count
+from metafast.data import Episodes, Problem
+from metafast.settings import Count, setting
+
+from .backbones import BackboneSettings
+from .method import Recipes
+from .sequence import SequenceLearner
+
+
+@dataclass(frozen=True, kw_only=True)
+class SNAILSettings(BackboneSettings):
+    length: Count = setting(6, "of a sequence that the convolutions reach over: ways times shots, plus 1")
+    filters: Count = setting(128, "of a convolution")
+
+
+class SNAIL(SequenceLearner):
+    """A simple neural attentive learner (Mishra et al. 2018): causal convolutions and causal attention.
+
+    The sequence of an episode is the support with its labels and a query without; the network's output for
+    the query is the prediction. Attention looks one thing up, convolutions gather what lies before.
+
+    Args:
+        backbone: embeds a batch of examples, [B, ...] -> [B, D].
+        features: D.
+        ways: N, the classes of an episode.
+        length: of a sequence, N shots + 1: how far the convolutions reach. Other lengths work as well.
+        filters: of a convolution (128 in the paper).
+    """
+
+    paper = "Mishra, Rohaninejad, Chen, Abbeel 2018"
+    Settings = SNAILSettings
+    recipes: ClassVar[Recipes] = {
+        "images": {
+            "tasks": 8,
+            "steps": 1000,
+            "lr": 1e-3,
+            "schedule": "cosine",
+            "log_every": 20,
+            "checkpoint_every": 200,
+        }
+    }
+
+    def __init__(
+        self, backbone: nn.Module, features: int, ways: int, length: int, *, filters: int = 128
+    ) -> None:
+        super().__init__(backbone, ways)
+        check_count(1, features=features, length=length, filters=filters)
+        layers: list[nn.Module] = []
+        channels = features + ways
+        # Section 5.1's network for Omniglot: attention, then twice convolutions and attention.
+        for keys, values in ((64, 32), (256, 128), (512, 256)):
+            if layers:
+                layers.append(CausalConvolutions(channels, length, filters))
+                channels = layers[-1].outputs
+            layers.append(CausalAttention(channels, keys, values))
+            channels = layers[-1].outputs
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(channels, ways)
+
+    def logits(self, episodes: Episodes) -> Tensor:
+        """[T, Q, N]; in training the support of each query in an order of its own."""
+        count, queries = episodes.support_labels.shape[1], episodes.query.shape[1]
+        embedded = self.embed(torch.cat([episodes.support, episodes.query], 1))
+        support, query = embedded.split([count, queries], 1)
+        support = torch.cat([support, self.one_hot(episodes.support_labels, support)], -1)
+        support = support.unsqueeze(1).expand(-1, queries, -1, -1)  # [T, Q, S, D + N]
+        if self.training:
+            order = torch.rand(support.shape[:3], device=support.device).argsort(2)
+        else:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(support.device)
+            order = order.expand(support.shape[:3])
+        support = support.gather(2, order.unsqueeze(-1).expand_as(support))
+        last = F.pad(query, (0, self.ways)).unsqueeze(2)  # a query has no label
+        sequences = torch.cat([support, last], 2).flatten(0, 1)  # [T Q, S + 1, D + N]
+        return self.out(self.layers(sequences)[:, -1]).unflatten(0, (-1, queries))
+
+    def loss(self, episodes: Episodes) -> Tensor:
+        """The mean cross entropy of the queries: a scalar."""
+        return F.cross_entropy(self.logits(episodes).flatten(0, 1), episodes.query_labels.flatten())
+
+    def predict(self, episodes: Episodes) -> Tensor:
+        """log p(class | query): [T, Q, N]."""
+        return self.logits(episodes).log_softmax(-1)
+
+    @classmethod
+    def from_settings(cls, settings: SNAILSettings, problem: Problem) -> SNAIL:
+        backbone, (features,) = settings.build(problem)
+        return cls(backbone, features, problem.outputs, settings.length, filters=settings.filters)
+
+
+class CausalConvolutions(nn.Module):
+    """A TC block: dense blocks whose reach doubles until it covers the sequence (figure 2).
+
+    A dense block adds ``filters`` channels tanh(a) sigmoid(b) to its input, a and b causal convolutions over
+    two steps.
+    """
+
+    def __init__(self, channels: int, length: int, filters: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for power in range(max(1, math.ceil(math.log2(length)))):
+            self.blocks.append(nn.Conv1d(channels, 2 * filters, 2, dilation=2**power))
+            channels += filters
+        self.outputs = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, channels] -> [B, L, outputs]."""
+        x = x.mT
+        for block in self.blocks:
+            value, gate = block(F.pad(x, (block.dilation[0], 0))).chunk(2, 1)
+            x = torch.cat([x, value.tanh() * gate.sigmoid()], 1)
+        return x.mT
+
+
+class CausalAttention(nn.Module):
+    """An attention block: adds to its input what each step finds in those up to itself (figure 2)."""
+
+    def __init__(self, channels: int, keys: int, values: int) -> None:
+        super().__init__()
+        self.sizes = [keys, keys, values]
+        self.project = nn.Linear(channels, sum(self.sizes))
+        self.outputs = channels + values
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, channels] -> [B, L, outputs]."""
+        query, key, value = self.project(x).split(self.sizes, -1)
+        return torch.cat([x, F.scaled_dot_product_attention(query, key, value, is_causal=True)], -1)

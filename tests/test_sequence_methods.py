@@ -1,0 +1,131 @@
+"""Methods that read an episode as a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_methods import episodes
+from torch import nn
+
+from metafast.data import Episodes
+from metafast.methods import MANN, RNN, SNAIL
+from metafast.methods.sequence import RecurrentLearner, SequenceLearner
+from metafast.methods.snail import CausalAttention, CausalConvolutions
+
+D = 7
+
+
+def backbone() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, D))
+
+
+METHODS: dict[str, Callable[[], SequenceLearner]] = {
+    "rnn": lambda: RNN(backbone(), D, 4, hidden=20),
+    "mann": lambda: MANN(backbone(), D, 4, hidden=20, rows=16, width=8, heads=2),
+    "snail": lambda: SNAIL(backbone(), D, 4, 9, filters=4),
+}
+RECURRENT = ["rnn", "mann"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_learns_episodes_by_heart(name: str) -> None:
+    torch.manual_seed(0)
+    method, drawn = METHODS[name](), episodes()
+    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = method.loss(drawn)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prediction_is_a_function_of_its_query_and_support(name: str) -> None:
+    torch.manual_seed(0)
+    method, drawn = METHODS[name]().eval(), episodes()
+    log_probs = method.predict(drawn)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, 12))
+    first = Episodes(drawn.support, drawn.support_labels, drawn.query[:, :1], drawn.query_labels[:, :1])
+    torch.testing.assert_close(method.predict(first), log_probs[:, :1])
+    other = Episodes(drawn.support, drawn.support_labels.flip(1), drawn.query, drawn.query_labels)
+    assert not torch.allclose(method.predict(other), log_probs)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_labels_beyond_the_outputs_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"labels: expected classes 0 to 3.*got 0 to 4"):
+        METHODS[name]().loss(episodes(ways=5))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_an_output_sees_no_label_of_its_own_or_later(name: str) -> None:
+    torch.manual_seed(0)
+    method: RecurrentLearner = METHODS[name]().eval()
+    examples, labels = torch.rand(2, 6, 256), torch.randint(4, (2, 6))
+    before = method.outputs(examples, labels)
+    changed = labels.clone()
+    changed[:, 3] = (labels[:, 3] + 1) % 4
+    after = method.outputs(examples, changed)
+    torch.testing.assert_close(after[:, :4], before[:, :4], rtol=0, atol=0)
+    assert not torch.allclose(after[:, 4:], before[:, 4:])
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_sequence_goes_on_from_its_state(name: str) -> None:
+    torch.manual_seed(0)
+    method: RecurrentLearner = METHODS[name]()
+    inputs = torch.rand(2, 6, D + 4)
+    whole, _ = method.run(inputs)
+    first, state = method.run(inputs[:, :4])
+    second, _ = method.run(inputs[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+
+
+def test_accuracy_by_instance_counts_a_class_as_it_comes() -> None:
+    class Oracle(RecurrentLearner):
+        """Right from a class's second instance on: it looks the example up among those that it has seen."""
+
+        def outputs(self, examples, labels):
+            known = labels.unsqueeze(1) == labels.unsqueeze(2)
+            earlier = torch.ones(known.shape[-1], known.shape[-1]).tril(-1).bool()
+            seen = (known & earlier).any(-1)
+            return F.one_hot(torch.where(seen, labels, (labels + 1) % 4), 4).float()
+
+        def run(self, inputs, state=None): ...
+
+        @classmethod
+        def from_settings(cls, settings, problem): ...
+
+    by_instance = Oracle(backbone(), 4).accuracy_by_instance(episodes())
+    assert by_instance.shape == (3, 5)
+    assert by_instance.mean(0).tolist() == [0, 1, 1, 1, 1]
+
+
+def test_mann_writes_to_its_least_used_rows() -> None:
+    torch.manual_seed(0)
+    method = MANN(nn.Identity(), 3, 2, hidden=5, rows=6, width=4, heads=1)
+    with torch.no_grad():
+        method.interface.weight.zero_()
+        # The key, its strength, and the gate: never where it read.
+        method.interface.bias.copy_(torch.tensor([1.0, 2, 3, 4, 50, -50]))
+    inputs = torch.rand(1, 4, 5)
+    _, (_, _, memory, *_) = method.run(inputs)
+    assert (memory[0].abs().sum(-1) > 0.1).sum() == 4  # a row of its own for each step
+
+
+@pytest.mark.parametrize(
+    "block", [CausalConvolutions(5, 6, 3), CausalAttention(5, 4, 3)], ids=["tc", "attention"]
+)
+def test_snails_blocks_are_causal_and_reach_back(block: nn.Module) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 6, 5)
+    jacobian = torch.autograd.functional.jacobian(lambda x: block(x).sum((0, 2)), x)  # [6, 2, 6, 5]
+    reach = jacobian.abs().sum((1, 3)) > 0
+    assert torch.equal(reach, torch.ones(6, 6).tril().bool())
