@@ -102,17 +102,8 @@ def test_a_backbone_that_does_not_fit_is_named(
 ) -> None:
     own = tmp_path / "own.py"
     own.write_text("from torch import nn\ndef f(shape): return nn.Identity()\n")
-    few = [
-        "--image-size",
-        "16",
-        "--ways",
-        "3",
-        "--out",
-        str(tmp_path / "x"),
-        "--backbone",
-        backbone.format(own=own),
-    ]
-    assert main(["train", "protonet", "--data", str(images), *few]) == 1
+    few = f"--image-size 16 --ways 3 --queries 2 --out {tmp_path / 'x'} --backbone"
+    assert main(["train", "protonet", "--data", str(images), *few.split(), backbone.format(own=own)]) == 1
     assert message.format(own=own) in capsys.readouterr().err
 
 
