@@ -35,8 +35,9 @@ help:  ## List the targets
 demo: $(VENV)/metafast.stamp  ## Train and evaluate a few-shot classifier, and draw what it does
 	$(BIN)/python -m metafast demo
 
+# The tests share the cores with builds: threads that wait for others are to sleep, not to spin.
 test: $(VENV)/metafast.stamp  ## Run the tests
-	$(BIN)/python -m pytest -q --durations=15
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=15
 
 bench: $(VENV)/bench.stamp  ## Run the benchmarks
 	$(BIN)/python -m bench --out $(OUT)

@@ -1,7 +1,7 @@
 # metafast_emulated, for the tests: the same ops over the CUDA kernels, which the host compiler takes from the same
 # .cu files through the headers in tests/cuda_emulator. torch.ops.load_library loads it beside metafast._C.
-# metafast_emulated_sanitized is the same with the kernels under AddressSanitizer and UndefinedBehaviorSanitizer. It is
-# absent where the compiler has no shared runtime for them.
+# metafast_emulated_sanitized is the same with the kernels under AddressSanitizer and UndefinedBehaviorSanitizer. The
+# target builds nothing where the compiler has no shared runtime for them.
 
 set(CMAKE_CXX_FLAGS_RELEASE "-O1")  # the tests wait for the compiler more than for the kernels; asserts stay in
 
@@ -32,4 +32,6 @@ check_cxx_source_compiles("int main() {}" METAFAST_HAVE_SANITIZERS)
 if(METAFAST_HAVE_SANITIZERS AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   metafast_emulated_library(metafast_emulated_sanitized
     ${sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
+else()
+  add_custom_target(metafast_emulated_sanitized)
 endif()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import background
+import emulated_build
 import pytest
 import torch
-from emulated_build import ROOT, emulated_library
+from emulated_build import EMULATED_BACKEND, ROOT
 from hypothesis import settings
 
 from metafast._dispatch import doors
@@ -20,12 +23,28 @@ settings.register_profile("metafast", deadline=None, max_examples=60, derandomiz
 settings.load_profile("metafast")
 
 
+@pytest.hookimpl(trylast=True)  # behind the selection by -k and -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    background.order(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@functools.cache  # once
+def _start_background(session: pytest.Session) -> None:
+    background.start(session.items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not item.get_closest_marker("quiet"):
+        _start_background(item.session)
+
+
+def pytest_sessionfinish() -> None:
+    background.stop()
 
 
 def _typed(ops: Any) -> SimpleNamespace:
@@ -51,11 +70,11 @@ def _typed(ops: Any) -> SimpleNamespace:
     return SimpleNamespace(**{name: entry(name) for name in names})
 
 
-@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", EMULATED_BACKEND, pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The tensors' device, while metafast runs its CPU kernels, its emulated or its real CUDA kernels."""
     if request.param == "emulated":
-        torch.ops.load_library(str(emulated_library()))
+        torch.ops.load_library(str(emulated_build.library.result()))
         ops = torch.ops.metafast_emulated
         monkeypatch.setattr(doors, "ops", ops)
         monkeypatch.setattr(doors, "typed", _typed(ops))

@@ -1,15 +1,14 @@
-"""The library of the emulated kernels: built once a session, from cmake/emulated.cmake."""
+"""The libraries of the emulated kernels: built once a session, from cmake/emulated.cmake."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
+from background import Job, run
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = ROOT / "build" / "emulated"
@@ -17,27 +16,33 @@ EMULATED = ROOT / "build" / "emulated"
 EMULATED_LIBRARY = "METAFAST_EMULATED_LIBRARY"
 
 
-@cache
-def _build_emulated() -> str:
-    """Builds what cmake/emulated.cmake describes; returns what the compiler said where it could not."""
+def _build(target: str) -> Path:
+    """Builds a target of cmake/emulated.cmake."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool, path=path) is None]
     if missing:
         pytest.skip(f"the emulated kernels cannot be built: no {', '.join(missing)} on PATH")
     options = ["METAFAST_EMULATED=ON", "METAFAST_CUDA=OFF", f"Python_EXECUTABLE={sys.executable}"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(EMULATED), "-G", "Ninja", *(f"-D{o}" for o in options)]
-    for command in (configure, ["cmake", "--build", str(EMULATED)]):
-        result = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    for command in (configure, ["cmake", "--build", str(EMULATED), "--target", target]):
+        result = run(command, env={**os.environ, "PATH": path})
         if result.returncode != 0:
-            return f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
-    return ""
+            pytest.fail(f"{' '.join(command)}\n{result.stdout}\n{result.stderr}", pytrace=False)
+    return EMULATED / f"{target}.so"
 
 
-def emulated_library(name: str = "metafast_emulated") -> Path:
-    """A library of cmake/emulated.cmake: the CUDA kernels on CPU tensors, under tests/cuda_emulator."""
+def _library() -> Path:
     if EMULATED_LIBRARY in os.environ:
         return Path(os.environ[EMULATED_LIBRARY])
-    error = _build_emulated()
-    if error:
-        pytest.fail(error, pytrace=False)
-    return EMULATED / f"{name}.so"
+    return _build("metafast_emulated")
+
+
+def _sanitized_library() -> Path:
+    library.result()  # one build at a time in a folder
+    return _build("metafast_emulated_sanitized")
+
+
+# The CUDA kernels on CPU tensors, under tests/cuda_emulator; and the same with sanitizers.
+library = Job(_library, minutes=1.5)
+sanitized_library = Job(_sanitized_library, minutes=3)
+EMULATED_BACKEND = pytest.param("emulated", marks=pytest.mark.needs(library))

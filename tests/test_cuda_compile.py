@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 
 import pytest
+from background import Job, each, run
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*/cuda.cu")) + sorted(
     (ROOT / "tests" / "cuda_emulator" / "kernels").glob("*.cu")
 )
 ARCHITECTURES = (80, 90)
-
-NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
@@ -45,8 +46,10 @@ def uses_local_memory(kernel: re.Match[str]) -> bool:
     return any(int(kernel[what]) > 0 for what in ("stack", "stores", "loads")) or "lmem" in kernel["memory"]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
+def _compile(source: Path) -> CompletedProcess[str]:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
     flags = [
         "-std=c++20",
         "-O3",
@@ -56,11 +59,17 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
         "0",
     ]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    compiled = subprocess.run(
-        [NVCC, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(tmp_path / "cuda.o")],
-        capture_output=True,
-        text=True,
-    )
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "cuda.o"
+        return run([nvcc, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)])
+
+
+JOBS = {str(source.relative_to(ROOT)): Job(partial(_compile, source), minutes=0.7) for source in SOURCES}
+
+
+@each(JOBS)
+def test_kernels_compile_without_spills(job: Job[CompletedProcess[str]]) -> None:
+    compiled = job.result()
     assert compiled.returncode == 0, compiled.stderr
     kernels = list(KERNEL.finditer(compiled.stderr))
     assert {match["architecture"] for match in kernels} == {f"sm_{a}" for a in ARCHITECTURES}, compiled.stderr

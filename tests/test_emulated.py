@@ -6,7 +6,10 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,7 +17,8 @@ import inner_loop_problems as inner_loop
 import pytest
 import test_inner_loop
 import torch
-from emulated_build import EMULATED_LIBRARY, ROOT, emulated_library
+from background import Job, each, run
+from emulated_build import EMULATED_BACKEND, EMULATED_LIBRARY, ROOT, library, sanitized_library
 from parity import (
     EVERY_ROW,
     ODD,
@@ -30,7 +34,7 @@ import metafast
 from metafast import reference
 
 SEEDS = (0, 1, 2)
-ON_THE_EMULATOR = pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+ON_THE_EMULATOR = pytest.mark.parametrize("backend", [EMULATED_BACKEND], indirect=True)
 # Many blocks and tiles in float64; in float32 fewer terms, as second derivatives of many cancel.
 CASES = pytest.mark.parametrize(
     ("sizes", "dtype"), [(ODD[2], torch.float64), (ODD[1], torch.float32)], ids=str
@@ -38,7 +42,7 @@ CASES = pytest.mark.parametrize(
 
 
 def set_seed(seed: int) -> None:
-    ctypes.CDLL(str(emulated_library())).metafast_emulator_set_seed(ctypes.c_uint64(seed))
+    ctypes.CDLL(str(library.result())).metafast_emulator_set_seed(ctypes.c_uint64(seed))
 
 
 @EVERY_ROW
@@ -184,8 +188,8 @@ def sanitizer_runtimes(library: Path) -> list[str]:
     return [line[2] for line in lines if line[0].startswith(("libasan.", "libubsan."))]
 
 
-def test_sanitizers_report_nothing() -> None:
-    library = emulated_library("metafast_emulated_sanitized")
+def _sanitized(tests: Sequence[str]) -> CompletedProcess[str]:
+    library = sanitized_library.result()
     if not library.exists():
         pytest.skip("the C++ compiler has no shared runtime of the sanitizers")
     environment = {
@@ -196,14 +200,21 @@ def test_sanitizers_report_nothing() -> None:
     }
     # Without capture: a sanitizer's report goes straight to standard error and ends the process.
     pytest_again = [sys.executable, "-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider"]
-    tests = [
-        "tests/test_contract.py",
+    return run([*pytest_again, *tests, "-k", "emulated"], cwd=ROOT, env=os.environ | environment)
+
+
+SANITIZED = {
+    "contract": ["tests/test_contract.py"],
+    "families": [
         "tests/test_pairwise.py",
         "tests/test_emulated.py::test_inner_loop_under_every_schedule",
         "tests/test_emulated.py::test_lstm_unroll_under_every_schedule",
-        *("-k", "emulated"),
-    ]
-    result = subprocess.run(
-        [*pytest_again, *tests], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
+    ],
+}
+SANITIZED_JOBS = {name: Job(partial(_sanitized, tests), minutes=4) for name, tests in SANITIZED.items()}
+
+
+@each(SANITIZED_JOBS)
+def test_sanitizers_report_nothing(job: Job[CompletedProcess[str]]) -> None:
+    result = job.result()
     assert result.returncode == 0, result.stdout + result.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated_build import EMULATED_BACKEND
 from inner_loop_problems import TOLERANCE, Case, Problem, assert_near, gradients, make
 from torch import Tensor
 
@@ -101,7 +102,9 @@ def test_large_networks(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", [*DUAL_CASES[2:9:2], *DUAL_CASES[11:], DIRECT_CASES[0]], ids=str)
-@pytest.mark.parametrize("backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    "backend", [EMULATED_BACKEND, pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
 def test_large_networks_on_cuda(case: Case, dtype: torch.dtype, backend: torch.device) -> None:
     problem = inputs_of(case, dtype, device=backend)
     expected = loss_and_gradients(inputs_of(case, torch.float64), reference)
