@@ -178,6 +178,9 @@ def test_resume_continues_and_a_second_run_does_not_overwrite(
 ) -> None:
     assert main(arguments(images, trained)) == 1
     assert "holds a run already" in capsys.readouterr().err
+    assert main(arguments(images, tmp_path / "y", "--resume")) == 1
+    assert "y does not exist, so there is nothing to resume" in capsys.readouterr().err
+    (tmp_path / "y").mkdir()  # as if it had been killed before its first checkpoint
     assert main(arguments(images, tmp_path / "y", "--resume")) == 0
     assert "no checkpoint yet" in capsys.readouterr().out
     find_checkpoint(tmp_path / "y").unlink()  # as if it had been killed after step 6
@@ -414,7 +417,7 @@ def test_the_configuration_of_a_run_is_read_strictly(trained: Path, tmp_path: Pa
 
     described = read_config(trained)
     config, problem = rebuild(described)
-    assert config.described(problem) == described
+    assert config.described(problem, described["digest"]) == described
     training = described["training"]
     for change, message in (
         ({"setings": {}}, r"setings: unknown \(did you mean settings\?\)"),
@@ -508,7 +511,9 @@ def test_a_log_of_others_is_left_alone(written: bytes, resume: str, refused: Ref
     assert list(folder.iterdir()) == [log]
 
 
-@pytest.mark.parametrize("written", [b"", b'{"ste', b'{"step": 1, "diverged": 2}\n{"step": 2, "lo'])
+@pytest.mark.parametrize(
+    "written", [b"", b'{"ste', b'{"step": 1, "diverged": 2, "crc32": "b52b626d"}\n{"step": 2, "lo']
+)
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
     written: bytes, tmp_path: Path
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 
 from metafast import _built
@@ -19,6 +22,12 @@ def _check_torch() -> None:
     )
 
 
-_check_torch()
-
-from metafast import _C  # noqa: E402, F401  (registers torch.ops.metafast)
+try:
+    _check_torch()
+    from metafast import _C  # noqa: F401  (registers torch.ops.metafast)
+except ImportError as error:
+    # The command line imports this before all else, and its errors are one line.
+    words = sys.orig_argv[1:3]
+    if words == ["-m", "metafast"] or Path("".join(words[:1])).name in ("metafast", "metafast.exe"):
+        sys.exit(f"metafast: error: {error}")
+    raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,13 @@ class ImageClasses:
         """The same classes with every tensor on ``device``."""
         counts = None if self.counts is None else self.counts.to(device)
         return ImageClasses(self.images.to(device), self.names, counts)
+
+    def digest(self) -> str:
+        """SHA-256 of the images, how many each class has, and the names."""
+        total = hashlib.sha256("\0".join(self.names).encode(errors="surrogateescape"))
+        total.update(repr(None if self.counts is None else self.counts.tolist()).encode())
+        total.update(self.images.contiguous().cpu().numpy())
+        return total.hexdigest()
 
     def subset(self, indices: Sequence[int] | Tensor) -> ImageClasses:
         """The classes at ``indices`` (ints in 0..C-1), in that order."""

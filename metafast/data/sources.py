@@ -56,6 +56,10 @@ class Source(Settings, ABC):
             ValueError: there is no such split, or a size does not fit the data.
         """
 
+    def digest(self, sampler: Sampler) -> str | None:
+        """Of what ``sampler`` draws from, where it may be other data tomorrow; ``None``: it may not."""
+        return None
+
     def __str__(self) -> str:
         """The data set, for people."""
         return self.name
@@ -145,6 +149,9 @@ class Folder(Images):
 
     def read(self, split: str) -> ImageClasses:
         return image_folder(self.path / split, image_size=self.image_size)
+
+    def digest(self, sampler: EpisodeSampler) -> str:
+        return sampler.classes.digest()
 
     def __str__(self) -> str:
         return str(self.path)

@@ -15,7 +15,7 @@ from metafast.ops.pairwise import matching_log_probs, matching_loss
 from metafast.settings import Positive, Whole, setting
 
 from .backbones import BackboneSettings
-from .method import Recipes
+from .method import Recipes, Reported
 from .metric import MetricLearner
 
 
@@ -75,6 +75,12 @@ class MatchingNet(MetricLearner):
     """
 
     paper = "Vinyals et al. 2016"
+    reported: ClassVar[Reported] = {
+        ("omniglot", 5, 1): 0.981,
+        ("omniglot", 5, 5): 0.989,
+        ("omniglot", 20, 1): 0.938,
+        ("omniglot", 20, 5): 0.985,
+    }
     Settings = MatchingNetSettings
     recipes: ClassVar[Recipes] = {
         "images": {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metafast.data import Episodes
 
 from .adaptation import IMAGES, SINE, Adaptation
-from .method import Recipes
+from .method import Recipes, Reported
 
 
 class MetaSGD(Adaptation):
@@ -19,6 +19,12 @@ class MetaSGD(Adaptation):
     """
 
     paper = "Li, Zhou, Chen, Li 2017"
+    reported: ClassVar[Reported] = {
+        ("omniglot", 5, 1): 0.9953,
+        ("omniglot", 5, 5): 0.9993,
+        ("omniglot", 20, 1): 0.9593,
+        ("omniglot", 20, 5): 0.9897,
+    }
     recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_lr": 0.05, "inner_steps": 1}}
 
     def __init__(self, network: nn.Module, **settings: Any) -> None:

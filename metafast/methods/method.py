@@ -16,6 +16,9 @@ Recipes = Mapping[str, Mapping[str, Any]]
 """Kind of data -> setting -> its default: of the method's own settings, the data's, the training's and the
 run's, where it differs from what these say themselves."""
 
+Reported = Mapping[tuple[str, int, int], float]
+"""(data, ways, shots) -> accuracy."""
+
 
 class Learner(nn.Module, ABC):
     """What training can train: a module with a loss over a batch of tasks.
@@ -37,6 +40,9 @@ class Learner(nn.Module, ABC):
 
     paper: ClassVar[str]
     """Authors and year."""
+
+    reported: ClassVar[Reported] = {}
+    """What the paper reports."""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:

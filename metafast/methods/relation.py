@@ -15,7 +15,7 @@ from metafast.ops.pairwise import prototypes, relation_scores
 from metafast.settings import Count, setting
 
 from .backbones import BackboneSettings
-from .method import Recipes
+from .method import Recipes, Reported
 from .metric import MetricLearner
 
 
@@ -122,6 +122,12 @@ class RelationNet(MetricLearner):
     """
 
     paper = "Sung et al. 2018"
+    reported: ClassVar[Reported] = {
+        ("omniglot", 5, 1): 0.996,
+        ("omniglot", 5, 5): 0.998,
+        ("omniglot", 20, 1): 0.976,
+        ("omniglot", 20, 5): 0.991,
+    }
     Settings = RelationNetSettings
     recipes: ClassVar[Recipes] = {
         "images": {

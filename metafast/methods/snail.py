@@ -15,7 +15,7 @@ from metafast.data import Episodes, Problem
 from metafast.settings import Count, setting
 
 from .backbones import BackboneSettings
-from .method import Recipes
+from .method import Recipes, Reported
 from .sequence import SequenceLearner
 
 
@@ -40,6 +40,12 @@ class SNAIL(SequenceLearner):
     """
 
     paper = "Mishra, Rohaninejad, Chen, Abbeel 2018"
+    reported: ClassVar[Reported] = {
+        ("omniglot", 5, 1): 0.9907,
+        ("omniglot", 5, 5): 0.9978,
+        ("omniglot", 20, 1): 0.9764,
+        ("omniglot", 20, 5): 0.9936,
+    }
     Settings = SNAILSettings
     recipes: ClassVar[Recipes] = {
         "images": {

@@ -77,10 +77,10 @@ class Cell(nn.Module):
             FileNotFoundError: there is no checkpoint.
             ValueError: the run has trained something else.
         """
-        from metafast.runs.checkpoint import Checkpoint, find_checkpoint  # needs safetensors
+        from metafast.runs.checkpoint import Checkpoint  # needs safetensors
 
-        found = find_checkpoint(path)
-        weights = Checkpoint.read(found).model("cell")
+        found, checkpoint = Checkpoint.latest(path)
+        weights = checkpoint.model("cell")
         options = cls.options_of(weights)
         if not options:
             raise ValueError(f"path: expected a run that trains a {cls.__name__}, got another in {found}")

@@ -1,54 +1,73 @@
-"""The command line: `metafast train | eval | list | info | demo`."""
+"""The command line: `metafast train | eval | compare | list | info | demo`."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import metafast
 from metafast.methods import METHODS
+from metafast.program.console import mute
 
 # The commands are imported when they run: `metafast info` needs none of the packages of metafast[cli].
-_EXTRA = {"matplotlib", "pydantic", "rich", "safetensors"}
-_OF_RUN = ("out", "resume")
+_OF_PARSER = ("run", "parser", "command")
+_EXTRA = dict.fromkeys(("matplotlib", "pydantic", "rich", "safetensors"), "cli") | {
+    "tensorboard": "tensorboard"
+}
+# What torch says of numbers that no memory is large enough for.
+_TOO_LARGE = re.compile("alloc|out of memory|overflow|too large|Trying to create tensor", re.IGNORECASE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status. An error that a user can mend is one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ±, a path that is no UTF-8
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_, **__: f"metafast: warning: {message}\n"
     try:
-        return _main(words)
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
-            raise
-        return _fail(f"{error.name} is not installed: pip install 'metafast[cli]'")
+        status = _main(words)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        mute(sys.stdout)
+        return 128 + 13  # as of a program that SIGPIPE ended
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
 
 
 def _main(words: list[str]) -> int:
-    from metafast.program.options import by_option, unknown
-
-    parser = _parser(words)
-    options, left = parser.parse_known_args(words)
-    if left:
-        parser.error(unknown(left, options.parser))
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "parser", "command")}
     try:
-        options.run(given)
-    except (ImportError, ValueError, OSError, FloatingPointError) as error:
-        if isinstance(error, ModuleNotFoundError):
+        from metafast.program.options import by_option, unknown
+
+        parser = _parser(words)
+        options, left = parser.parse_known_args(words)
+        if left:
+            parser.error(unknown(left, options.parser))
+        given = {name: value for name, value in vars(options).items() if name not in _OF_PARSER}
+        return options.run(given) or 0
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
             raise
-        names = {action.dest for action in options.parser._actions}
-        return _fail(by_option(str(error), names))
-    return 0
+        return _fail(f"{error.name} is not installed: pip install 'metafast[{_EXTRA[error.name]}]'")
+    except (ImportError, ValueError, OSError, FloatingPointError) as error:
+        return _fail(by_option(str(error), {action.dest for action in options.parser._actions}))
+    except (MemoryError, RuntimeError, OverflowError) as error:
+        if not isinstance(error, (MemoryError, OverflowError)) and not _TOO_LARGE.search(str(error)):
+            raise
+        return _fail(f"no room for numbers as large as these: {str(error).splitlines()[0]}")
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"metafast: error: {message}", file=sys.stderr)
+    print(f"metafast: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
@@ -84,6 +103,15 @@ def _parser(words: Sequence[str]) -> Any:
     evaluate.set_defaults(run=_eval, parser=evaluate)
     if "eval" in words:
         _add_eval_options(evaluate)
+    compared = commands.add_parser(
+        "compare",
+        help="runs beside each other on the same episodes, and beside their papers",
+        description="Accuracy of several runs, or error on sine waves, on the same episodes: with 95 %% "
+        "intervals, the difference from the best paired by episode, and the papers' figures.",
+    )
+    compared.set_defaults(run=_compare, parser=compared)
+    if "compare" in words:
+        _add_compare_options(compared)
     for command, run, help in (
         ("list", _list, "the methods, with their papers and what they learn from, and the data"),
         ("info", _info, "versions, CPU kernels in use, GPUs, and what each op runs on"),
@@ -123,6 +151,9 @@ def _add_train_options(parser: Any, name: str) -> None:
         "--resume", action="store_true", help="continue the run in --out, bit for bit; its options are known"
     )
     add_options(run, [Pace], defaults)
+    run.add_argument(
+        "--tensorboard", action="store_true", help="log for TensorBoard too, in the run's folder"
+    )
 
 
 def _summary(source: type) -> str:
@@ -135,9 +166,7 @@ def _add_eval_options(parser: Any) -> None:
     from metafast.program.settings import stated
 
     parser.add_argument("checkpoint", metavar="RUN", help="the folder of a run, or a checkpoint file")
-    parser.add_argument("--data", metavar="NAME", help="data or a folder to try it on (default: as trained)")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data lie (default: as in train)")
-    parser.add_argument("--device", metavar="{cpu,cuda}", help="where it is computed")
+    _add_place_options(parser)
     parser.add_argument(
         "--runs",
         action="store_true",
@@ -147,6 +176,23 @@ def _add_eval_options(parser: Any) -> None:
         kind.name: {name: field.default for name, field in stated(kind).items()} for kind in EVALUATIONS
     }
     add_options(parser, EVALUATIONS, defaults)
+
+
+def _add_compare_options(parser: Any) -> None:
+    from metafast.program.compare import Comparison
+    from metafast.program.options import add_options
+    from metafast.program.settings import stated
+
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or checkpoint files")
+    _add_place_options(parser)
+    defaults = {name: field.default for name, field in stated(Comparison).items()}
+    add_options(parser, [Comparison], {"": defaults})
+
+
+def _add_place_options(parser: Any) -> None:
+    parser.add_argument("--data", metavar="NAME", help="data or a folder to try it on (default: as trained)")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data lie (default: as in train)")
+    parser.add_argument("--device", metavar="{cpu,cuda}", help="where it is computed")
 
 
 def _folder(given: dict[str, Any], default: str | Path) -> Path:
@@ -160,12 +206,18 @@ def _folder(given: dict[str, Any], default: str | Path) -> Path:
     return path
 
 
-def _train(given: dict[str, Any]) -> None:
+def _train(given: dict[str, Any]) -> int | None:
     from metafast.program.run import begin
+    from metafast.program.signals import Stopped
 
     method = given.pop("method")
     out = _folder(given, Path("runs", method))
-    begin(method, given, out=out, resume=given.pop("resume", False))
+    flags = {name: given.pop(name, False) for name in ("resume", "tensorboard")}
+    try:
+        begin(method, given, out=out, **flags)
+    except Stopped as stopped:
+        print(f"metafast: {stopped}", file=sys.stderr)
+        return stopped.status
 
 
 def _eval(given: dict[str, Any]) -> None:
@@ -186,6 +238,17 @@ def _eval(given: dict[str, Any]) -> None:
             having = " or ".join(other.name for other in EVALUATIONS if name in stated(other))
             raise ValueError(f"{name}: expected only for {having}, got {said(value)} for {kind.name}")
     read(kind, given)(method, trained, device)
+
+
+def _compare(given: dict[str, Any]) -> None:
+    from metafast.program.compare import Comparison, compare
+    from metafast.program.settings import read
+    from metafast.program.train import available
+
+    runs = [Path(run) for run in given.pop("runs")]
+    device = available(given.pop("device", None))
+    data, root = given.pop("data", None), given.pop("data_root", None)
+    compare(runs, read(Comparison, given), device, data=data, data_root=root)
 
 
 def _list(given: dict[str, Any]) -> None:

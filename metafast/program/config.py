@@ -22,7 +22,7 @@ from metafast.settings import Settings
 CONFIG = "config.json"
 _SECTIONS = ("settings", "data", "training", "pace")
 _LIST = re.compile(r"\[[^\[\]{}]*\]")  # of numbers: on one line
-_KEYS = ("method", *_SECTIONS, "problem", "versions")
+_KEYS = ("method", *_SECTIONS, "problem", "digest", "versions")
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Config:
     def learner(self) -> type[Learner]:
         return METHODS[self.method]
 
-    def described(self, problem: Any) -> dict[str, Any]:
+    def described(self, problem: Any, digest: str | None) -> dict[str, Any]:
         """What a run's configuration file and its checkpoints keep.
 
         Args:
             problem: of the data, which the method was built for.
+            digest: of the data, where nothing else keeps them as they are.
         """
         data = {"name": "folder" if isinstance(self.data, Folder) else self.data.name, **write(self.data)}
         return {
@@ -64,6 +65,7 @@ class Config:
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in vars(problem).items()
             },
+            "digest": digest,
             "versions": versions(),
         }
 

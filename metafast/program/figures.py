@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -13,12 +15,18 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from metafast.data import Episodes
+from metafast.program.evaluate import Estimate
 
 _RIGHT, _WRONG, _OTHER, _TEXT = "#0072b2", "#d55e00", "#7f7f7f", "#222222"  # told apart by the colour-blind
 _RIVALS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _GAP = 0.35  # between the drawings and the table, in cells
 _CELL, _LARGEST_CELL, _EDGE, _HEADER, _FOOTER, _NARROWEST = 0.42, 0.6, 0.35, 0.95, 0.55, 7.6  # inches
 _PANEL = 4.0  # inches
+_FIGURES = {
+    "accuracy": "accuracy",
+    "mse": "mean squared error",
+    "final_loss": "loss after the last inner step",
+}
 
 
 def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[str], *, title: str) -> None:
@@ -72,6 +80,57 @@ def draw_episode(episodes: Episodes, log_probs: Tensor, path: str | os.PathLike[
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
+
+
+def draw_training(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draws the records of a log: a panel for the loss, and one for the figure beside it.
+
+    Args:
+        records: as :mod:`metafast.runs.log` has them, with a gap where a number was not finite.
+        path, title: as in :func:`draw_episode`.
+    """
+    steps = [record["step"] for record in records]
+    names = [name for name in ("loss", *_FIGURES) if name in records[0]]
+    figure = Figure(figsize=(_PANEL * len(names) + 1, 3.6), facecolor="white", layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        values = [math.nan if record[name] is None else record[name] for record in records]
+        axes.plot(steps, values, color=_RIGHT, linewidth=1.4)
+        axes.set_xlabel("step")
+        axes.set_ylabel(_FIGURES.get(name, name))
+        if name != "accuracy" and min(values) > 0:
+            axes.set_yscale("log")
+        axes.grid(color="#e5e5e5")
+    figure.savefig(path, dpi=120)
+
+
+def draw_comparison(
+    rows: Sequence[tuple[str, Estimate, float | None]], path: Path, *, title: str, axis: str
+) -> None:
+    """Draws a point with its interval for each run, and a mark at what its paper reports.
+
+    Args:
+        rows: the name of each, its score, and the paper's.
+        axis: what the score is; an ``"accuracy"`` is in %.
+    """
+    scale = 100 if axis == "accuracy" else 1
+    figure = Figure(figsize=(7.5, 1.4 + 0.55 * len(rows)), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    means = [scale * mean.mean for _, mean, _ in rows]
+    halves = [scale * mean.half_width for _, mean, _ in rows]
+    axes.errorbar(means, places, xerr=halves, fmt="o", color=_RIGHT, capsize=3, label="95 % interval")
+    papers = [(scale * paper, place) for place, (_, _, paper) in enumerate(rows) if paper is not None]
+    if papers:
+        axes.plot(*zip(*papers, strict=True), "D", markerfacecolor="none", color=_WRONG, label="the paper")
+    axes.set_yticks(places, [name for name, _, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{axis} in %" if axis == "accuracy" else axis)
+    axes.set_title(title, fontsize=11)
+    axes.grid(axis="x", color="#e5e5e5")
+    axes.legend(frameon=False, fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
 
 
 def draw_waves(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -24,6 +24,15 @@ class Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"metafast: error: {message.removeprefix('argument ')}\n")
+
+    def _check_value(self, action: Action, value: Any) -> None:
+        """A command or method that is misspelt: argparse would list all there are."""
+        if action.choices is not None and value not in action.choices:
+            raise ArgumentError(
+                None,
+                f"{value}: unknown {action.metavar.lower()}{nearest(value, list(action.choices))}; "
+                f"`{self.prog} --help` lists them",
+            )
 
     def options(self) -> Iterable[str]:
         return self._option_string_actions

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
-_SMOOTHING = 0.95
+from metafast.program.console import mute
+
 _REFRESH = 0.1  # seconds between two updates of the bar, which cost more than a small step
+_HIDDEN = {"step", "loss", "lr", "seconds", "episodes_per_second", "diverged", "error"}
 
 
 class Progress:
-    """Shows the smoothed loss, the score, episodes per second and the time left.
+    """Shows the step, the loss, the figure beside it and the time left: what the log has under these names.
 
     Args:
         first: steps done before this run.
@@ -25,20 +30,21 @@ class Progress:
         self._first = self._done = first
         self._steps = steps
         self._loss: float | None = None
-        self._score = ""
-        self._diverged = self._episodes = 0
+        self._figure = ""
+        self._diverged = 0
         self._started = self._updated = time.perf_counter()
-        self._console = Console(stderr=True)
+        self._console = _Console(stderr=True)
+        # All but the bar has its room, whatever the width of the terminal.
+        whole = {"no_wrap": True, "overflow": "ignore"}
         self._bar = Bar(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=Column(**whole)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[figures]}", table_column=Column(**whole)),
+            TimeRemainingColumn(compact=True, table_column=Column(**whole)),
+            TextColumn("left", table_column=Column(**whole)),
             console=self._console,
             auto_refresh=False,
+            expand=True,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("training", total=steps, completed=first, figures="")
@@ -53,23 +59,26 @@ class Progress:
         self._update()
         self._bar.stop()
 
-    def advance(self, *, loss: float, episodes: int, diverged: int = 0) -> None:
-        """One step of so many episodes is done; the inner loops of some of them may have diverged."""
-        self._done += 1
-        self._episodes += episodes
-        self._diverged += diverged
-        self._loss = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
+    def advance(self, done: int, loss: float) -> None:
+        """So many steps are done; the loss of the last."""
+        self._done, self._loss = done, loss
         if time.perf_counter() - self._updated > _REFRESH:
             self._update()
 
-    def report(self, name: str, score: float) -> None:
-        """A new figure for the score: a line of its own where there is no bar to show it."""
-        self._score = f"  accuracy {score:.1%}" if name == "accuracy" else f"  {name} {score:.3f}"
+    def report(self, record: Mapping[str, Any]) -> None:
+        """A record of the log: a line of its own where there is no bar to show it."""
+        self._diverged += record.get("diverged", 0)
+        if "seconds" not in record:
+            return
+        figures = {name: value for name, value in record.items() if name not in _HIDDEN}
+        self._figure = "".join(f"  {name} {_said(name, value)}" for name, value in figures.items())
         if not self._console.is_terminal:
             left = (self._steps - self._done) * (time.perf_counter() - self._started)
+            rate = record["episodes_per_second"]
             self._console.print(
-                f"step {self._done}/{self._steps}  {self._figures()}  "
-                f"{left / (self._done - self._first):.0f} s left"
+                f"step {self._done}/{self._steps}  {self._figures()}  {rate:.1f} episodes/s  "
+                f"{left / (self._done - self._first):.0f} s left",
+                soft_wrap=True,
             )
 
     def _update(self) -> None:
@@ -78,6 +87,19 @@ class Progress:
             self._bar.update(self._task, completed=self._done, figures=self._figures(), refresh=True)
 
     def _figures(self) -> str:
-        rate = self._episodes / (time.perf_counter() - self._started)
         diverged = f"  {self._diverged} diverged" if self._diverged else ""
-        return f"loss {self._loss:.3f}{self._score}{diverged}  {rate:.1f} episodes/s"
+        return f"loss {self._loss:.3g}{self._figure}{diverged}"
+
+
+def _said(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.1%}" if name == "accuracy" else f"{value:.3g}"
+
+
+class _Console(Console):
+    """One whose reader may go away (``2>&1 | head``) without an end to the training."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        mute(self.file)

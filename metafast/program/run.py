@@ -12,6 +12,7 @@ import torch
 from metafast.data.sources import Source
 from metafast.methods import LearnedOptimizer, Learner
 from metafast.program.config import (
+    CONFIG,
     Config,
     choose_source,
     compose,
@@ -20,25 +21,39 @@ from metafast.program.config import (
     sources_of,
     write_config,
 )
+from metafast.program.console import say
 from metafast.program.evaluate import mean_score
 from metafast.program.learning_curves import final_loss
+from metafast.program.records import Records
 from metafast.program.settings import said, stated, write
-from metafast.program.train import autocast_dtype, available, is_log, train
+from metafast.program.signals import Stopped, heard
+from metafast.program.train import autocast_dtype, available, train
 from metafast.runs.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
+from metafast.runs.lock import locked
+from metafast.runs.log import check_log, read_log
 
 LOG = "log.jsonl"
+CURVES = "curves.png"
+_EXTENDABLE = "constant"
 
 
-def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool) -> None:
+def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool, tensorboard: bool) -> None:
     """``metafast train``: the run that the options describe, in the folder ``out``.
 
     Raises:
-        ValueError: an option is wrong, or ``out`` holds something else.
+        ValueError: an option is wrong, or ``out`` holds something else, or another process trains there.
+        Stopped: a signal came; the state is saved.
     """
+    if resume and not out.exists():
+        raise ValueError(
+            f"out: {out} does not exist, so there is nothing to resume; without --resume it begins"
+        )
     if list_checkpoints(out) and not resume:
         raise ValueError(f"out: {out} holds a run already: --resume continues it")
-    if not is_log(out / LOG):
-        raise ValueError(f"out: {out / LOG} was not written by metafast: expected a folder without it")
+    try:
+        check_log(out / LOG)
+    except ValueError as error:
+        raise ValueError(f"out: {error}") from None
     base = _begun(out) if resume else None
     config = compose(method, given, base)
     if base is not None:
@@ -50,45 +65,68 @@ def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool) -> 
     problem = sampler.batch(0).problem
     learner = config.learner.from_settings(config.settings, problem).to(training.device)
     optimizer, scheduler = training.make_optimizer(learner)
-    described = config.described(problem)
-    checkpoints = Checkpoints(
-        out, every=config.pace.checkpoint_every, keep=config.pace.keep, config=described
-    )
-    if resume:
-        checkpoint = checkpoints.latest()
-        print(
-            f"{out} holds no checkpoint yet: from the start"
-            if checkpoint is None
-            else f"{out}: resumes after step {checkpoint.step}"
+    described = config.described(problem, config.data.digest(sampler))
+    if base is not None and base["digest"] != described["digest"]:
+        raise ValueError(
+            f"data: {config.data} has changed since the run in {out} began; --resume needs it as it was"
         )
+    pace = config.pace
+    checkpoints = Checkpoints(out, every=pace.checkpoint_every, keep=pace.keep, config=described)
     dtype = autocast_dtype(training.precision, training.device)
-    print(
-        f"{method} on {config.data} train: {config.data.task}, {config.data.tasks} tasks a step, "
-        f"{training.steps} steps, {training.device} in {dtype or torch.float32}"
-    )
-    write_config(out, described)
-    train(
-        learner,
-        sampler.batch,
-        steps=training.steps,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        autocast=dtype,
-        checkpoints=checkpoints,
-        resume=resume,
-        log=out / LOG,
-        log_every=config.pace.log_every,
-        result=final_loss if isinstance(learner, LearnedOptimizer) else mean_score,
-    )
-    print(find_checkpoint(out))
+    with locked(out), heard() as signal, Records(out / "tensorboard" if tensorboard else None) as records:
+        if resume:
+            say(_where(checkpoints))
+        say(
+            f"{method} on {config.data} train: {config.data.task}, {config.data.tasks} tasks a step, "
+            f"{training.steps} steps, {training.device} in {dtype or torch.float32}"
+        )
+        write_config(out, described)
+        done = train(
+            learner,
+            sampler.batch,
+            steps=training.steps,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            autocast=dtype,
+            checkpoints=checkpoints,
+            resume=resume,
+            log=out / LOG,
+            log_every=pace.log_every,
+            result=final_loss if isinstance(learner, LearnedOptimizer) else mean_score,
+            observe=records.add,
+            stop=lambda: signal() is not None,
+        )
+        _draw_curves(out, title=f"{method} on {config.data}")
+    if done < training.steps:
+        raise Stopped(
+            signal(),
+            f"stopped after step {done} of {training.steps}, which is saved: `metafast train {method} --out "
+            f"{out} --resume` goes on",
+        )
+    say(str(find_checkpoint(out)))
+
+
+def _where(checkpoints: Checkpoints) -> str:
+    checkpoint = checkpoints.latest()
+    if checkpoint is None:
+        return f"{checkpoints.directory} holds no checkpoint yet: from the start"
+    return f"{checkpoints.directory}: resumes after step {checkpoint.step}"
+
+
+def _draw_curves(out: Path, *, title: str) -> None:
+    """A picture of the log, of which there is none where it has fewer than two points."""
+    records = [record for record in read_log(out / LOG) if "seconds" in record]
+    if len(records) > 1:
+        from metafast.program.figures import draw_training
+
+        draw_training(records, out / CURVES, title=title)
 
 
 def _begun(out: Path) -> dict[str, Any] | None:
     """The configuration of the run in a folder, checked; ``None`` where none has begun."""
     described = read_config(out)
-    if described is None:
-        paths = list_checkpoints(out)
-        described = Checkpoint.read(paths[-1]).config if paths else None
+    if described is None and list_checkpoints(out):
+        described = Checkpoint.latest(out)[1].config
     if described is not None:
         _rebuild(described, out)
     return described
@@ -101,11 +139,19 @@ def _check_same_run(out: Path, config: Config, base: Mapping[str, Any]) -> None:
     for section in ("data", "settings", "training"):
         now = write(getattr(config, section))
         for name, value in base[section].items():
-            if name != "name" and now.get(name) != value:
+            if name == "name" or now.get(name) == value:
+                continue
+            if name == "steps" and now[name] > value:
+                if config.training.schedule == _EXTENDABLE:
+                    continue
                 raise ValueError(
-                    f"{name}: the run in {out} has {said(value)}, got {said(now.get(name))}; --resume "
-                    "continues a run as it was begun"
+                    f"steps: the run in {out} has a {config.training.schedule} schedule, which ends after "
+                    f"its {value} steps: only a {_EXTENDABLE} one goes on, got {now[name]}"
                 )
+            raise ValueError(
+                f"{name}: the run in {out} has {said(value)}, got {said(now.get(name))}; --resume continues "
+                "a run as it was begun"
+            )
 
 
 def load_method(
@@ -117,11 +163,20 @@ def load_method(
         data: data of the same kind to take the place of the run's.
         data_root: where the data lie, which is no part of a configuration.
     """
-    found = find_checkpoint(path)
-    checkpoint = Checkpoint.read(found)
+    found, checkpoint = Checkpoint.latest(path)
     config, problem = _rebuild(checkpoint.config, found)
-    method = config.learner.from_settings(config.settings, problem)
-    checkpoint.restore_model(method)
+    if found != path and (described := read_config(path)) is not None:
+        folders, _ = _rebuild(described, path / CONFIG)
+        if (folders.method, folders.settings) != (config.method, config.settings):
+            raise ValueError(
+                f"{path / CONFIG}: expected the method and settings that {found.name} was trained with"
+            )
+        config = folders
+    try:
+        method = config.learner.from_settings(config.settings, problem)
+        checkpoint.restore_model(method)
+    except ValueError as error:
+        raise ValueError(f"{found}: {error}") from None
     if data is not None:
         config = replace(config, data=_other(config, data))
     if data_root is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,10 @@ from metafast.methods import Learner
 from metafast.program.evaluate import mean_score
 from metafast.program.progress import Progress
 from metafast.runs.checkpoint import Checkpoints
+from metafast.runs.log import Log
 from metafast.settings import Count, Positive, Seed, Settings, setting
 
 Batch = Episodes | Optimizees
-
-# What tells a log's records from those of other programs, which count steps as well.
-_BEGINNING = b'{"step": '
-_MARKS = {"diverged", "episodes_per_second"}
 
 
 def available(device: str | None) -> str:
@@ -113,7 +109,9 @@ def train(
     log: Path | None = None,
     log_every: int = 20,
     result: Callable[[Learner, Batch], tuple[str, float]] = mean_score,
-) -> None:
+    observe: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
     """Trains ``method`` in place for ``steps`` steps of ``optimizer``.
 
     Args:
@@ -124,18 +122,22 @@ def train(
         checkpoints: where and how often the state is saved; also after the last step.
         resume: continue from the latest of ``checkpoints``, with the bits that an unbroken run would have;
             from the start if there is none yet.
-        log: a file of JSON lines, a record every ``log_every`` steps: the loss of that step, the ``result``
-            on its episodes (the accuracy, or in regression the mean squared error, in evaluation mode),
-            learning rate and speed; and one for every step in which tasks diverged. A number that is not
-            finite, which JSON does not have, is ``null``, and ``error`` says what it was. A resumed run drops
-            the records after its checkpoint and goes on from there; one that begins drops them all.
-        result: the name and value of the figure in the log beside the loss.
+        log: a file of JSON lines as :mod:`metafast.runs.log` has them, a record every ``log_every`` steps and
+            one for every step in which tasks diverged. A resumed run drops the records after its checkpoint
+            and goes on from there; one that begins drops them all.
+        result: the name and value of the figure in the log beside the loss, of the batch of that step: the
+            accuracy, or in regression the mean squared error, in evaluation mode.
+        observe: called with every record of the log.
+        stop: asked after each step; where it says so, the state is saved and training ends.
+
+    Returns:
+        The steps that are done: ``steps``, or fewer where ``stop`` said so.
 
     A task whose loss or gradient is not finite, because its inner loop diverged, is left out: the step goes
     by the other tasks of its batch, and the log gets a record of the step and how many were left out.
 
     Raises:
-        ValueError: ``log`` is a file that is no such log; it stays as it is.
+        ValueError: ``log`` is a file that is no such log, or damaged; it stays as it is.
         OSError: a checkpoint or a record could not be written.
         FloatingPointError: no task of a batch has a finite loss and gradient. The step is logged and not
             taken, so that the weights stay as they were.
@@ -150,7 +152,7 @@ def train(
     if resume and (checkpoint := checkpoints.latest()) is not None:
         checkpoint.restore(method, optimizer, scheduler)
         first = checkpoint.step
-    journal = _Journal(log, keep_until=first)
+    journal = Log(log, keep_until=first)
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss = method.loss
@@ -158,38 +160,58 @@ def train(
         precision = torch.autocast(parameters[0].device.type, autocast)
         loss, result = precision(loss), precision(result)
     method.train()
-    started = time.perf_counter()
+    clock = _Clock(journal.seconds)
+    done = first
     with Progress(first, steps) as progress:
+
+        def note(**record: Any) -> None:
+            written = journal.write(**record)
+            progress.report(written)
+            observe(written)
+
         for step in range(first, steps):
             episodes = batches(step)
             done = step + 1
             value, diverged = _gradient(loss, episodes, parameters)
             if diverged == len(episodes):
-                journal.write(step=done, diverged=diverged, error="no task has a finite loss and gradient")
+                note(step=done, diverged=diverged, error="no task has a finite loss and gradient")
                 raise FloatingPointError(f"the loss of step {done} is {value}: training stopped before it")
             if diverged:
-                journal.write(step=done, diverged=diverged)
+                note(step=done, diverged=diverged)
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            progress.advance(loss=value, episodes=len(episodes), diverged=diverged)
+            clock.count(len(episodes))
+            progress.advance(done, value)
 
+            last = done == steps or stop()
             if done % log_every == 0 or done == steps:
                 name, figure = result(method, episodes)
-                seconds = time.perf_counter() - started
-                rate = (done - first) * len(episodes) / seconds
-                journal.write(
-                    step=done,
-                    loss=value,
-                    **{name: figure},
-                    lr=lr,
-                    episodes_per_second=rate,
-                    seconds=seconds,
-                )
-                progress.report(name, figure)
-            if checkpoints is not None and (done % checkpoints.every == 0 or done == steps):
+                note(step=done, loss=value, **{name: figure}, lr=lr, **clock.read())
+            if checkpoints is not None and (done % checkpoints.every == 0 or last):
                 checkpoints.save(done, method, optimizer, scheduler)
+            if last:
+                break
+    return done
+
+
+class _Clock:
+    """The time that a run has taken, in all its parts, and the speed since it was last read."""
+
+    def __init__(self, before: float) -> None:
+        self._before = before
+        self._started = self._read = time.perf_counter()
+        self._episodes = 0
+
+    def count(self, episodes: int) -> None:
+        self._episodes += episodes
+
+    def read(self) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = self._episodes / (now - self._read)
+        self._read, self._episodes = now, 0
+        return {"episodes_per_second": rate, "seconds": self._before + now - self._started}
 
 
 def _gradient(
@@ -219,62 +241,3 @@ def _backward(loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequ
     norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     figures = torch.stack([value.detach(), *norms]).tolist()  # one wait for the device
     return figures[0] if all(map(math.isfinite, figures)) else math.nan
-
-
-def is_log(path: Path) -> bool:
-    """Is there a log of :func:`train` at ``path``, or a file that is empty, or none?"""
-    if not path.exists():
-        return True
-    *lines, last = path.read_bytes().split(b"\n")
-    if not lines:  # nothing, or a first record that a kill or a full disk cut short
-        return _BEGINNING.startswith(last[: len(_BEGINNING)])
-    return all(map(_is_record, lines))
-
-
-def _is_record(line: bytes) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(record, dict) and "step" in record and not record.keys().isdisjoint(_MARKS)
-
-
-class _Journal:
-    """A file of JSON lines, cut back on opening to the records up to a step; nothing without a path."""
-
-    def __init__(self, path: Path | None, *, keep_until: int) -> None:
-        self._file = None
-        self._path = path
-        if path is None:
-            return
-        if not is_log(path):
-            raise ValueError(f"log: expected a log of train, or no file yet, got {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+", encoding="utf-8", buffering=1)
-        # The run may have gone on after its checkpoint, and been killed in the middle of a line.
-        self._file.seek(0)
-        kept = 0
-        for line in self._file.readlines():
-            if not line.endswith("\n") or json.loads(line)["step"] > keep_until:
-                break
-            kept += len(line.encode())
-        self._file.truncate(kept)
-
-    def write(self, **record: Any) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        except OSError as error:
-            raise OSError(f"{self._path}: cannot be written ({error})") from error
-
-
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for numbers that JSON does not have, and an error that says what they were."""
-    odd = {
-        name: value for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)
-    }
-    if not odd:
-        return dict(record)
-    error = ", ".join(f"{name} is {value}" for name, value in odd.items())
-    return {**record, **dict.fromkeys(odd), "error": error}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-_FORMAT = "metafast-checkpoint-1"
-_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_FORMAT = "metafast-checkpoint-2"
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _PARTIAL = ".partial"
 
 
@@ -43,30 +44,74 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """Raises ``ValueError`` when the file is no checkpoint of metafast, or not a whole one."""
+        """Raises ``ValueError`` when the file is no checkpoint of metafast, or not as it was written."""
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
+                text = (file.metadata() or {}).get(_FORMAT)
+                if text is None:
+                    raise ValueError(f"{path}: expected format {_FORMAT!r}, got {_format(file.metadata())}")
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: expected a whole safetensors file, got a broken one ({error})"
             ) from error
-        return cls(tensors=tensors, **json.loads(metadata["state"]))
+        try:
+            kept = json.loads(text)
+            checksum, state = kept["sha256"], kept["state"]
+            read = cls(tensors=tensors, **state)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: expected the state of a training, got something else") from error
+        if checksum != _checksum(tensors, state):
+            raise ValueError(f"{path}: its checksum does not fit: the file has changed since it was written")
+        return read
+
+    @classmethod
+    def latest(cls, path: str | os.PathLike[str]) -> tuple[Path, Checkpoint]:
+        """The checkpoint in a file; of a folder the last that is whole, with a warning if others are not.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: none of them can be read.
+        """
+        last = find_checkpoint(path)
+        found = [last] if last == Path(path) else list_checkpoints(last.parent)
+        for candidate in reversed(found[1:]):
+            try:
+                return candidate, cls.read(candidate)
+            except ValueError as error:
+                warnings.warn(f"{error}; the one before it is taken", stacklevel=2)
+        return found[0], cls.read(found[0])
 
     def model(self, part: str = "") -> dict[str, Tensor]:
         """The ``state_dict`` of the model, or of a part of it."""
         return self._under(f"model.{part}." if part else "model.")
 
     def restore_model(self, model: nn.Module) -> None:
-        model.load_state_dict(self.model())
+        """Raises ``ValueError`` where the weights are those of another model."""
+        try:
+            model.load_state_dict(self.model())
+        except RuntimeError as error:  # a line for each weight that does not fit
+            faults = [line.strip() for line in str(error).splitlines()[1:]]
+            raise ValueError(
+                f"expected the weights of this {type(model).__name__}: {' '.join(faults[:1])}"
+            ) from error
 
     def restore(self, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
-        """Puts everything back, random number generators included: training goes on bit for bit."""
+        """Puts everything back, random number generators included: training goes on bit for bit.
+
+        Raises:
+            ValueError: it is the state of another training.
+        """
         self.restore_model(model)
+        try:
+            self._restore_training(optimizer, scheduler)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"expected the state of the optimizer, the schedule and the random numbers: {error!r}"
+            ) from error
+
+    def _restore_training(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = {int(index): dict(values) for index, values in self.optimizer["state"].items()}
         for name, tensor in self._under("optimizer.").items():
@@ -74,12 +119,16 @@ class Checkpoint:
             parameter = parameters[int(index)]
             if tensor.shape == parameter.shape:  # the file is row-major; keep the parameter's memory layout
                 tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            elif tensor.dim() > 0:
+                raise ValueError(
+                    f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}"
+                )
             state[int(index)][key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": self.optimizer["param_groups"]})
         if scheduler is not None:
             scheduler.load_state_dict(self.scheduler)
         torch.set_rng_state(self.tensors["rng.cpu"])
-        if "rng.cuda" in self.tensors:
+        if "rng.cuda" in self.tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.tensors["rng.cuda"])
 
     def _under(self, prefix: str) -> dict[str, Tensor]:
@@ -131,35 +180,27 @@ class Checkpoints:
         }
         path = self.directory / f"step-{step:08d}.safetensors"
         self.directory.mkdir(parents=True, exist_ok=True)
-        _write(path, tensors, {"format": _FORMAT, "state": json.dumps(state)})
+        _write(path, tensors, state)
         # A later one is there where it was broken and an earlier one resumed from: it must not crowd out any.
-        written = [other for other in list_checkpoints(self.directory) if other <= path]
+        written = [other for other in list_checkpoints(self.directory) if _step(other) <= step]
         for old in written[: -self.keep]:
             old.unlink()
         return path
 
     def latest(self) -> Checkpoint | None:
-        """The last checkpoint, with a warning the last that can be read; ``None`` when there is none yet.
+        """The last checkpoint that is whole, with a warning if a later one is not; ``None`` if there is none.
 
         A broken one costs the steps since the one before: done again, they end in the same bits.
 
         Raises:
             ValueError: none of them can be read.
         """
-        paths = list_checkpoints(self.directory)
-        for path in reversed(paths):
-            try:
-                return Checkpoint.read(path)
-            except ValueError as error:
-                if path == paths[0]:
-                    raise
-                warnings.warn(f"{error}; the one before it is taken", stacklevel=1)
-        return None
+        return Checkpoint.latest(self.directory)[1] if list_checkpoints(self.directory) else None
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; none when there is no such folder."""
-    return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)), key=_step)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -176,19 +217,45 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{path}: expected a checkpoint, or a folder with step-*.safetensors in it")
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """A kill at any moment leaves a whole file or none: the name is given once the bytes are on disk."""
     partial = path.with_suffix(_PARTIAL)
     # The format wants each tensor row-major, in memory of its own.
-    copies = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    copies = {
+        k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()
+    }
+    state = json.loads(json.dumps(state))  # as it is read
+    # All in one entry: safetensors writes several in any order, and equal runs are to give equal files.
+    metadata = {_FORMAT: json.dumps({"sha256": _checksum(copies, state), "state": state})}
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask says: safetensors lets the owner alone read
         save_file(copies, partial, metadata)
+        partial.chmod(mode)
         _sync(partial)
         os.replace(partial, path)
     except (SafetensorError, OSError) as error:
         partial.unlink(missing_ok=True)  # a full disk needs its room
         raise OSError(f"{path}: cannot be written ({error})") from error
     _sync(path.parent)
+
+
+def _checksum(tensors: Mapping[str, Tensor], state: Any) -> str:
+    """SHA-256 of all that a checkpoint holds: the state; name, dtype, shape and bytes of each tensor."""
+    total = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _format(metadata: Mapping[str, str] | None) -> str:
+    known = [name for name in metadata or {} if name.startswith("metafast-checkpoint-")]
+    return repr(known[0]) if known else "another"
 
 
 def _sync(path: Path) -> None:
