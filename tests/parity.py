@@ -39,11 +39,12 @@ def cotangent(out: Tensor) -> Tensor:
 
 
 def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function with a nonlinear scalar result; absent classes (-inf) count nothing."""
+    """The function with a nonlinear scalar result, 32 bits at least; absent classes (-inf) count nothing."""
 
     def of_finite(*args: Tensor) -> Tensor:
         out = function(*args)
-        return torch.where(out > -torch.inf, out, 0.0).square().sum()
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        return torch.where(wide > -torch.inf, wide, 0.0).square().sum()
 
     return of_finite
 
