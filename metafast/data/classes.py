@@ -67,6 +67,14 @@ class ImageClasses:
         names = tuple(self.names[i] for i in index.tolist())
         return ImageClasses(self.images[index], names, None if self.counts is None else self.counts[index])
 
+    def inverted(self) -> ImageClasses:
+        """The same classes with black for white: ink = 1.0 of drawings on white paper."""
+        images = 1 - self.images
+        if self.counts is not None:  # padding stays zero
+            rows = torch.arange(images.shape[1], device=images.device)
+            images *= (rows < self.counts.unsqueeze(1))[..., None, None, None]
+        return ImageClasses(images, self.names, self.counts)
+
     def centered(self) -> ImageClasses:
         """The same classes with every image moved to its middle, by :func:`metafast.data.center.center`."""
         return ImageClasses(center(self.images), self.names, self.counts)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .classes import ImageClasses
 from .paths import data_root
+from .reading import reading
+
+_EXAMPLES = 1797
 
 
 def digits(root: str | os.PathLike[str] | None = None) -> ImageClasses:
@@ -21,15 +24,25 @@ def digits(root: str | os.PathLike[str] | None = None) -> ImageClasses:
 
     Raises:
         ImportError: there is no file, and scikit-learn is not installed.
+        ValueError: the file is broken.
     """
     table = data_root(root) / "digits" / "digits.csv.gz"
     if table.exists():
-        rows = np.loadtxt(table, delimiter=",", dtype=np.int64)
+        with reading(table, "the table of the digits", "Remove it, and they come out of scikit-learn."):
+            rows = np.loadtxt(table, delimiter=",", dtype=np.int64, ndmin=2)
+            _check(rows)
         pixels, labels = rows[:, :64], rows[:, 64]
     else:
         pixels, labels = _from_scikit_learn(str(table))
     images = torch.from_numpy(pixels).to(torch.float32).view(-1, 1, 8, 8) / 16
     return _group(images, torch.from_numpy(labels).to(torch.int64))
+
+
+def _check(rows: np.ndarray) -> None:
+    if rows.shape != (_EXAMPLES, 65):
+        raise ValueError(f"its size is {list(rows.shape)}, not [{_EXAMPLES}, 65]")
+    if rows.min() < 0 or rows[:, :64].max() > 16 or rows[:, 64].max() > 9:
+        raise ValueError("its numbers are not 64 pixels in 0..16 and a digit")
 
 
 def _from_scikit_learn(absent: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 
 _BLOCK = 1 << 16
 _TIMEOUT = 30  # seconds without a byte
+_MOST = 1 << 28  # bytes: the largest file is 10 MB, and what never ends fills no disk
+_LEAST_RATE = 1 << 10  # bytes a second, on average, or it is given up
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def download(remote: Remote, target: Path, advice: str) -> None:
         advice: what to do instead, where it cannot be had: a sentence.
 
     Raises:
-        ConnectionError: the address could not be reached or the transfer broke off; ends with ``advice``.
+        ConnectionError: the address could not be reached, or the transfer broke off, went on for longer than
+            at 1 KiB/s or beyond 256 MiB; ends with ``advice``.
         ValueError: the digest is wrong; names the file, the digest expected and the one that came.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,16 +66,21 @@ def download(remote: Remote, target: Path, advice: str) -> None:
 
 def _body(url: str, target: Path, advice: str) -> Iterator[bytes]:
     """The bytes behind ``url``, in blocks; ConnectionError if they cannot be had, or not all of them."""
-    received = 0
+    received, started = 0, time.monotonic()
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
             length = response.headers.get("Content-Length")
-            for block in _with_progress(iter(lambda: response.read(_BLOCK), b""), target.name, length):
+            for block in _with_progress(iter(lambda: response.read1(_BLOCK), b""), target.name, length):
                 received += len(block)
+                seconds = time.monotonic() - started
+                if received > _MOST:
+                    raise OSError(f"more than {_MOST} bytes came")
+                if seconds > _TIMEOUT and received < _LEAST_RATE * seconds:
+                    raise OSError(f"{received} bytes came in {seconds:.0f} s")
                 yield block
-    except (OSError, HTTPException) as error:  # URLError and time-outs are OSErrors
+    except (OSError, HTTPException, ValueError) as error:  # URLError and time-outs are OSErrors
         raise ConnectionError(f"{url} could not be downloaded ({error}). {advice}") from error
-    if length is not None and received < int(length):
+    if length is not None and length.isdigit() and received < int(length):
         raise ConnectionError(f"{url} broke off after {received} of {length} bytes. {advice}")
 
 
@@ -85,7 +94,7 @@ def _with_progress(blocks: Iterator[bytes], name: str, length: str | None) -> It
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(name, total=None if length is None else int(length))
+        bar = progress.add_task(name, total=int(length) if length is not None and length.isdigit() else None)
         for block in blocks:
             progress.advance(bar, len(block))
             yield block

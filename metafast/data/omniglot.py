@@ -66,7 +66,8 @@ def omniglot(
         images [C, 20, 1, image_size, image_size], C the number of characters, or four times that.
 
     Raises:
-        ValueError: an unknown protocol or split, ``image_size`` outside 1..105, or a wrong digest.
+        ValueError: an unknown protocol or split, ``image_size`` outside 1..105, a wrong digest or a broken
+            file.
         FileNotFoundError: a file is absent and ``download`` is false.
         ConnectionError: a file is absent and could not be downloaded.
     """
@@ -95,6 +96,8 @@ def omniglot(
         kept += [names[row] for row in rows]
     if missing := sorted(listed.difference(kept)):
         raise ValueError(f"{folder}: {len(missing)} characters of the split are absent, first {missing[0]!r}")
+    if not pieces:
+        raise ValueError(f"{folder}: expected characters of {protocol} {split}, found none")
     classes = ImageClasses(torch.cat(pieces), tuple(kept))
     return classes.rotated() if rotations else classes
 

@@ -8,6 +8,7 @@ Science 350:1332-1338, 2015. Two kinds of image set are read: the official archi
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import tempfile
 import zipfile
@@ -18,6 +19,7 @@ import numpy as np
 from .download import Remote, download
 from .paths import data_root
 from .pixels import read_pixels
+from .reading import reading
 
 _OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 _VINYALS_LISTS = (
@@ -65,14 +67,16 @@ REMOTES = {
 
 
 def find_file(root: Path, path: str, may_download: bool) -> Path:
-    """``root/path``, downloaded first if it is absent.
+    """``root/path``, downloaded first if it is absent; its digest is checked either way.
 
     Raises:
         FileNotFoundError: the file is absent and ``may_download`` is false.
-        ConnectionError, ValueError: the download failed.
+        ValueError: the file is not the official one.
+        ConnectionError: the download failed.
     """
     target = root / path
     if target.exists():
+        _check_digest(target, REMOTES[path])
         return target
     # Where a folder was passed, METAFAST_DATA does not count.
     other = "set METAFAST_DATA to" if root == data_root(None) else "pass as root (--data-root)"
@@ -81,9 +85,20 @@ def find_file(root: Path, path: str, may_download: bool) -> Path:
         raise FileNotFoundError(f"{path} is absent, and not to be downloaded. {advice}")
     remote = REMOTES[path]
     if mirror := os.environ.get("METAFAST_MIRROR"):
+        if "://" not in mirror:
+            raise ValueError(f"METAFAST_MIRROR: expected an address, such as https://..., got {mirror!r}")
         remote = Remote(f"{mirror.rstrip('/')}/{path}", remote.algorithm, remote.digest)
     download(remote, target, advice)
     return target
+
+
+def _check_digest(path: Path, remote: Remote) -> None:
+    digest = hashlib.new(remote.algorithm, path.read_bytes(), usedforsecurity=False).hexdigest()
+    if digest != remote.digest:
+        raise ValueError(
+            f"{path}: expected the official file, {remote.algorithm} {remote.digest}, got {digest}. "
+            "Remove it, and it is downloaded again."
+        )
 
 
 def read_image_set(root: Path, part: str, may_download: bool) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -96,22 +111,37 @@ def read_image_set(root: Path, part: str, may_download: bool) -> tuple[np.ndarra
     Returns:
         bool [characters, drawers, 105, 105], **True is paper**, and as many names.
     """
-    array = root / "omniglot" / f"images_{part}.npz"
-    if array.exists():
-        with np.load(array, allow_pickle=False) as content:
-            if "names" in content:
-                return content["images"], tuple(content["names"].tolist())
-            return content["images"], _names_from_table(array.with_name("characters.csv"), part)
-    archive = find_file(root, f"omniglot/images_{part}.zip", may_download)
+    array, zipped = root / "omniglot" / f"images_{part}.npz", f"omniglot/images_{part}.zip"
+    if array.exists() and (found := _read_array(array, part, REMOTES[zipped].digest)) is not None:
+        return found
+    archive = find_file(root, zipped, may_download)
     images, names = _read_archive(archive)
     if os.access(array.parent, os.W_OK):  # a data folder may be read-only; it is then only slower
-        _write_array(array, images, names)
+        _write_array(array, images, names, REMOTES[zipped].digest)
+    return images, names
+
+
+def _read_array(path: Path, part: str, official: str) -> tuple[np.ndarray, tuple[str, ...]] | None:
+    """An image set as one array; ``None`` for one made here of another archive than the official one."""
+    with reading(path, f"the {part} images as one array", "Remove it, and it is made anew."):
+        with np.load(path, allow_pickle=False) as content:
+            images = content["images"]
+            names = tuple(content["names"].tolist()) if "names" in content else None
+            source = str(content["source"]) if "source" in content else None
+        if images.dtype != bool or images.ndim != 4 or images.shape[2:] != (105, 105):
+            raise ValueError(f"its images are {images.dtype} {list(images.shape)}, not bool [C, M, 105, 105]")
+    if names is None:  # of others, who gave a table with it
+        names = _names_from_table(path.with_name("characters.csv"), part)
+    elif source != official:
+        return None
+    if len(names) != len(images):
+        raise ValueError(f"{path}: expected {len(names)} characters, as its names say, got {len(images)}")
     return images, names
 
 
 def read_vinyals_split(root: Path, split: str, may_download: bool) -> tuple[str, ...]:
     """The characters ``alphabet/character`` of a Vinyals split, in the order of its list."""
-    path = find_file(root, f"omniglot/splits_vinyals/{split}.txt", may_download)
+    path = find_file(root, f"omniglot/splits_vinyals/{split}.txt", may_download)  # which checks its digest
     # One line per class, alphabet/character/rotNNN; every character is there with its four rotations.
     characters = (line.rpartition("/")[0] for line in path.read_text(encoding="utf-8").split())
     return tuple(dict.fromkeys(characters))
@@ -124,7 +154,8 @@ def read_run_images(root: Path, may_download: bool) -> tuple[np.ndarray, np.ndar
         Two times bool [20, 20, 105, 105], True is paper; and int64 [20, 20], whose element [r, i] is the
         index of the training image of run r that shows the character of its test image i.
     """
-    with zipfile.ZipFile(find_file(root, "omniglot/all_runs.zip", may_download)) as archive:
+    path = find_file(root, "omniglot/all_runs.zip", may_download)
+    with reading(path, "the archive of the 20 runs"), zipfile.ZipFile(path) as archive:
         numbers = [f"{i:02d}" for i in range(1, 21)]
         training = [[_read_png(archive, f"run{r}/training/class{i}.png") for i in numbers] for r in numbers]
         test = [[_read_png(archive, f"run{r}/test/item{i}.png") for i in numbers] for r in numbers]
@@ -137,22 +168,24 @@ def read_run_images(root: Path, may_download: bool) -> tuple[np.ndarray, np.ndar
 
 
 def _names_from_table(table: Path, part: str) -> tuple[str, ...]:
-    with table.open(newline="", encoding="utf-8") as file:
+    with reading(table, "the table of the characters"), table.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == part]
-    rows.sort(key=lambda row: int(row["npz_index"]))
-    return tuple(f"{row['alphabet']}/{row['character']}" for row in rows)
+        rows.sort(key=lambda row: int(row["npz_index"]))
+        if [int(row["npz_index"]) for row in rows] != list(range(len(rows))):
+            raise ValueError(f"npz_index does not count the characters of {part} from 0")
+        return tuple(f"{row['alphabet']}/{row['character']}" for row in rows)
 
 
 def _read_archive(path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """Reads alphabet/characterNN/NNNN_DD.png, below any folder, DD being the drawer."""
-    with zipfile.ZipFile(path) as archive:
+    with reading(path, "an archive of drawings"), zipfile.ZipFile(path) as archive:
         classes: dict[str, list[str]] = {}
         drawings = [PurePosixPath(entry) for entry in archive.namelist() if entry.endswith(".png")]
         for drawing in sorted(drawings, key=lambda path: path.name):  # by NNNN, which counts all characters
             classes.setdefault("/".join(drawing.parts[-3:-1]), []).append(str(drawing))
         drawers = {len(entries) for entries in classes.values()}
         if len(drawers) != 1:
-            raise ValueError(f"{path}: expected as many drawings of every character, got {sorted(drawers)}")
+            raise ValueError(f"the characters have {sorted(drawers)} drawings, not all as many")
         images = [[_read_png(archive, entry) for entry in entries] for entries in classes.values()]
     return np.array(images), tuple(classes)
 
@@ -163,11 +196,12 @@ def _read_png(archive: zipfile.ZipFile, entry: str) -> np.ndarray:
         return read_pixels(file, grayscale=True) > 127
 
 
-def _write_array(path: Path, images: np.ndarray, names: tuple[str, ...]) -> None:
+def _write_array(path: Path, images: np.ndarray, names: tuple[str, ...], source: str) -> None:
+    """``source``: the digest of what they were read from, by which a cache of another archive is known."""
     handle, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, images=images, names=np.array(names))
+            np.savez_compressed(file, images=images, names=np.array(names), source=np.array(source))
         os.chmod(part, 0o644)  # mkstemp makes files private, but a cache may be shared
         os.replace(part, path)
     finally:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -16,7 +16,7 @@ from .classes import ImageClasses
 from .digits import digits
 from .episodes import Problem
 from .gaussians import GaussianSampler
-from .image_folder import image_folder
+from .image_folder import class_folders, has_colour, image_files, image_folder
 from .networks import Network, elman_rnn, relu_cnn, sigmoid_mlp
 from .omniglot import omniglot
 from .optimizees import Optimization, QuadraticSampler, ScaledSampler, TrainingSampler
@@ -43,10 +43,20 @@ class Source(Settings, ABC):
     name: ClassVar[str]
     kind: ClassVar[str]
     """What the recipes of the methods are for."""
+    own: ClassVar[frozenset[str]] = frozenset()
+    """Settings whose defaults no recipe changes."""
     problem: ClassVar[type] = Problem
     """What a method is told of the tasks: the type of ``batch(step).problem``."""
 
     tasks: Count = setting(1, "tasks per step")
+
+    def fitted(self, given: Collection[str]) -> Source:
+        """With the settings that are not ``given``, and that depend on what the data hold, found there.
+
+        Raises:
+            ValueError: the data are not what they should be.
+        """
+        return self
 
     @abstractmethod
     def sampler(self, split: str, *, seed: int, device: torch.device | str) -> Sampler:
@@ -144,11 +154,61 @@ class Folder(Images):
     """A folder with train/ and test/, in which every class is a folder of images."""
 
     name = "a folder"
+    own = frozenset({"center"})  # whether anybody's images are drawings is not known
 
     path: Path = setting(Path(), option=False)
+    grayscale: bool | None = setting(None, "one channel (default: three if any image of train/ has colour)")
+    ground: Literal["black", "white"] | None = setting(
+        None,
+        "what drawings to be centered are drawn on (default: as the images' borders tell)",
+        only_with=("center", (True,)),
+    )
+
+    def fitted(self, given: Collection[str]) -> Folder:
+        for split in ("train", "test"):
+            if not (self.path / split).is_dir():
+                raise ValueError(
+                    f"data: expected a folder with train/ and test/, got {self.path} without {split}/"
+                )
+        settings: dict[str, Any] = {}
+        if self.grayscale is None:
+            settings["grayscale"] = not has_colour(self.path / "train")
+        folders = class_folders(self.path / "train")
+        if "ways" not in given:
+            settings["ways"] = min(self.ways, len(folders))
+        fewest = min(len(image_files(folder)) for folder in folders)
+        if not {"shots", "queries"} & set(given) and fewest >= 2:
+            settings["shots"] = min(self.shots, max(1, fewest // 2))
+            settings["queries"] = min(self.queries, fewest - settings["shots"])
+        return replace(self, **settings)
 
     def read(self, split: str) -> ImageClasses:
-        return image_folder(self.path / split, image_size=self.image_size)
+        return image_folder(self.path / split, image_size=self.image_size, grayscale=self.grayscale)
+
+    def classes(self, split: str) -> ImageClasses:
+        classes = self.read(split)
+        if not self.center:
+            return classes
+        bright = self._ground(classes) == "white" if self.ground is None else self.ground == "white"
+        return (classes.inverted() if bright else classes).centered()
+
+    def _ground(self, classes: ImageClasses) -> str:
+        """What the borders of the images have most of."""
+        images = (
+            classes.images.flatten(0, 1)
+            if classes.counts is None
+            else torch.cat(
+                [images[:count] for images, count in zip(classes.images, classes.counts, strict=True)]
+            )
+        )
+        border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], -1)
+        level = float(border.median())
+        if 0.25 < level < 0.75:
+            raise ValueError(
+                f"ground: the images' borders are grey ({level:.2f} of white), not black or white as those of "
+                "drawings; say which it is, or leave out center"
+            )
+        return "white" if level > 0.5 else "black"
 
     def digest(self, sampler: EpisodeSampler) -> str:
         return sampler.classes.digest()

@@ -126,13 +126,18 @@ def compose(method: str, given: Mapping[str, Any], base: Mapping[str, Any] | Non
     check_names(given, known)
     settings = {}
     for section, cls in sections.items():
-        defaults = learner.recipes[source.kind] | (base[section] if base is not None else {}) | path
+        recipe = {
+            name: value for name, value in learner.recipes[source.kind].items() if name not in source.own
+        }
+        defaults = recipe | (base[section] if base is not None else {}) | path
         ours = stated(cls)
         settings[section] = read(
             cls,
             {name: value for name, value in given.items() if name in ours},
             {name: value for name, value in defaults.items() if name in ours},
         )
+    if base is None:
+        settings["data"] = settings["data"].fitted(given)
     return Config(method, **settings)
 
 
@@ -191,7 +196,8 @@ def defaults_of(learner: type[Learner]) -> dict[str, dict[str, Any]]:
     for source in sources_of(learner).values():
         recipe = learner.recipes[source.kind]
         own = stated(learner.Settings, source, TrainingSettings, Pace)
-        found[source.kind] = {name: recipe.get(name, field.default) for name, field in own.items()}
+        defaults = {name: recipe.get(name, field.default) for name, field in own.items()}
+        found[source.kind] = defaults | found.get(source.kind, {})  # of the first of a kind, if they differ
     return found
 
 

@@ -257,13 +257,13 @@ def pictures(tmp_path):
 
 
 def test_image_folder_makes_one_class_per_folder(pictures):
-    colour = image_folder(pictures, image_size=3, grayscale=False)
+    colour = image_folder(pictures, image_size=3)
     assert colour.names == ("cat", "dog")
     assert colour.counts.tolist() == [2, 1]
     assert colour.images.shape == (2, 2, 3, 3, 3)
     torch.testing.assert_close(colour.images[0, 1, :, 2, 0], torch.tensor([1.0, 0.0, 0.4]))
     assert not colour.images[1, 1].any(), "padding must be zero"
-    grey = image_folder(str(pictures), image_size=3)
+    grey = image_folder(str(pictures), image_size=3, grayscale=True)
     assert grey.images.shape == (2, 2, 1, 3, 3)
     assert 0.2 < grey.images[0, 0].mean() < 0.4  # the luminance of red
 

@@ -298,10 +298,13 @@ def test_the_root_is_the_argument_then_metafast_data_then_the_cache(mirror, tmp_
         assert (tmp_path / root / "omniglot" / "all_runs.zip").exists()
 
 
-def test_characters_of_a_split_that_have_no_drawings_are_reported(mirror, tmp_path):
+def test_characters_of_a_split_that_have_no_drawings_are_reported(mirror, tmp_path, monkeypatch):
     lists = tmp_path / "omniglot" / "splits_vinyals"
     lists.mkdir(parents=True)
     (lists / "val.txt").write_text("Hebrew/character01/rot000\nHebrew/character99/rot000\n")
+    digest = hashlib.sha256((lists / "val.txt").read_bytes()).hexdigest()
+    path = "omniglot/splits_vinyals/val.txt"
+    monkeypatch.setitem(files.REMOTES, path, files.Remote("http://invalid.", "sha256", digest))
     with pytest.raises(ValueError, match="1 characters of the split are absent, first 'Hebrew/character99'"):
         omniglot(tmp_path, split="val")
 
