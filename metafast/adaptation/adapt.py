@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from metafast.adaptation import fused
 from metafast.adaptation.errors import blamed
 from metafast.adaptation.examples import Examples, at, check_examples, leaves_of
-from metafast.adaptation.inner_loop import InnerLoop, LearningRates, Loss, Penalty, Rates, Start, Tensors
+from metafast.adaptation.inner_loop import InnerLoop, LearningRates, Loss, Penalty, Rates
 from metafast.adaptation.path import GENERAL, Plan, plan
+from metafast.adaptation.states import States, Tensors
 from metafast.adaptation.structure import Mlp
 from metafast.adaptation.task import Task
 
@@ -37,28 +38,38 @@ class Adapted:
     `torch.no_grad`, copied by `copy.deepcopy`, as torch has it with all tensors.
     """
 
-    params: Tensors  # name -> [T, ...], of those that adapted
-    buffers: Tensors  # name -> [T, ...]; empty on the fused path
     path: str  # "fused", "torch.func" or "loop"
     module: nn.Module  # what was adapted, as it was
+    _states: States
     _mlp: Mlp | None = None  # on the fused path
 
     @property
     def tasks(self) -> int:
-        return len(next(iter(self.params.values())))
+        """T."""
+        return self._states.tasks
+
+    @property
+    def params(self) -> Tensors:
+        """Those that adapted, by their names, each [T, ...]."""
+        return self._states.stacked()[0]
+
+    @property
+    def buffers(self) -> Tensors:
+        """By their names, each [T, ...]; empty on the fused path."""
+        return self._states.stacked()[1]
 
     def __call__(self, x: Examples) -> Any:
         check_examples("x", x, "T, Q", T=self.tasks)
         if self._mlp is not None:
             return fused.call(self._mlp, self.params, x)
         _refuse_no_tasks(self.tasks)
-        task = Task(self.module, InnerLoop(), self.params)
+        task = Task(self.module, InnerLoop(), self._states)
         return blamed(
             self.path,
             task,
             at(x, 0),
-            lambda: GENERAL[self.path].call(task, self.params, self.buffers, x),
-            lambda: task.call(at(self.params, 0), at(self.buffers, 0), at(x, 0)),
+            lambda: GENERAL[self.path].call(task, self._states, x),
+            lambda: task.call(*self._states.each()[0], at(x, 0)),
         )
 
     def __repr__(self) -> str:
@@ -189,23 +200,21 @@ def adapt(
     tasks = _check_examples(x, y, example_weights, inner, before)
     found = plan(module, inner, params, path, x)
     rates = LearningRates(lr, found.params, steps)
-    if found.path == "fused":
+    if found.mlp is not None:
         theta = found.params if before is None else before.params
-        return Adapted(
-            fused.train(found.mlp, theta, inner, rates, found.features, y), {}, "fused", module, found.mlp
-        )
+        theta = fused.train(found.mlp, theta, inner, rates, found.features, y)
+        return Adapted("fused", module, States(tasks, (theta, {})), found.mlp)
     _refuse_no_tasks(tasks)
-    task = Task(module, inner, found.params)
     start = _start(module, found, before, tasks)
-    given = x, y, example_weights
-    trained, buffers = blamed(
+    task, given = Task(module, inner, start), (x, y, example_weights)
+    ends = blamed(
         found.path,
         task,
         at(x, *[0] * (1 + per_step)),
         lambda: GENERAL[found.path].train(task, start, rates, *given),
         lambda: _plain(task, start, *given),
     )
-    return Adapted(trained, buffers, found.path, module)
+    return Adapted(found.path, module, ends)
 
 
 def _check_examples(
@@ -226,18 +235,18 @@ def _check_examples(
     return tasks
 
 
-def _start(module: nn.Module, plan: Plan, before: Adapted | None, tasks: int) -> Start:
-    buffers = dict(module.named_buffers())
-    if before is None:
-        return Start(plan.params, buffers, tasks, shared=True)
-    kept = before.buffers or {name: b.expand(tasks, *b.shape) for name, b in buffers.items()}
-    return Start(before.params, kept, tasks, shared=False)
+def _start(module: nn.Module, plan: Plan, before: Adapted | None, tasks: int) -> States:
+    """Where the tasks begin: the module's, or where they are."""
+    if before is None or not before.buffers:
+        shared = States.shared(plan.params, dict(module.named_buffers()), tasks)
+        return shared if before is None else States(tasks, (before.params, shared.stacked()[1]))
+    return before._states
 
 
-def _plain(task: Task, start: Start, x: Examples, y: Examples, weights: Tensor | None) -> None:
+def _plain(task: Task, start: States, x: Examples, y: Examples, weights: Tensor | None) -> None:
     """One step of the first task without a transform, to see whether it can be taken."""
     examples = (x, y) if weights is None else (x, y, weights)
-    params, buffers = start.of_tasks()[0]
+    params, buffers = start.each()[0]
     leaves = {name: param.detach().clone().requires_grad_() for name, param in params.items()}
     with torch.enable_grad():
         value, _ = task.loss(leaves, buffers, leaves, *at(examples, *[0] * (1 + task.inner.per_step)))

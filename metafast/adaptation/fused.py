@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafast.adaptation.inner_loop import InnerLoop, LearningRates, Tensors
+from metafast.adaptation.inner_loop import InnerLoop, LearningRates
+from metafast.adaptation.states import Tensors
 from metafast.adaptation.structure import Mlp
 from metafast.ops.inner_loop import inner_sgd, task_linear
 

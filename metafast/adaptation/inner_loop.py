@@ -1,4 +1,4 @@
-"""What an inner loop does besides on what: its options, its learning rates, and where it begins."""
+"""What an inner loop does besides on what: its options and its learning rates."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from metafast._dispatch.arguments import check_count, check_not_negative, is_number, kind_of
 from metafast.adaptation.examples import Examples
 from metafast.adaptation.losses import LOSSES
+from metafast.adaptation.states import Tensors
 from metafast.ops.inner_loop import sgd_update
 
-Tensors = dict[str, Tensor]
 Loss = str | Callable[[Examples, Examples], Tensor]
 Penalty = Callable[[Tensors, Tensors], Tensor]
 Rates = float | Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]
@@ -75,38 +75,6 @@ class InnerLoop:
             nesterov=self.nesterov,
         )
         return dict(zip(params, updated, strict=True)), momenta
-
-
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Where the tasks begin."""
-
-    params: Tensors  # those that adapt: of the module, or [T, ...] of tasks that go on
-    buffers: Tensors  # alike
-    tasks: int
-    shared: bool  # whether all begin from the same
-
-    def batched(self) -> tuple[Tensors, Tensors]:
-        """The parameters and the buffers of all tasks, [T, ...]."""
-        if not self.shared:
-            return dict(self.params), dict(self.buffers)
-        params, buffers = (
-            {name: tensor.expand(self.tasks, *tensor.shape) for name, tensor in group.items()}
-            for group in (self.params, self.buffers)
-        )
-        return params, buffers
-
-    def of_tasks(self) -> list[tuple[Tensors, Tensors]]:
-        """The parameters and the buffers of each task."""
-        if self.shared:
-            return [(self.params, self.buffers)] * self.tasks
-        return list(zip(unbound(self.params, self.tasks), unbound(self.buffers, self.tasks), strict=True))
-
-
-def unbound(tensors: Tensors, tasks: int) -> list[Tensors]:
-    """name -> [T, ...] as one dict for each task."""
-    columns = zip(*(tensor.unbind() for tensor in tensors.values()), strict=True)
-    return [dict(zip(tensors, column, strict=True)) for column in columns] if tensors else [{}] * tasks
 
 
 class LearningRates:

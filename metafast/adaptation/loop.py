@@ -13,29 +13,30 @@ import torch
 from torch import Tensor
 
 from metafast.adaptation.examples import Examples, at, stacked
-from metafast.adaptation.inner_loop import LearningRates, Start, Tensors, unbound
+from metafast.adaptation.inner_loop import LearningRates
+from metafast.adaptation.states import State, States, Tensors
 from metafast.adaptation.task import Task
 
 
 def train(
-    task: Task, start: Start, rates: LearningRates, x: Examples, y: Examples, weights: Tensor | None
-) -> tuple[Tensors, Tensors]:
-    """The parameters and buffers of the tasks after all steps, [T, ...]."""
+    task: Task, start: States, rates: LearningRates, x: Examples, y: Examples, weights: Tensor | None
+) -> States:
+    """The parameters and buffers of the tasks after all steps."""
     examples = (x, y) if weights is None else (x, y, weights)
-    ends = []
-    for number, (params, buffers) in enumerate(start.of_tasks()):
+    ends: list[State] = []
+    for number, (params, buffers) in enumerate(start.each()):
         try:
             ends.append(_train_one(task, params, buffers, rates, examples, number))
         except ValueError as error:
             if " of task 0" not in str(error):
                 raise
             raise ValueError(str(error).replace("of task 0", f"of task {number}")) from None  # of its labels
-    return stacked([params for params, _ in ends]), stacked([buffers for _, buffers in ends])
+    return States(start.tasks, each=ends)
 
 
 def _train_one(
     task: Task, params: Tensors, buffers: Tensors, rates: LearningRates, examples: Examples, number: int
-) -> tuple[Tensors, Tensors]:
+) -> State:
     inner, records = task.inner, torch.is_grad_enabled()
     create_graph = records and not inner.first_order
 
@@ -71,11 +72,10 @@ def _gradient(value: Tensor, params: Tensors, create_graph: bool) -> Tensors:
     return dict(zip(params, found, strict=True))
 
 
-def call(task: Task, params: Tensors, buffers: Tensors, x: Examples) -> Any:
+def call(task: Task, states: States, x: Examples) -> Any:
     """The outputs of the tasks, [T, ...]."""
-    tasks = len(next(iter(params.values())))
     outputs = []
-    for number, tensors in enumerate(zip(unbound(params, tasks), unbound(buffers, tasks), strict=True)):
+    for number, state in enumerate(states.each()):
         task.scratch.renew()
-        outputs.append(task.call(*tensors, at(x, number))[0])
+        outputs.append(task.call(*state, at(x, number))[0])
     return stacked(outputs)

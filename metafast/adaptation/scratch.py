@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metafast.adaptation.examples import Examples, arguments_of
-
-Tensors = dict[str, Tensor]
+from metafast.adaptation.states import Tensors
 
 
 class _Place(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,27 +10,28 @@ from torch import Tensor, nn
 
 from metafast.adaptation.dimensions import checked
 from metafast.adaptation.examples import Examples, without
-from metafast.adaptation.inner_loop import InnerLoop, Tensors
+from metafast.adaptation.functions import Exact
+from metafast.adaptation.inner_loop import InnerLoop
 from metafast.adaptation.losses import LOSSES
 from metafast.adaptation.scratch import Scratch
-from metafast.adaptation.transformable import Elementary
+from metafast.adaptation.states import States, Tensors
 from metafast.reference.labels import IGNORED
 
 
 class Task:
     """What all tasks of a call of `adapt` do alike. Shapes are one task's."""
 
-    def __init__(self, module: nn.Module, inner: InnerLoop, adapts: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, inner: InnerLoop, states: States) -> None:
         self.scratch = Scratch(module)
         self.inner = inner
         self._called = torch.compiler.is_compiling()
         named = {} if self._called else dict(module.named_parameters())
-        self._strays = {id(named[name]): name for name in adapts if name in named}
+        self._strays = {id(named[name]): name for name in states.names if name in named}
 
     def call(self, params: Tensors, buffers: Tensors, x: Examples) -> tuple[Any, Tensors]:
         """The output of the module, and the buffers that it leaves."""
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # batch norm writes into them
-        with Elementary(self._strays), nullcontext() if self._called else checked(self.scratch.module, x):
+        with Exact(self._strays), nullcontext() if self._called else checked(self.scratch.module, x):
             out = self.scratch.call({**params, **buffers}, x)
         self._called = True
         return out, self.scratch.buffers(buffers)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metafast.adaptation.examples import Examples, at
-from metafast.adaptation.inner_loop import LearningRates, Start, Tensors
+from metafast.adaptation.inner_loop import LearningRates
+from metafast.adaptation.states import State, States, Tensors
 from metafast.adaptation.task import Task
 
 # They run in functions that vmap knows only below grad.
@@ -21,16 +22,14 @@ _BELOW_GRAD = (nn.RNNBase, nn.RNNCellBase)
 
 
 def train(
-    task: Task, start: Start, rates: LearningRates, x: Examples, y: Examples, weights: Tensor | None
-) -> tuple[Tensors, Tensors]:
-    """The parameters and buffers of the tasks after all steps, [T, ...]."""
+    task: Task, start: States, rates: LearningRates, x: Examples, y: Examples, weights: Tensor | None
+) -> States:
+    """The parameters and buffers of the tasks after all steps."""
     inner = task.inner
-    params, buffers = start.batched()
+    params, buffers = start.stacked()
     first = params
 
-    def gradient(
-        params: Tensors, buffers: Tensors, first: Tensors, *examples: Any
-    ) -> tuple[Tensors, Tensors]:
+    def gradient(params: Tensors, buffers: Tensors, first: Tensors, *examples: Any) -> State:
         grads, buffers = torch.func.grad(task.loss, has_aux=True)(params, buffers, first, *examples)
         return task.clipped(grads), buffers
 
@@ -42,10 +41,10 @@ def train(
         with torch.no_grad() if inner.first_order else nullcontext():  # torch.func.grad works in either
             grads, buffers = of_tasks(params, buffers, first, *examples)
         params, momenta = inner.moved(params, grads, rates.at(step), momenta)
-    return params, buffers
+    return States(start.tasks, (params, buffers))
 
 
-def call(task: Task, params: Tensors, buffers: Tensors, x: Examples) -> Any:
+def call(task: Task, states: States, x: Examples) -> Any:
     """The outputs of the tasks, [T, ...]."""
 
     def output(params: Tensors, buffers: Tensors, x: Examples) -> Any:
@@ -55,7 +54,7 @@ def call(task: Task, params: Tensors, buffers: Tensors, x: Examples) -> Any:
         return torch.func.vjp(lambda params: output(params, *others), params)[0]
 
     def of_tasks(function: Callable[..., Any]) -> Any:
-        return torch.vmap(function, randomness="different")(params, buffers, x)
+        return torch.vmap(function, randomness="different")(*states.stacked(), x)
 
     if any(isinstance(part, _BELOW_GRAD) for part in task.scratch.module.modules()):
         return of_tasks(below_grad)

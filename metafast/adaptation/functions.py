@@ -1,0 +1,81 @@
+"""Functions of torch (2.13) that are wrong when differentiated twice or under `vmap`, by others.
+
+- Batch, instance and layer norm: see norms.py.
+- Attention: its fused kernels have no second derivative.
+- Embedding: under `vmap` the gradient passes the row of `padding_idx` of all tasks but the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from metafast.adaptation import norms
+
+
+class Exact(TorchFunctionMode):
+    """Within it modules run in functions that are right to any order, in any transform.
+
+    Functions that are given a stray tensor, by its id, raise: a module's parameter where a task's should be.
+    """
+
+    def __init__(self, strays: Mapping[int, str]) -> None:
+        super().__init__()
+        self._strays = strays
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self._strays:
+            for arg in args:
+                if id(arg) in self._strays:
+                    raise ValueError(
+                        f"module: expected that it uses {self._strays[id(arg)]} by its name alone; its "
+                        "forward got the parameter from an object that is no part of the module"
+                    )
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attention(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`torch.nn.functional.multi_head_attention_forward`, which does without kernels to return weights."""
+    out, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+    return out, weights if need_weights else None
+
+
+def _scaled_dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`."""
+    plain = torch.ops.aten._scaled_dot_product_attention_math.default
+    return plain(query, key, value, attn_mask, dropout_p, is_causal, None, **options)[0]
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`torch.nn.functional.embedding`: the padding row as a constant, which no gradient reaches."""
+    if padding_idx is not None:
+        rows = torch.arange(weight.shape[0], device=weight.device).unsqueeze(1)
+        weight = torch.where(rows == padding_idx % weight.shape[0], weight.detach(), weight)
+    return F.embedding(input, weight, None, *args, **kwargs)
+
+
+_REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: norms.batch_norm,
+    F.instance_norm: norms.instance_norm,
+    F.layer_norm: norms.layer_norm,
+    F.embedding: _embedding,
+    F.multi_head_attention_forward: _attention,
+    F.scaled_dot_product_attention: _scaled_dot_product,
+}
