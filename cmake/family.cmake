@@ -14,7 +14,8 @@ target_compile_options(metafast_flags INTERFACE $<$<COMPILE_LANGUAGE:CXX>:
 target_include_directories(metafast_flags INTERFACE "${PROJECT_SOURCE_DIR}/csrc")
 
 add_library(metafast_ops INTERFACE)
-target_link_libraries(metafast_ops INTERFACE metafast_flags torch)
+find_package(Threads REQUIRED)
+target_link_libraries(metafast_ops INTERFACE metafast_flags torch Threads::Threads)
 
 set(METAFAST_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

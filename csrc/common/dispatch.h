@@ -4,11 +4,9 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 
 #include "common/kernel.h"
+#include "common/parallel.h"
 
 #ifdef METAFAST_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -17,38 +15,13 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
 
 namespace metafast {
 
-// While it lives, this thread's subnormal numbers are zero. Probabilities of unlikely classes are often
-// subnormal, and arithmetic on them is so slow that the backward of a 20-way loss took twice as long.
-class FlushSubnormals {
-#if defined(__SSE2__)
- public:
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlushResults | kFlushOperands); }
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
-  FlushSubnormals(const FlushSubnormals&) = delete;
-  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
-
- private:
-  static constexpr unsigned kFlushResults = 0x8000, kFlushOperands = 0x0040;
-  unsigned saved_;
-#endif
-};
-
-// Work below this many multiply-adds is not worth waking another thread for.
-constexpr int64_t kGrain = 1 << 16;
-
 template <class Params>
 void run_on_cpu(const Params& params) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, params.item_cost()));
-  at::parallel_for(0, params.items(), grain, [&params](int64_t begin, int64_t end) {
-    [[maybe_unused]] const FlushSubnormals flush;
-    run_on_isa(params, begin, end);
-  });
+  parallel_for(params.items(), params.item_cost(),
+               [&params](int64_t begin, int64_t end) { run_on_isa(params, begin, end); });
 }
 
 // Runs the kernel that `params` describes where `like` lives, on the current stream of its device.

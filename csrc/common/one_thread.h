@@ -1,24 +1,34 @@
-// Matrix products of torch's library that share nothing out.
+// Operations of torch's library that share nothing out.
 #pragma once
+
+#include <ATen/Parallel.h>
+#include <omp.h>
 
 // Of MKL, where torch is built with it; else null.
 extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
 
 namespace metafast {
 
-// While one lives, a product runs on the thread that calls it. Within a parallel region it would anyway, but
-// cut into as many parts as torch has threads, and so added in an order that depends on them.
-class OneThreadedProducts {
+// While one lives, the library's operations run on the thread that calls them. Else a product would be cut
+// into as many parts as torch has threads, and added in an order that depends on them; and each helper of the
+// pool would be given an OpenMP team of its own.
+class OneThreadedLibrary {
  public:
-  OneThreadedProducts() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
-  ~OneThreadedProducts() {
-    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  OneThreadedLibrary()
+      : threads_(
+            at::get_num_threads()),  // which torch sets when a thread first asks, so before the next line
+        mkl_threads_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {
+    omp_set_num_threads(1);  // of this thread alone
   }
-  OneThreadedProducts(const OneThreadedProducts&) = delete;
-  OneThreadedProducts& operator=(const OneThreadedProducts&) = delete;
+  ~OneThreadedLibrary() {
+    omp_set_num_threads(threads_);
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(mkl_threads_);
+  }
+  OneThreadedLibrary(const OneThreadedLibrary&) = delete;
+  OneThreadedLibrary& operator=(const OneThreadedLibrary&) = delete;
 
  private:
-  int before_;
+  int threads_, mkl_threads_;
 };
 
 }  // namespace metafast

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
@@ -32,9 +31,9 @@ inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tenso
   }
   const int64_t dim = !batched && out.size(1) > out.size(0) ? 1 : 0, size = out.size(dim);
   const int64_t parts = std::max<int64_t>(2, batched ? size : (size + kPart - 1) / kPart);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(parts, out.numel() / parts * a.size(-1), [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const OneThreadedProducts one_thread;
+    const OneThreadedLibrary one_thread;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t from = size * part / parts, count = size * (part + 1) / parts - from;
       if (count == 0) continue;

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
@@ -60,9 +59,9 @@ class LargeComparison {
     constexpr int64_t kMaxBlock = 640;
     const int64_t size = p_.chunk_size(), blocks = (size + kMaxBlock - 1) / kMaxBlock;
     const int64_t block = (size + blocks - 1) / blocks;
-    at::parallel_for(0, p_.items(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(p_.items(), p_.item_cost(), [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      const OneThreadedProducts one_thread;
+      const OneThreadedLibrary one_thread;
       const at::Tensor centred = floats(centres_ ? block * p_.features : 0), squares = floats(block);
       for (int64_t item = begin; item < end; ++item) {
         start(item);

@@ -1,0 +1,120 @@
+// Calls of the pool as programs make them, for tests/test_threads.py, which also compiles it under
+// ThreadSanitizer. Prints nothing and returns 0 if every share ran once, whoever ran it.
+#include "common/pool.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+namespace {
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::exit(1);
+}
+
+// Each share writes memory that the caller reads, without an atomic: ThreadSanitizer sees what is not
+// ordered.
+void call(int64_t shares, int64_t helpers, int64_t wakes) {
+  std::vector<int64_t> runs(shares), scratch(shares);
+  const auto work = [&](int64_t share) {
+    ++runs[share];
+    for (int i = 0; i < 200; ++i) scratch[share] += i;
+  };
+  metafast::share_out(shares, helpers, wakes, metafast::Work(work));
+  for (int64_t share = 0; share < shares; ++share) {
+    expect(runs[share] == 1 && scratch[share] == 199 * 100, "a share did not run once");
+  }
+}
+
+void calls_of_every_size() {
+  for (int64_t shares : {0, 1, 2, 3, 7, 64, 1000}) {
+    for (int64_t helpers : {0, 1, 2, 5}) {
+      for (int64_t wakes : {0, 1, 9}) call(shares, helpers, wakes);
+    }
+  }
+}
+
+void many_callers() {
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 4; ++t) {
+    callers.emplace_back([t] {
+      for (int i = 0; i < 300; ++i) call(8 + i % 5, 1 + t % 3, i % 3);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
+// Helpers fall asleep between these, late for some and in time for others.
+void calls_with_pauses() {
+  for (int i = 0; i < 200; ++i) {
+    call(8, 2, 2);
+    std::this_thread::sleep_for(std::chrono::microseconds(i));
+  }
+}
+
+void helpers_help() {
+  std::atomic<int> arrived{0};
+  const auto work = [&](int64_t) {  // each waits for the other
+    ++arrived;
+    while (arrived < 2) std::this_thread::yield();
+  };
+  metafast::share_out(2, 1, 1, metafast::Work(work));
+}
+
+void exceptions_reach_the_caller() {
+  for (int64_t thrower = 0; thrower < 8; ++thrower) {
+    const auto work = [&](int64_t share) {
+      if (share == thrower) throw std::runtime_error("of a share");
+    };
+    bool caught = false;
+    try {
+      metafast::share_out(8, 2, 2, metafast::Work(work));
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+    expect(caught, "an exception got lost");
+    call(8, 2, 2);
+  }
+}
+
+void calls_within_shares() {
+  std::atomic<int> runs{0};
+  const auto inner = [&](int64_t) { ++runs; };
+  const auto outer = [&](int64_t) { metafast::share_out(5, 2, 2, metafast::Work(inner)); };
+  metafast::share_out(6, 2, 2, metafast::Work(outer));
+  expect(runs == 30, "a call within a share did not do all of its own");
+}
+
+void children_have_their_own() {
+  const pid_t child = fork();
+  if (child == 0) {
+    helpers_help();
+    call(64, 3, 3);
+    _exit(0);
+  }
+  int status = 1;
+  waitpid(child, &status, 0);
+  expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child of a fork failed");
+  call(64, 3, 3);
+}
+
+}  // namespace
+
+int main(int count, char**) {
+  calls_of_every_size();
+  many_callers();
+  calls_with_pauses();
+  helpers_help();
+  exceptions_reach_the_caller();
+  calls_within_shares();
+  if (count == 1) children_have_their_own();  // ThreadSanitizer starts no thread after a fork
+}
