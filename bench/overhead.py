@@ -3,15 +3,20 @@
 The call that is timed works on a few numbers, so that its kernel takes some ten nanoseconds and all the rest
 is the call. Beside it stand the same call on a 5-way 1-shot episode of 64 features, whose kernel takes a few
 microseconds, and operations of torch for scale.
+
+Last, a meta-step alone and beside three busy processes on the same two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +24,12 @@ from torch import Tensor
 
 import metafast
 from bench.common.budget import Budget, stop_at_sigterm
+from bench.common.cases import Skip
 from bench.common.clock import Clock, Plan, interleave
 from bench.common.report import Report
 from bench.common.run import parse
+from bench.inner_loop.peers import by_hand, in_jax
+from bench.inner_loop.workloads import SINE, metafast_call
 from metafast import _C
 
 ops = torch.ops.metafast
@@ -202,6 +210,61 @@ def groups(device: torch.device, way: int, queries: int, features: int) -> dict[
     )
 
 
+# --- beside busy processes ----------------------------------------------------------------------------------
+
+BUSY = "both cores busy"
+
+
+def meta_steps(tasks: int) -> Calls:
+    problem = SINE(tasks).problem(torch.device("cpu"))
+
+    def on_threads(threads: int, call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            torch.set_num_threads(threads)
+            return call()
+
+        return run
+
+    calls: dict[str, Callable[[], object]] = {
+        f"{name}, {threads} thread{'s'[: threads - 1]}": on_threads(threads, call)
+        for name, call in (
+            ("metafast", metafast_call(problem)),
+            ("torch, bmm by hand", by_hand.bmm_by_hand(problem)),
+        )
+        for threads in (1, 2)
+    }
+    with contextlib.suppress(Skip):
+        calls["JAX, both cores"] = in_jax.vmap(problem)
+    return calls
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """They keep to the cores of this one."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure_busy(clock: Clock, plan: Plan, report: Report) -> None:
+    plan = dataclasses.replace(plan, sample_s=10 * plan.sample_s)  # some turns on a core
+    for tasks in (25, 256):
+        calls = meta_steps(tasks)
+        alone = measure(calls, clock, plan)
+        with busy_processes(3):
+            busy = measure(calls, clock, plan)
+        report.say(f"\n{BUSY}: MAML on {tasks} sine waves\n  {'us per call':<30} {'alone':>10} {'busy':>10}")
+        for name in calls:
+            report.say(f"  {name:<30} {alone[name].median:10.1f} {busy[name].median:10.1f}")
+            costs = {"alone_us": alone[name]._asdict(), "busy_us": busy[name]._asdict()}
+            report.add({"group": f"{BUSY}, {tasks} tasks", "name": name, **costs})
+    torch.set_num_threads(1)
+
+
 def measure(calls: Calls, clock: Clock, plan: Plan) -> dict[str, Cost]:
     return {
         name: Cost(statistics.median(samples) * 1e6, min(samples) * 1e6)
@@ -233,7 +296,7 @@ def main(options: argparse.Namespace) -> None:
     tiny_calls = groups(options.device, 2, 2, 4)
     episode_calls = groups(options.device, 5, 75, 64)
     chosen = [group for group in tiny_calls if options.only in group]
-    budget, tiny = Budget(options.seconds, len(chosen)), {}
+    budget, tiny = Budget(options.seconds, len(chosen) + 1), {}
     with Report("overhead", options) as report:
         for group in chosen:
             deadline = budget.share()
@@ -252,6 +315,11 @@ def main(options: argparse.Namespace) -> None:
                 report.say(f"  {name:<30}{columns}")
                 costs = {"tiny_us": cost._asdict(), "episode_us": episode[name]._asdict()}
                 report.add({"group": group, "name": name, **costs})
+        if options.device.type == "cpu" and options.only in BUSY and (deadline := budget.share()):
+            plan = dataclasses.replace(
+                quick if options.quick else full, variant_s=min(1, deadline.left() / 20)
+            )
+            measure_busy(clock, plan, report)
         report.content["choices"] = conclusions(tiny)
         report.say("\nthe code's choice, on the tiny call:")
         report.say("\n".join(f"  {line}" for line in report.content["choices"]))
