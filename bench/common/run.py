@@ -141,6 +141,7 @@ class Findings(NamedTuple):
 
 def _case(build: Callable[[], Case], run: Run) -> Findings:
     torch._dynamo.reset()  # every case compiles for its own shapes
+    torch.manual_seed(0)
     case = build()
     rows = run_case(case, run.clock, run.plan, run.peak, run.options.memory * GIB, run.deadline)
     verdicts = judge(case, rows)

@@ -45,7 +45,7 @@ def ours(build: Build, collect: Collect, device: torch.device) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The variants of a loss of episodes, functions of the support, the queries and the head where there is one.
+    """The variants of a loss of episodes: functions of the support, the queries and, of a relation, the head.
 
     `against` are the labels of the queries [..., Q], or the scores that they should have [..., Q, N].
     """
