@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .center import center
 
@@ -45,6 +48,40 @@ class ImageClasses:
             raise ValueError(f"counts: expected on {self.images.device}, as images, got {self.counts.device}")
         if classes and not 0 <= int(self.counts.min()) <= int(self.counts.max()) <= examples:
             raise ValueError(f"counts: expected values in 0..{examples}, got {self.counts.tolist()}")
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset[Any]) -> ImageClasses:
+        """The examples of a torch dataset, by their targets, all of them in memory.
+
+        Args:
+            dataset: its items are pairs (image, target). An image is a tensor [ch, H, W] or [H, W], an array
+                [H, W] or [H, W, ch], or a Pillow picture; integers are taken as 0..255, and become 0..1. A
+                target is an int, a tensor [] or a name. ``dataset.classes``, as torchvision has it, names
+                the targets.
+
+        Raises:
+            ValueError: the dataset is empty, or its images differ in shape: a transform resizes them.
+            TypeError: an item is no such pair.
+        """
+        groups: dict[Any, list[Tensor]] = {}
+        shape = None
+        for index in range(len(dataset)):
+            image, target = _pair(dataset[index], index)
+            shape = shape or image.shape
+            if image.shape != shape:
+                raise ValueError(
+                    f"dataset: expected images of one shape, {list(shape)} as the first, got "
+                    f"{list(image.shape)} at {index}; a transform of the dataset resizes them"
+                )
+            groups.setdefault(target, []).append(image)
+        if not groups:
+            raise ValueError("dataset: expected examples, got none")
+        targets = sorted(groups)
+        named = getattr(dataset, "classes", None)
+        names = [str(target if named is None else named[target]) for target in targets]
+        examples = [torch.stack(groups[target]) for target in targets]
+        counts = torch.tensor([len(images) for images in examples])
+        return cls(torch.nn.utils.rnn.pad_sequence(examples, batch_first=True), tuple(names), counts)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -95,3 +132,21 @@ class ImageClasses:
         names = tuple(f"{name}/rot{90 * quarter:03d}" for name in self.names for quarter in range(4))
         counts = None if self.counts is None else self.counts.repeat_interleave(4)
         return ImageClasses(torch.stack(turns, dim=1).flatten(0, 1), names, counts)
+
+
+def _pair(item: Any, index: int) -> tuple[Tensor, Any]:
+    """The image of an item, float32 [ch, H, W], and its target, an int or a name."""
+    try:
+        image, target = item
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(np.array(image))
+            image = image.movedim(-1, 0) if image.dim() == 3 else image
+        target = target if isinstance(target, str) else int(target)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"dataset: expected pairs (image, target), got at {index}: {error}") from error
+    image = image.unsqueeze(0) if image.dim() == 2 else image
+    if image.dim() != 3:
+        raise TypeError(f"dataset: expected images [ch, H, W], got {list(image.shape)} at {index}")
+    if image.dtype == torch.bool:
+        return image.float(), target
+    return image.float() if image.is_floating_point() else image.float() / 255, target

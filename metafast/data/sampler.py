@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .classes import ImageClasses
 from .episodes import Episodes
@@ -62,6 +65,21 @@ class EpisodeSampler:
         self.queries = queries
         self.tasks = tasks
         self.seed = seed
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset[Any], **sizes: Any) -> EpisodeSampler:
+        """Draws from a torch dataset of pairs (image, target), such as torchvision's.
+
+        Args:
+            dataset: as for :meth:`ImageClasses.from_dataset`; all of it is read, once.
+            sizes: ``ways``, ``shots``, ``queries``, ``tasks``, ``seed`` and ``device``, as above.
+
+        Example::
+
+            cifar = torchvision.datasets.CIFAR100("data", transform=torchvision.transforms.ToTensor())
+            sampler = EpisodeSampler.from_dataset(cifar, ways=5, shots=1, queries=15, tasks=4)
+        """
+        return cls(ImageClasses.from_dataset(dataset), **sizes)
 
     def batch(self, step: int) -> Episodes:
         """The episodes of ``step`` >= 0: support [T, N*shots, ch, H, W], query [T, N*queries, ch, H, W]."""

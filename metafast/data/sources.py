@@ -205,7 +205,7 @@ class Folder(Images):
         level = float(border.median())
         if 0.25 < level < 0.75:
             raise ValueError(
-                f"ground: the images' borders are grey ({level:.2f} of white), not black or white as those of "
+                f"ground: the images' borders are grey ({level:.2f} of white), not black or white as of "
                 "drawings; say which it is, or leave out center"
             )
         return "white" if level > 0.5 else "black"

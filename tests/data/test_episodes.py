@@ -311,3 +311,57 @@ def test_pictures_of_16_bits_keep_their_greys(tmp_path):
     for grayscale in (True, False):
         picture = image_folder(tmp_path, image_size=16, grayscale=grayscale).images[0, 0]
         torch.testing.assert_close(picture, (greys / 65535).expand_as(picture))
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Items of any kind, with targets out of order."""
+
+    def __init__(self, images, targets, classes=None):
+        self.images, self.targets = images, targets
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.images[index], self.targets[index]
+
+
+@pytest.mark.parametrize("kind", ["float tensor", "uint8 tensor", "array", "Pillow"])
+def test_a_torch_dataset_becomes_classes(kind):
+    pixels = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    channels_last = [image.movedim(0, -1).numpy() for image in pixels]
+    images = {
+        "float tensor": pixels / 255,
+        "uint8 tensor": pixels,
+        "array": channels_last,
+        "Pillow": [pytest.importorskip("PIL.Image").fromarray(image) for image in channels_last],
+    }[kind]
+    classes = ImageClasses.from_dataset(Pictures(images, torch.tensor([7, 2, 7, 2, 7]), list("abcdefgh")))
+    assert classes.names == ("c", "h")
+    assert classes.counts.tolist() == [2, 3]
+    torch.testing.assert_close(classes.images[0, :2], pixels[[1, 3]] / 255)
+    torch.testing.assert_close(classes.images[1], pixels[[0, 2, 4]] / 255)
+    sizes = {"ways": 2, "shots": 1, "queries": 1, "tasks": 3}
+    drawn = EpisodeSampler.from_dataset(Pictures(images, [7, 2, 7, 2, 7]), **sizes).batch(0)
+    assert drawn.support.shape == (3, 2, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("images", "targets", "error", "message"),
+    [
+        ([], [], ValueError, "dataset: expected examples, got none"),
+        (
+            [torch.rand(2, 2), torch.rand(3, 2)],
+            [0, 0],
+            ValueError,
+            r"\[1, 2, 2\] as the first, got \[1, 3, 2\] at 1",
+        ),
+        ([torch.rand(2)], [0], TypeError, r"expected images \[ch, H, W\], got \[2\] at 0"),
+        ([torch.rand(2, 2)], [None], TypeError, r"expected pairs \(image, target\), got at 0"),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_refused(images, targets, error, message):
+    with pytest.raises(error, match=message):
+        ImageClasses.from_dataset(Pictures(images, targets))
