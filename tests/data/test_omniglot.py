@@ -287,6 +287,28 @@ def test_a_terminal_shows_progress(mirror, tmp_path, monkeypatch, capsys):
     assert shown.out == ""
 
 
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [("_MOST", 100, "more than 100 bytes came"), ("_TIMEOUT", -1, r"\d+ bytes came in 0 s")],
+)
+def test_a_download_without_end_is_given_up(mirror, tmp_path, monkeypatch, limit, value, message):
+    from metafast.data import download
+
+    monkeypatch.setattr(download, limit, value)
+    monkeypatch.setattr(download, "_LEAST_RATE", 1 << 60)
+    opened = download.urllib.request.urlopen
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: opened(url, timeout=30))
+    with pytest.raises(ConnectionError, match=message):
+        omniglot_runs(tmp_path)
+    assert list((tmp_path / "omniglot").iterdir()) == []
+
+
+def test_a_mirror_that_is_no_address_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAFAST_MIRROR", "my-mirror")
+    with pytest.raises(ValueError, match=r"METAFAST_MIRROR: expected an address.*got 'my-mirror'"):
+        omniglot_runs(tmp_path)
+
+
 def test_the_root_is_the_argument_then_metafast_data_then_the_cache(mirror, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("METAFAST_DATA", str(tmp_path / "configured"))
