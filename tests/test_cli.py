@@ -622,7 +622,7 @@ def test_the_benchmark_of_a_model_trained_on_background(
     drawn = ImageClasses(torch.rand(6, 5, 1, 16, 16), tuple("abcdef"))
     runs = EpisodeSampler(drawn, ways=2, shots=1, queries=2, tasks=3).batch(0)
     monkeypatch.setattr("metafast.data.sources.omniglot", lambda *_, **__: drawn)
-    monkeypatch.setattr("metafast.program.evaluations.omniglot_runs", lambda *_, **__: runs)
+    monkeypatch.setattr("metafast.program.evaluations.images.omniglot_runs", lambda *_, **__: runs)
     assert main(["train", "protonet", "--protocol", "background", "--out", str(tmp_path), *TINY]) == 0
     assert main(["eval", str(tmp_path), "--runs"]) == 0
     assert "20-run one-shot benchmark" in capsys.readouterr().out
