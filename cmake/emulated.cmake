@@ -31,7 +31,8 @@ set(CMAKE_REQUIRED_FLAGS ${sanitize})
 check_cxx_source_compiles("int main() {}" METAFAST_HAVE_SANITIZERS)
 if(METAFAST_HAVE_SANITIZERS AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   metafast_emulated_library(metafast_emulated_sanitized
-    ${sanitize} -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
+    # Without the checks that AddressSanitizer makes too: they are a quarter of the compiler's time.
+    ${sanitize} -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
 else()
   add_custom_target(metafast_emulated_sanitized)
 endif()
