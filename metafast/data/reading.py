@@ -20,10 +20,8 @@ def reading(path: Path | str, expected: str, advice: str = "") -> Iterator[None]
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise _broken(path, expected, advice, error) from error
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
+        raise
     except Exception as error:
         raise _broken(path, expected, advice, error) from error
 
