@@ -113,6 +113,7 @@ finally:
 """
 
 
+@pytest.mark.quiet
 def test_two_threads_beside_busy_processes_are_no_slower_than_one() -> None:
     """Where a call waits for a thread that the system has not scheduled, they can take 100 times as long."""
     for _ in range(3):  # a ratio of medians; but the machine may have other work beside this
