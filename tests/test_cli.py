@@ -431,7 +431,7 @@ def test_the_configuration_of_a_run_is_read_strictly(trained: Path, tmp_path: Pa
         ),
         ({"data": {**described["data"], "name": "x"}}, "data.name: expected one of omniglot, .* got 'x'"),
         ({"method": "mam"}, "method: expected one of .*, got 'mam'"),
-        ({"problem": {"outputs": 2}}, "problem: "),
+        ({"problem": {"outputs": 2}}, "problem.input_shape: Field required"),
         ({"pace": []}, "pace: expected an object"),
     ):
         with pytest.raises(ValueError, match=message):

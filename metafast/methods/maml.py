@@ -29,6 +29,7 @@ class MAML(Adaptation):
     By the exact meta-gradient, through all steps.
 
     Args:
+        network, loss, lr, steps, test_steps: as :class:`Adaptation`'s.
         learn_lr: learn the rate of every step and layer with the weights, ``lr`` at first (MAML++, Antoniou
             et al. 2019, section 4). ``steps`` is then at least 1, and steps beyond it take the rates of the
             last.
@@ -45,8 +46,17 @@ class MAML(Adaptation):
         "images": {**IMAGES, "learn_inner_lr": True, "test_steps": 5},
     }
 
-    def __init__(self, network: nn.Module, *, learn_lr: bool = False, **settings: Any) -> None:
-        super().__init__(network, **settings)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        loss: str,
+        lr: float,
+        steps: int,
+        test_steps: int | None = None,
+        learn_lr: bool = False,
+    ) -> None:
+        super().__init__(network, loss=loss, lr=lr, steps=steps, test_steps=test_steps)
         if learn_lr:
             if self.steps == 0:
                 raise ValueError("steps: expected at least 1, whose rates are learned, got 0")

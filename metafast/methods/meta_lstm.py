@@ -39,7 +39,7 @@ class MetaLSTMLearner(Adaptation):
 
     Args:
         cell: what takes the steps.
-        settings: as :class:`Adaptation`'s, but for ``lr``, which is the cell's first input gate.
+        network, loss, steps, test_steps: as :class:`Adaptation`'s; ``lr`` is the cell's first input gate.
     """
 
     paper = "Ravi, Larochelle 2017"
@@ -59,9 +59,11 @@ class MetaLSTMLearner(Adaptation):
         },
     }
 
-    def __init__(self, network: nn.Module, cell: MetaLSTM, **settings: Any) -> None:
+    def __init__(
+        self, network: nn.Module, cell: MetaLSTM, *, loss: str, steps: int, test_steps: int | None = None
+    ) -> None:
         check_instance(MetaLSTM, cell=cell)
-        super().__init__(network, lr=cell.first_gates[0], **settings)
+        super().__init__(network, loss=loss, lr=cell.first_gates[0], steps=steps, test_steps=test_steps)
         self.cell = cell
 
     def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:

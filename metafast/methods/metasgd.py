@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -27,8 +27,10 @@ class MetaSGD(Adaptation):
     }
     recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_lr": 0.05, "inner_steps": 1}}
 
-    def __init__(self, network: nn.Module, **settings: Any) -> None:
-        super().__init__(network, **settings)
+    def __init__(
+        self, network: nn.Module, *, loss: str, lr: float, steps: int, test_steps: int | None = None
+    ) -> None:
+        super().__init__(network, loss=loss, lr=lr, steps=steps, test_steps=test_steps)
         self.lr = nn.ParameterList([self.lr.expand_as(param).clone() for param in self.params])
 
     def rates(self, steps: int) -> list[Tensor]:

@@ -60,7 +60,7 @@ def _main(words: list[str]) -> int:
         return _fail(f"{error.name} is not installed: pip install 'metafast[{_EXTRA[error.name]}]'")
     except (ImportError, ValueError, OSError, FloatingPointError) as error:
         return _fail(by_option(str(error), {action.dest for action in options.parser._actions}))
-    except (MemoryError, RuntimeError, OverflowError) as error:
+    except (MemoryError, RuntimeError, OverflowError, TypeError) as error:
         if not isinstance(error, (MemoryError, OverflowError)) and not _TOO_LARGE.search(str(error)):
             raise
         return _fail(f"no room for numbers as large as these: {str(error).splitlines()[0]}")

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import metafast
 from metafast.data.sources import Folder, Source
 from metafast.methods import METHODS, Learner
-from metafast.program.settings import check_names, read, said, stated, write
+from metafast.program.settings import build, check_names, read, said, stated, write
 from metafast.program.train import Pace, TrainingSettings
 from metafast.settings import Settings
 
@@ -178,16 +178,11 @@ def rebuild(described: Any) -> tuple[Config, Any]:
             settings[section] = read(cls, data if section == "data" else described[section])
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from None
-    problem = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in described["problem"].items()
-    }
-    kind = names[name].problem
-    check_names(problem, [field.name for field in fields(kind)])
     try:
-        return Config(method, **settings), kind(**problem)
-    except TypeError as error:
-        raise ValueError(f"problem: {error}") from None
+        problem = build(names[name].problem, described["problem"])
+    except ValueError as error:
+        raise ValueError(f"problem.{error}") from None
+    return Config(method, **settings), problem
 
 
 def defaults_of(learner: type[Learner]) -> dict[str, dict[str, Any]]:

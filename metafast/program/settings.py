@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from metafast.settings import Range, Settings, means_something
 
 S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
 
 
 def read(cls: type[S], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> S:
@@ -37,6 +38,16 @@ def read(cls: type[S], given: Mapping[str, Any], defaults: Mapping[str, Any] | N
                 f"with {said(getattr(settings, other))}"
             )
     return settings
+
+
+def build(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Any dataclass, of values that JSON has; raises ``ValueError`` as :func:`read`."""
+    check_names(values, [field.name for field in fields(kind)])
+    try:
+        return _adapter(kind).validate_python(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise ValueError(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}") from None
 
 
 def write(settings: Settings) -> dict[str, Any]:
@@ -76,7 +87,7 @@ def said(value: Any) -> str:
 
 
 @cache
-def _adapter(cls: type[S]) -> TypeAdapter[S]:
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(cls)
 
 
