@@ -1,6 +1,7 @@
 #include "common/pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <algorithm>
@@ -26,6 +27,15 @@ void pause() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+// The core that this thread is on, or -1 where the system does not tell.
+int this_core() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
 #endif
 }
 
@@ -66,6 +76,8 @@ class alignas(kLine) Job {
     }
   }
 
+  const int core = this_core();  // the caller's, when it began
+
   // When no helper is within.
   void rethrow() const {
     if (failed_) std::rethrow_exception(error_);
@@ -99,7 +111,7 @@ class Helper {
   // False if it is at work for somebody, or if it sleeps and may not be woken. `wakes` counts down.
   bool offer(Job& job, int64_t& wakes) {
     if (box_.load(std::memory_order_relaxed) != kEmpty) return false;
-    if (sleeps_ && wakes <= 0) return false;
+    if (sleeps_ && (wakes <= 0 || rests())) return false;
     uintptr_t empty = kEmpty;
     if (!box_.compare_exchange_strong(empty, word(job))) return false;
     if (sleeps_) {
@@ -125,19 +137,13 @@ class Helper {
 
   // The helper's own thread, for as long as the process lives.
   [[noreturn]] void live(int thread, bool may_spin) {
-    for (;;) {
+    int useless = 0;  // wakes in a row
+    for (bool helped = false;;) {
       const auto has_offer = [&] { return box_.load(std::memory_order_relaxed) != kEmpty; };
-      if (!may_spin || !comes_soon(has_offer)) sleep();
-      uintptr_t offer = box_;
-      if (offer == kEmpty) continue;
-      if (!box_.compare_exchange_strong(offer, offer | kTaken, std::memory_order_acquire)) continue;
-      reinterpret_cast<Job*>(offer)->run(thread);
-      if (box_.exchange(kEmpty, std::memory_order_release) & kAwaited) {
-        {
-          const std::lock_guard lock(mutex_);
-        }  // else the caller might look, and only then fall asleep
-        changed_.notify_all();
-      }
+      if (!may_spin || !helped || !comes_soon(has_offer)) sleep();
+      helped = serve(thread);
+      useless = helped ? 0 : std::min(useless + 1, 4);
+      rest_ = helped ? 0 : 1 << useless;
     }
   }
 
@@ -146,6 +152,31 @@ class Helper {
   // the second where its caller sleeps until it is done.
   static constexpr uintptr_t kEmpty = 0, kTaken = 1, kAwaited = 2, kTags = 3;
   static uintptr_t word(const Job& job) { return reinterpret_cast<uintptr_t>(&job); }
+
+  // Whether it helped. On a busy machine it often wakes too late, or on the caller's own core, where it would
+  // only stand in its way: then it sleeps again at once, and through the next calls.
+  bool serve(int thread) {
+    uintptr_t offer = box_;
+    if (offer == kEmpty) return false;
+    if (!box_.compare_exchange_strong(offer, offer | kTaken, std::memory_order_acquire)) return false;
+    Job* const job = reinterpret_cast<Job*>(offer);
+    const bool beside = job->core < 0 || this_core() != job->core;
+    if (beside) job->run(thread);
+    if (box_.exchange(kEmpty, std::memory_order_release) & kAwaited) {
+      {
+        const std::lock_guard lock(mutex_);
+      }  // else the caller might look, and only then fall asleep
+      changed_.notify_all();
+    }
+    return beside;
+  }
+
+  // Counts calls for which it is left asleep.
+  bool rests() {
+    const int rest = rest_.load(std::memory_order_relaxed);
+    if (rest > 0) rest_.store(rest - 1, std::memory_order_relaxed);
+    return rest > 0;
+  }
 
   void sleep() {
     std::unique_lock lock(mutex_);
@@ -156,6 +187,7 @@ class Helper {
 
   alignas(kLine) std::atomic<uintptr_t> box_{kEmpty};
   std::atomic<bool> sleeps_{false};
+  std::atomic<int> rest_{0};
   alignas(kLine) std::mutex mutex_;
   std::condition_variable changed_;
 };

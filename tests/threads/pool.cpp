@@ -61,13 +61,30 @@ void calls_with_pauses() {
   }
 }
 
-void helpers_help() {
-  std::atomic<int> arrived{0};
-  const auto work = [&](int64_t) {  // each waits for the other
-    ++arrived;
-    while (arrived < 2) std::this_thread::yield();
-  };
-  metafast::share_out(2, 1, 1, metafast::Work(work));
+// Until a helper comes, which a busy machine may not schedule at once: the shares of two threads then wait
+// for each other to begin, and the helper's takes its time.
+void helpers_help_and_are_waited_for() {
+  using Clock = std::chrono::steady_clock;
+  const std::thread::id caller = std::this_thread::get_id();
+  for (int64_t milliseconds : {0, 5}) {
+    std::atomic<bool> helped{false};
+    for (const auto end = Clock::now() + std::chrono::seconds(1); !helped && Clock::now() < end;) {
+      std::atomic<int> begun{0};
+      int done[2] = {};
+      const auto work = [&](int64_t share) {
+        const auto late = Clock::now() + std::chrono::milliseconds(50);
+        ++begun;
+        while (begun < 2 && Clock::now() < late) std::this_thread::yield();
+        if (std::this_thread::get_id() != caller) {
+          helped = true;
+          std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+        }
+        done[share] = 1;
+      };
+      metafast::share_out(2, 1, 1, metafast::Work(work));
+      expect(done[0] == 1 && done[1] == 1, "the caller left before a helper that had begun");
+    }
+  }
 }
 
 void exceptions_reach_the_caller() {
@@ -97,7 +114,7 @@ void calls_within_shares() {
 void children_have_their_own() {
   const pid_t child = fork();
   if (child == 0) {
-    helpers_help();
+    helpers_help_and_are_waited_for();
     call(64, 3, 3);
     _exit(0);
   }
@@ -113,7 +130,7 @@ int main(int count, char**) {
   calls_of_every_size();
   many_callers();
   calls_with_pauses();
-  helpers_help();
+  helpers_help_and_are_waited_for();
   exceptions_reach_the_caller();
   calls_within_shares();
   if (count == 1) children_have_their_own();  // ThreadSanitizer starts no thread after a fork
