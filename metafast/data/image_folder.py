@@ -74,14 +74,20 @@ def class_folders(root: Path) -> list[Path]:
     return folders
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, *, empty: bool = False) -> list[Path]:
     """The images of a class, sorted.
 
+    Args:
+        empty: whether there may be none.
+
     Raises:
-        ValueError: there are none.
+        NotADirectoryError: ``folder`` is none.
+        ValueError: there are no images.
     """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"path: expected an image or a folder of images, got {folder}")
     files = [entry for entry in _visible(folder) if entry.suffix.lower() in _EXTENSIONS]
-    if not files:
+    if not files and not empty:
         raise ValueError(f"path: expected images in {folder}, found none")
     return files
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -96,10 +96,18 @@ class Images(Source):
     def read(self, split: str) -> ImageClasses:
         """The classes of a split, as they are."""
 
+    def prepare(self, classes: ImageClasses) -> ImageClasses:
+        """Classes as they are -> as the settings ask for them."""
+        return classes.centered() if self.center else classes
+
     def classes(self, split: str) -> ImageClasses:
         """The classes of a split, as the settings ask for them."""
-        classes = self.read(split)
-        return classes.centered() if self.center else classes
+        return self.prepare(self.read(split))
+
+    def folder(self, path: Path) -> Folder:
+        """A folder in the place of these data, its images made as these are: bright ink on black."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Images)}
+        return Folder(**shared, path=path, grayscale=True, ground="found")
 
     def sampler(self, split: str, *, seed: int, device: torch.device | str) -> EpisodeSampler:
         return EpisodeSampler(
@@ -158,10 +166,10 @@ class Folder(Images):
 
     path: Path = setting(Path(), option=False)
     grayscale: bool | None = setting(None, "one channel (default: three if any image of train/ has colour)")
-    ground: Literal["black", "white"] | None = setting(
-        None,
-        "what drawings to be centered are drawn on (default: as the images' borders tell)",
-        only_with=("center", (True,)),
+    ground: Literal["any", "black", "white", "found"] = setting(
+        "any",
+        "what drawings are drawn on: white is turned to black, as omniglot's; found: by the images' borders, "
+        "as centering does unless told; any: left as it is",
     )
 
     def fitted(self, given: Collection[str]) -> Folder:
@@ -185,12 +193,13 @@ class Folder(Images):
     def read(self, split: str) -> ImageClasses:
         return image_folder(self.path / split, image_size=self.image_size, grayscale=self.grayscale)
 
-    def classes(self, split: str) -> ImageClasses:
-        classes = self.read(split)
-        if not self.center:
-            return classes
-        bright = self._ground(classes) == "white" if self.ground is None else self.ground == "white"
-        return (classes.inverted() if bright else classes).centered()
+    def prepare(self, classes: ImageClasses) -> ImageClasses:
+        ground = "found" if self.center and self.ground == "any" else self.ground
+        ground = self._ground(classes) if ground == "found" else ground
+        return super().prepare(classes.inverted() if ground == "white" else classes)
+
+    def folder(self, path: Path) -> Folder:
+        return replace(self, path=path)
 
     def _ground(self, classes: ImageClasses) -> str:
         """What the borders of the images have most of."""

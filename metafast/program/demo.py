@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,16 +16,12 @@ from metafast.data import Episodes, omniglot
 from metafast.data.sources import Sine
 from metafast.methods import Adaptation
 from metafast.program.cli import main
-from metafast.program.evaluate import score
-from metafast.program.evaluations import WAVE_SHOTS, WAVE_STEPS, wave_errors
-from metafast.program.figures import draw_episode, draw_waves
+from metafast.program.evaluations import WAVE_SHOTS, WAVE_STEPS, draw_typical, wave_errors
 from metafast.program.run import LOG, load_method
 from metafast.runs.checkpoint import list_checkpoints
 
 _ROUNDS = 31
-_CANDIDATES = 21  # episodes, of which one is drawn
 _WAVES = 600
-_CURVES = (0, 1, 5, 10)  # steps that are drawn
 _WAVE_LEARNERS = {"maml": "MAML", "reptile": "Reptile", "pretrain": "pre-trained"}
 _PAPER = {"MAML": (0.67, 0.38, 0.35), "pre-trained": (2.41, 2.23, 2.19)}  # after 1, 5 and 10 steps
 
@@ -57,7 +51,7 @@ def waves(out: Path) -> None:
     methods = {label: load_method(out / name)[0] for name, label in _WAVE_LEARNERS.items()}
     _print_errors(methods)
     picture = out / "waves.png"
-    _draw_waves(methods, picture)
+    draw_typical(methods, picture)
     print(f"\n{picture}: a new wave, before and after fine-tuning")
 
 
@@ -73,12 +67,10 @@ def drawings(out: Path) -> None:
     most_ways = 20 if on_omniglot else 10
 
     _command("train", "protonet", "--out", str(run), *data)
-    for ways in (5, most_ways):
-        _command("eval", str(run), "--ways", str(ways))
+    _command("eval", str(run), "--ways", "5")
+    _command("eval", str(run), "--ways", str(most_ways), "--figure", str(out / "episode.png"))
     _compare_speed()
-    picture = out / "episode.png"
-    _draw(run, most_ways, picture)
-    print(f"\n{picture}: one episode and its predictions\n{run / LOG}: the log of the training")
+    print(f"\n{run / LOG}: the log of the training")
 
 
 def _test_waves(shots: int, queries: int, tasks: int) -> Episodes:
@@ -96,23 +88,6 @@ def _print_errors(methods: Mapping[str, Adaptation]) -> None:
             print(f"{label:14}{shots:>6}" + "".join(f"{f'{error:.2f}':>16}" for error in errors))
         if label in _PAPER:
             print(f"{'  the paper':20}" + "".join(f"{error:>9.2f}{'':7}" for error in _PAPER[label]))
-
-
-@torch.no_grad()
-def _draw_waves(methods: Mapping[str, Adaptation], path: Path) -> None:
-    """The wave on which the first method does as it does in the median of some."""
-    drawn = _test_waves(5, 200, _CANDIDATES)
-    first = next(iter(methods.values()))
-    errors = score(first, drawn, partial(first.predict, steps=_CURVES[-1]))
-    middle = errors.argsort(stable=True)[_CANDIDATES // 2]
-    typical = drawn.take(middle.unsqueeze(0))
-    curves = {
-        label: {steps: method.predict(typical, steps) for steps in _CURVES}
-        for label, method in methods.items()
-    }
-    draw_waves(
-        typical, curves, path, title="A new wave, learned from five points; with the mean squared error"
-    )
 
 
 def _omniglot_is_there() -> bool:
@@ -155,15 +130,3 @@ def _medians(
             loss(*arguments).backward()
             measured.append(time.perf_counter() - started)
     return median(seconds[0]), median(seconds[1])
-
-
-@torch.no_grad()
-def _draw(run: Path, ways: int, path: Path) -> None:
-    """The median episode of some, by accuracy: neither the best nor the worst of them."""
-    method, trained = load_method(run)
-    data = replace(trained.data, ways=ways, shots=1, queries=1, tasks=_CANDIDATES)
-    drawn = data.sampler("test", seed=2, device="cpu").batch(0)
-    middle = score(method, drawn).argsort(stable=True)[_CANDIDATES // 2]
-    typical = drawn.take(middle.unsqueeze(0))
-    title = f"A typical {ways}-way 1-shot episode of {data} test"
-    draw_episode(typical, method.predict(typical), path, title=title)

@@ -75,3 +75,37 @@ def evaluate(
 ) -> Estimate:
     """The mean score over all episodes of all batches."""
     return estimate(torch.cat([score(method, episodes, predict) for episodes in batches]))
+
+
+@dataclass(frozen=True)
+class ErrorRates:
+    """How often pairs are told wrong, for every threshold of their score.
+
+    Attributes:
+        thresholds: [B], rising.
+        false_accepts: [B], the share of different pairs that score as much or more.
+        false_rejects: [B], the share of same pairs that score less.
+    """
+
+    thresholds: Tensor
+    false_accepts: Tensor
+    false_rejects: Tensor
+
+    @property
+    def equal(self) -> tuple[float, float]:
+        """The threshold at which both shares are (most nearly) the same, and their mean there: the EER."""
+        index = int((self.false_accepts - self.false_rejects).abs().argmin())
+        return float(self.thresholds[index]), float(self.false_accepts[index] + self.false_rejects[index]) / 2
+
+    def at(self, threshold: float) -> tuple[float, float]:
+        """The shares of false accepts and of false rejects at a threshold."""
+        index = min(int(torch.searchsorted(self.thresholds, threshold)), len(self.thresholds) - 1)
+        return float(self.false_accepts[index]), float(self.false_rejects[index])
+
+
+def error_rates(same: Tensor, different: Tensor) -> ErrorRates:
+    """Of the scores of same pairs [A] and different ones [B]; a pair counts as same from a threshold on."""
+    same, different = same.sort().values, different.sort().values
+    thresholds = torch.cat([same, different]).unique()
+    accepts = 1 - torch.searchsorted(different, thresholds) / len(different)
+    return ErrorRates(thresholds, accepts, torch.searchsorted(same, thresholds) / len(same))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from metafast.data import Episodes
-from metafast.program.evaluate import Estimate
+from metafast.program.evaluate import ErrorRates, Estimate
 
 _RIGHT, _WRONG, _OTHER, _TEXT = "#0072b2", "#d55e00", "#7f7f7f", "#222222"  # told apart by the colour-blind
 _RIVALS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -197,6 +198,108 @@ def draw_waves(
     figure.suptitle(title, x=0.02, ha="left", fontsize=14, fontweight="bold", color=_TEXT)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
+
+
+def draw_pairs(
+    images: Tensor,
+    others: Mapping[str, tuple[Tensor, Tensor]],
+    rates: ErrorRates,
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+) -> None:
+    """Draws pairs of images with their scores, and the error rates of all thresholds beside them.
+
+    Args:
+        images: [B, ch, H, W], of which the first channel is drawn.
+        others: "same" or "different" -> what each is paired with [B, ch, H, W], and the scores [B].
+        rates: of many such pairs.
+        path, title: as in :func:`draw_episode`.
+    """
+    figure = Figure(figsize=(11, 4.6), facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold", color=_TEXT)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
+    grid = left.subplots(2 * len(others), len(images), squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, (kind, (paired, scores)) in enumerate(others.items()):
+        for column, image in enumerate(images):
+            for part, drawn in enumerate((image, paired[column])):
+                grid[2 * row + part, column].imshow(1 - drawn[0].numpy(), cmap="gray", vmin=0, vmax=1)
+            score = float(scores[column])
+            colour = _RIGHT if (score >= 0.5) == (kind == "same") else _WRONG
+            grid[2 * row, column].set_title(f"{score:.2f}", fontsize=9, color=colour)
+        grid[2 * row, 0].text(-0.2, -0.1, kind, transform=grid[2 * row, 0].transAxes, ha="right", fontsize=9)
+    axes = right.subplots()
+    threshold, error = rates.equal
+    axes.plot(100 * rates.false_accepts, 100 - 100 * rates.false_rejects, color=_RIGHT, linewidth=2)
+    axes.plot([0, 100], [100, 0], color=_OTHER, linewidth=0.8, linestyle="--")
+    axes.plot(
+        100 * error, 100 - 100 * error, "o", color=_WRONG, label=f"equal error rate {100 * error:.1f} %"
+    )
+    axes.set_xlabel("different pairs taken for same, %")
+    axes.set_ylabel("same pairs taken for same, %")
+    axes.set_title(f"All thresholds; the point is at p = {threshold:.2f}", fontsize=10)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+def draw_by_instance(
+    accuracy: Sequence[Estimate], chance: float, path: str | os.PathLike[str], *, title: str
+) -> None:
+    """Draws the accuracy at the first, second, ... example of a class in a sequence.
+
+    Args:
+        accuracy: of each.
+        chance: what guessing gives.
+        path, title: as in :func:`draw_episode`.
+    """
+    figure = Figure(figsize=(6.4, 4), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    instances = range(1, len(accuracy) + 1)
+    halves = [100 * mean.half_width for mean in accuracy]
+    means = [100 * mean.mean for mean in accuracy]
+    axes.errorbar(instances, means, yerr=halves, fmt="o-", color=_RIGHT, capsize=3, label="95 % interval")
+    axes.axhline(100 * chance, color=_OTHER, linestyle="--", linewidth=1, label="chance")
+    axes.set_xticks(instances)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("example of its class in the sequence")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+def draw_imagined(
+    examples: Mapping[str, tuple[Tensor, Tensor]], path: str | os.PathLike[str], *, title: str
+) -> None:
+    """Draws embeddings in their two principal components: a colour for each class, a mark for each kind.
+
+    Args:
+        examples: "support", "imagined" and "query" -> embeddings [B, D], D >= 2, and classes [B].
+        path, title: as in :func:`draw_episode`.
+    """
+    everything = torch.cat([points for points, _ in examples.values()]).float()
+    centre = everything.mean(0)
+    _, _, components = torch.linalg.svd(everything - centre, full_matrices=False)
+    figure = Figure(figsize=(6.4, 5), facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    colours = (_RIGHT, *_RIVALS)
+    for (kind, (points, classes)), (mark, size) in zip(
+        examples.items(), (("o", 110), ("x", 40), (".", 40)), strict=True
+    ):
+        plane = (points.float() - centre) @ components[:2].T
+        axes.scatter(
+            *plane.T, s=size, marker=mark, c=[colours[c % len(colours)] for c in classes.tolist()], label=kind
+        )
+    axes.set_xlabel("first principal component")
+    axes.set_ylabel("second principal component")
+    axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, fontsize=9)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
 
 
 def draw_learning_curves(curves: Mapping[str, Tensor], path: str | os.PathLike[str], *, title: str) -> None:

@@ -178,7 +178,7 @@ def load_method(
     except ValueError as error:
         raise ValueError(f"{found}: {error}") from None
     if data is not None:
-        config = replace(config, data=_other(config, data, problem))
+        config = replace(config, data=_other(config, data))
     if data_root is not None:
         if "data_root" not in stated(type(config.data)):
             having = " or ".join(
@@ -189,16 +189,15 @@ def load_method(
     return method.to(device).eval(), config
 
 
-def _other(config: Config, name: str, problem: Any) -> Source:
-    """The data that a name means, with the settings of the run's, and as many channels."""
+def _other(config: Config, name: str) -> Source:
+    """The data that a name means, with the settings of the run's."""
     source, named = choose_source(config.method, name)
     if source.kind != config.data.kind:
         raise ValueError(f"data: expected {config.data.kind}, which the run has learned, got {name}")
-    shared = stated(source).keys() & stated(type(config.data)).keys()
-    carried = {name: getattr(config.data, name) for name in shared}
     if source is Folder:
-        carried["grayscale"] = problem.input_shape[0] == 1
-    return source(**{**carried, **named})
+        return config.data.folder(named["path"])
+    shared = stated(source).keys() & stated(type(config.data)).keys()
+    return source(**{**{name: getattr(config.data, name) for name in shared}, **named})
 
 
 def _rebuild(described: Any, where: Path) -> tuple[Config, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metafast.data import ImageClasses, image_folder
-from metafast.data.sources import Folder
+from metafast.data.sources import Folder, Omniglot
 
 Image = pytest.importorskip("PIL.Image", reason="image files need metafast[cli]")
 
@@ -151,6 +151,14 @@ def test_drawings_are_centered_whatever_they_are_drawn_on(ink: int, ground: int,
     expected = torch.zeros(8, 8)
     expected[3:5, 3:5] = 1
     torch.testing.assert_close(image, expected)
+
+
+def test_a_folder_in_the_place_of_omniglot_has_bright_ink(tmp_path: Path) -> None:
+    folder(tmp_path, {"a": [drawing(0, 255)]})
+    tried = Omniglot(image_size=8).folder(tmp_path).classes("test")
+    torch.testing.assert_close(tried.images[0, 0, 0], torch.from_numpy(drawing(255, 0)) / 255)
+    as_it_is = Folder(path=tmp_path, image_size=8).classes("test")
+    torch.testing.assert_close(as_it_is.images[0, 0, 0], torch.from_numpy(drawing(0, 255)) / 255)
 
 
 def test_grey_ground_is_asked_for(tmp_path: Path) -> None:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from metafast.data.sources import Sine
-from metafast.methods import Adaptation, LearnedOptimizer, Learner
+from metafast.methods import Adaptation, ImaginaryData, LearnedOptimizer, Learner, Siamese
+from metafast.methods.sequence import RecurrentLearner
 from metafast.program.config import Config
 
 from .base import Evaluation, Several
 from .images import OnBenchmark, OnImages, OnImagesAdapting
+from .imagined import OnImagined
+from .pairs import OnPairs
 from .problems import OnProblems
-from .waves import WAVE_SHOTS, WAVE_STEPS, OnWaves, wave_errors
+from .sequences import OnSequences
+from .waves import WAVE_SHOTS, WAVE_STEPS, OnWaves, draw_typical, wave_errors
 
-EVALUATIONS = (OnImages, OnImagesAdapting, OnBenchmark, OnWaves, OnProblems)
+EVALUATIONS = (
+    OnImages,
+    OnImagesAdapting,
+    OnPairs,
+    OnSequences,
+    OnImagined,
+    OnBenchmark,
+    OnWaves,
+    OnProblems,
+)
 
 
 def evaluation_of(method: Learner, trained: Config, *, runs: bool) -> type[Evaluation]:
@@ -22,7 +35,13 @@ def evaluation_of(method: Learner, trained: Config, *, runs: bool) -> type[Evalu
         return OnWaves
     if runs:
         return OnBenchmark
-    return OnImagesAdapting if isinstance(method, Adaptation) else OnImages
+    kinds = {
+        Adaptation: OnImagesAdapting,
+        Siamese: OnPairs,
+        RecurrentLearner: OnSequences,
+        ImaginaryData: OnImagined,
+    }
+    return next((kind for methods, kind in kinds.items() if isinstance(method, methods)), OnImages)
 
 
 __all__ = [
@@ -31,6 +50,7 @@ __all__ = [
     "WAVE_STEPS",
     "Evaluation",
     "Several",
+    "draw_typical",
     "evaluation_of",
     "wave_errors",
 ]
