@@ -457,7 +457,6 @@ def test_evaluation_too_refuses_by_the_name_of_the_option(values: str, refused: 
         ("eval {run} --inner-steps 3", "or sine waves or problems of l2l, got 3 for images"),
         ("eval {run} --sgd 0.1 1", "images with an inner loop, got 0.1 1 for images"),
         ("eval {run} --task quadratic", "problems of l2l, got quadratic for images"),
-        ("eval {run} --figure x.png", "problems of l2l, got x.png for images"),
         ("eval {run} --data-root x", "omniglot or digits, got x for a folder"),
         ("eval {waves} --runs", "images, got it for sine waves"),
         ("eval {waves} --ways 5", "images or images with an inner loop, got 5 for sine waves"),
