@@ -64,6 +64,23 @@ bool leading_dims_agree(const Tensor& support, const Tensor& support_labels, con
          (!ways || agrees(*ways, 0));
 }
 
+// Whether relation_scores takes the tensors as they are: shapes that agree, one dtype that is no half, one
+// device.
+bool relation_agrees(const Tensor& query, const Tensor& prototypes, const Tensor& weight, const Tensor& bias,
+                     const Tensor& out_weight, const Tensor& out_bias) {
+  const auto dtype = query.scalar_type();
+  if ((dtype != at::kFloat && dtype != at::kDouble) || query.dim() < 2 || weight.dim() != 2) return false;
+  const int64_t features = query.size(-1), hidden = weight.size(0);
+  for (const Tensor& other : {prototypes, weight, bias, out_weight, out_bias}) {
+    if (other.scalar_type() != dtype || other.device() != query.device()) return false;
+  }
+  return prototypes.dim() == query.dim() && leading(prototypes, 2) == leading(query, 2) &&
+         prototypes.size(-1) == features && weight.size(1) == 2 * features && bias.dim() == 1 &&
+         bias.size(0) == hidden && out_weight.numel() == hidden &&
+         (out_weight.dim() == 1 || (out_weight.dim() == 2 && out_weight.size(0) == 1)) &&
+         out_bias.numel() == 1 && out_bias.dim() <= 1;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("detected_isa", [] { return isa_name(detected_isa()); });
   m.def("leading_dims_agree", &leading_dims_agree);
+  m.def("relation_agrees", &relation_agrees);
   m.def("get_trajectory_bytes", &get_trajectory_bytes);
   m.def("set_trajectory_bytes", &set_trajectory_bytes);
 
@@ -85,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
       },
       release);
   m.def("pairwise", &pairwise, release);
+  m.def("relation_scores", &relation_scores, release);
   m.def(
       "classify",
       [](const Tensor& support, const Tensor& support_labels, const Tensor& query,

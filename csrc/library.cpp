@@ -1,5 +1,6 @@
 // Every op of metafast and its schema: the table of contents. csrc/<family>/op.cpp implements them for CPU
-// and CUDA, autograd.cpp differentiates them, metafast/_dispatch/fakes.py gives their shapes to torch.compile.
+// and CUDA, autograd.cpp differentiates them, metafast/_dispatch/fakes.py gives their shapes to
+// torch.compile.
 //
 // "..." are leading batch dimensions, the same on all tensors of a call. T tasks, S support, Q queries, N
 // classes, D features, K steps, L layers, I inputs and O outputs of a layer. Labels are int64; -100 means
@@ -38,6 +39,13 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "pairwise_double_backward(Tensor gg_x, Tensor gg_y, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, "
       "Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor out, str metric) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
+
+  // A relation head, its first layer split: pairwise, with metric relation_relu or relation_tanh, of query
+  // and prototypes in hidden units. query [..., Q, D], prototypes [..., N, D] of the same dtype, float or
+  // double, weight [H, 2 D], bias [H], out_weight [H] or [1, H], out_bias [] or [1] -> [..., Q, N].
+  m.def(
+      "relation_scores(Tensor query, Tensor prototypes, Tensor weight, Tensor bias, Tensor out_weight, "
+      "Tensor out_bias, str metric) -> Tensor");
 
   // Class log-probabilities or their loss, from logits -scale * distance(query, row):
   //   method prototypical  rows are the class means of the support; softmax over classes

@@ -60,6 +60,7 @@ def _typed(ops: Any) -> SimpleNamespace:
     names = (
         "prototypes",
         "pairwise",
+        "relation_scores",
         "classify",
         "inner_sgd",
         "maml_loss",

@@ -1,4 +1,8 @@
-"""nvcc compiles every kernel, without torch and without a GPU, and no kernel spills or uses local memory."""
+"""nvcc compiles every kernel, without torch and without a GPU, and no kernel spills or uses local memory.
+
+The hot loops of kernels whose operands lie in shared memory load them as such; bench/sass.py says why that
+matters.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,24 @@ from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import pytest
 from background import Job, each, run
+
+from bench import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*/cuda.cu")) + sorted(
     (ROOT / "tests" / "cuda_emulator" / "kernels").glob("*.cu")
 )
 ARCHITECTURES = (80, 90)
+
+# Of a family the kernels, by the beginning of their names, none of whose loops with at least so many
+# arithmetic instructions has a generic load or store: the compiler knows where their operands lie.
+RESIDENT = {
+    "csrc/pairwise/cuda.cu": (("classify<", 16), ("classify_backward<", 16)),
+}
 
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
@@ -46,7 +59,12 @@ def uses_local_memory(kernel: re.Match[str]) -> bool:
     return any(int(kernel[what]) > 0 for what in ("stack", "stores", "loads")) or "lmem" in kernel["memory"]
 
 
-def _compile(source: Path) -> CompletedProcess[str]:
+class Compiled(NamedTuple):
+    process: CompletedProcess[str]
+    kernels: list[sass.Kernel]  # of the last architecture, disassembled; none without a disassembler
+
+
+def _compile(source: Path) -> Compiled:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
@@ -60,19 +78,44 @@ def _compile(source: Path) -> CompletedProcess[str]:
     ]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     with TemporaryDirectory() as folder:
+        keep = ["--keep", f"--keep-dir={folder}"]  # what is compiled for each architecture
         out = Path(folder) / "cuda.o"
-        return run([nvcc, *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)])
+        process = run([nvcc, *flags, *keep, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(out)])
+        looked_at = str(source.relative_to(ROOT)) in RESIDENT and sass.find_nvdisasm() is not None
+        if not looked_at or process.returncode != 0:
+            return Compiled(process, [])
+        return Compiled(process, sass.kernels(Path(folder) / f"cuda.compute_{ARCHITECTURES[-1]}.cubin"))
 
 
 JOBS = {str(source.relative_to(ROOT)): Job(partial(_compile, source), minutes=0.7) for source in SOURCES}
 
 
 @each(JOBS)
-def test_kernels_compile_without_spills(job: Job[CompletedProcess[str]]) -> None:
-    compiled = job.result()
+def test_kernels_compile_without_spills(job: Job[Compiled]) -> None:
+    compiled = job.result().process
     assert compiled.returncode == 0, compiled.stderr
     kernels = list(KERNEL.finditer(compiled.stderr))
     assert {match["architecture"] for match in kernels} == {f"sm_{a}" for a in ARCHITECTURES}, compiled.stderr
 
     assert not any(map(uses_local_memory, kernels)), "spills or local memory:\n" + table(kernels)
     assert "warning" not in compiled.stderr, compiled.stderr
+
+
+@each({source: JOBS[source] for source in RESIDENT})
+def test_hot_loops_know_that_their_operands_are_shared(
+    job: Job[Compiled], request: pytest.FixtureRequest
+) -> None:
+    kernels = job.result().kernels
+    if not kernels:
+        pytest.skip("no nvdisasm to look at the loops with: neither on PATH nor package nvidia-cuda-nvdisasm")
+    for name, least in RESIDENT[request.node.callspec.id]:
+        loops = [
+            (kernel.name, loop)
+            for kernel in kernels
+            if kernel.name.startswith(name)
+            for loop in kernel.loops
+            if loop.arithmetic >= least
+        ]
+        assert any(loop.count("LDS") > 0 for _, loop in loops), f"no such loop in any {name}...>"
+        generic = [f"{kernel}: {loop.memory()}" for kernel, loop in loops if loop.count("LD", "ST") > 0]
+        assert not generic, "\n".join(generic)

@@ -73,6 +73,19 @@ def test_block_reduction_has_the_same_bits_under_every_schedule(correct: ctypes.
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
+def test_asynchronous_copies_and_the_last_block(correct: ctypes.CDLL) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 333)).astype(np.float32)
+    counter, results = np.zeros(1, np.uint64), []
+    for seed in SEEDS:
+        set_seed(correct, seed)
+        partial, out = np.full(5, np.nan, np.float32), np.full(1, np.nan, np.float32)
+        correct.run_grid_sum(*map(pointer, (x, partial, counter, out)), *x.shape)
+        assert counter == 0  # for the next launch
+        results.append(out)
+    np.testing.assert_allclose(results[0], x.sum(dtype=np.float64), rtol=1e-5, atol=1e-5)
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_shuffles_and_ballots(correct: ctypes.CDLL, seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal((12, 32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import assert_close
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def results(package: object, tensors: tuple[Tensor, ...], metric: str) -> list[T
     return [out.detach(), *torch.autograd.grad(out, (x, y), grad)]
 
 
-# Not on the emulator, whose kernels take no such way and would need minutes.
+# Not on the emulator, whose kernels would need minutes for what is left between the products.
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
@@ -50,6 +51,20 @@ def test_parity(metric: str, sizes: tuple[int, ...], dtype: torch.dtype, device:
     for one, other in zip(found, expected, strict=True):
         scale = max(1.0, float(other.abs().max()))
         assert_close(one / scale, other / scale, dtype)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_products_between_kernels(metric: str, backend: torch.device) -> None:
+    """Few pairs of very many features: a GPU takes the library's product for these."""
+    x, y, _ = (tensor[0] for tensor in pair((1, 600, 129, 3500), torch.float32))
+    found = metafast.pairwise_distance(x.to(backend), y.to(backend), metric).cpu().double()
+    x, y = x.double(), y.double()
+    if metric in ("dot", "cosine"):
+        expected = -x @ y.mT if metric == "dot" else 1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        return
+    expected = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(found, expected**2 if metric == "sqeuclidean" else expected, rtol=1e-4, atol=0)
 
 
 @devices

@@ -8,6 +8,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <cassert>
@@ -101,14 +102,21 @@ struct SharedArrays {
   }
 };
 
-// The most shared memory that a block can have on the current device.
-inline std::size_t max_shared_bytes() {
-  int device = 0, bytes = 0;
-  check(cudaGetDevice(&device), "(shared memory limit)");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "(shared memory limit)");
-  return static_cast<std::size_t>(bytes);
+// ---- the current device ----
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "(device attribute)");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "(device attribute)");
+  return value;
 }
+
+// The most shared memory that a block can have.
+inline std::size_t max_shared_bytes() {
+  return static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // ---- numbers ----
 
@@ -160,6 +168,39 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* address) {
 template <int N, typename T>
 __device__ __forceinline__ void store_vector(T* address, const Vector<T, N>& vector) {
   *reinterpret_cast<Vector<T, N>*>(address) = vector;
+}
+
+// ---- asynchronous copies into shared memory ----
+
+// Begins to copy N numbers; where not `inside`, to set them to zero, and `global` is not read.
+template <int N, typename T>
+__device__ __forceinline__ void copy_async(T* shared, const T* global, bool inside) {
+  __pipeline_memcpy_async(shared, global, N * sizeof(T), inside ? 0 : N * sizeof(T));
+}
+
+// The copies begun so far are one batch; wait_for_copies<n>() returns when all but the last n have arrived,
+// for this thread: the others' arrive with a barrier behind it.
+__device__ __forceinline__ void commit_copies() { __pipeline_commit(); }
+template <int kRemaining>
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_wait_prior(kRemaining);
+}
+
+// ---- the grid's last block ----
+
+// Whether all other blocks of the grid have been here: this one then sees what they wrote before, through
+// __ldcg. `counter` is 0 before the launch, and again behind it.
+__device__ __forceinline__ bool is_last_block(unsigned long long* counter, std::int64_t blocks) {
+  __threadfence();
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1ull) == static_cast<unsigned long long>(blocks - 1);
+    if (last) *counter = 0;
+  }
+  last = __syncthreads_or(last);
+  __threadfence();
+  return last;
 }
 
 // ---- reductions: every thread gets the result, the same bits in every run ----

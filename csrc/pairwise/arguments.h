@@ -324,6 +324,9 @@ struct Episode {
     return reduction == Reduction::none ? unreduced_sizes() : at::DimVector();
   }
 
+  at::DimVector prototype_sizes() const { return sizes_of(lead, {way, features}); }
+  at::DimVector query_sizes() const { return sizes_of(lead, {queries, features}); }
+
   at::TensorOptions options() const { return support.options(); }
   Tensor partial_rows(const Tensor& rows) const {
     return empty({tasks, chunks, rows.size(-2), features}, options());

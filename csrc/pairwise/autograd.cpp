@@ -44,6 +44,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward(
                 metric);
 }
 
+Tensor relation_scores(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
+                       const Tensor& bias, const Tensor& out_weight, const Tensor& out_bias,
+                       std::string_view metric) {
+  METAFAST_CALL(relation_scores, query, prototypes, weight, bias, out_weight, out_bias, metric);
+}
+
 std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor& support_labels,
                                             const Tensor& query, const OptionalTensor& query_labels,
                                             const OptionalTensor& ways, c10::SymInt num_classes,
@@ -220,6 +226,16 @@ Tensor pairwise_autograd(const Tensor& x, const Tensor& y, const OptionalTensor&
   return pairwise(x, y, weight, bias, metric);
 }
 
+// W [q; p] = Wq q + Wp p: the layer runs once for each query and once for each class.
+Tensor relation_scores_composite(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
+                                 const Tensor& bias, const Tensor& out_weight, const Tensor& out_bias,
+                                 std::string_view metric) {
+  const c10::SymInt features = query.sym_size(-1);
+  const Tensor of_query = at::linear(query, weight.narrow_symint(1, 0, features), bias);
+  const Tensor of_class = at::linear(prototypes, weight.narrow_symint(1, features, features));
+  return pairwise(of_query, of_class, out_weight.reshape({-1}), out_bias.reshape({1}), metric);
+}
+
 // What is not a tensor in the arguments of classify and its derivatives. The graph keeps it as one object,
 // since every entry of saved_data costs an allocation or two.
 struct ClassifyOptions : torch::CustomClassHolder {
@@ -327,9 +343,10 @@ std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const 
 // Only the first result of classify is a result of the node: `rows` and `valid`, which only its derivative
 // needs, go past it, since every result of a node costs most of a microsecond.
 //
-// The gradients of a reduced loss are known but for a factor, so the forward finds them on its way, where it
-// has all that they need in the cache. A backward that is to be differentiated, or a second one, computes
-// them anew.
+// The gradients of a reduced loss are known but for a factor, so on the CPU the forward finds them on its
+// way, where it has all that they need in the cache. A backward that is to be differentiated, or a second
+// one, computes them anew. A GPU does so always: it would have to wait to see that the factor is 1, and a
+// pass over finished gradients to multiply them moves more bytes than finding them.
 struct ClassifyFunction : Function<ClassifyFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
                         const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
@@ -337,7 +354,7 @@ struct ClassifyFunction : Function<ClassifyFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     ClassifyOptions& o = *options;
     Tensor out;
-    if (o.reduction == 0) {
+    if (o.reduction == 0 || runs_cuda(query)) {
       std::tie(out, *rows, *valid) = classify(support, support_labels, query, query_labels, ways,
                                               o.num_classes, o.method, o.metric, o.scale, o.reduction);
     } else {
@@ -413,6 +430,11 @@ TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
   m.impl("classify_with_gradients", classify_with_gradients_autograd);
   m.impl("classify_backward", classify_backward_autograd);
   m.impl("classify_double_backward", classify_double_backward_autograd);
+}
+
+// Of ops that differentiate themselves.
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
+  m.impl("relation_scores", relation_scores_composite);
 }
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) {

@@ -3,16 +3,17 @@
 #include <cstdint>
 
 #include "pairwise/cuda_classify.h"
+#include "pairwise/cuda_classify_second.h"
 #include "pairwise/cuda_pairwise.h"
+#include "pairwise/cuda_products.h"
 
 namespace metafast::cuda {
 
 int64_t query_chunks(int64_t tasks, int64_t queries, int64_t rows, int64_t) {
-  constexpr int64_t kEnoughBlocks = 2 * 132;  // to fill the largest GPU of today
-  constexpr int64_t kMostPartials = 8;        // partial sums hold at most this many times the elements of x
-  const int64_t wanted = div_up(kEnoughBlocks, std::max<int64_t>(tasks, 1));
+  constexpr int64_t kMostPartials = 8;    // partial sums hold at most this many times the elements of x
+  constexpr int64_t kFewestQueries = 32;  // of a chunk
   const int64_t affordable = kMostPartials * queries / std::max<int64_t>(rows, 1);
-  return std::max<int64_t>(std::min({wanted, affordable, div_up(queries, kQueryQuantum)}), 1);
+  return std::max<int64_t>(std::min({parts_for_all(tasks), affordable, div_up(queries, kFewestQueries)}), 1);
 }
 
 // --- prototypes: a warp to a row of the result -----------------------------------------------------------
@@ -70,10 +71,13 @@ __global__ void __launch_bounds__(kThreads) prototypes_backward(PrototypesBackwa
   const bool present = label >= 0 && label < ways_of(p.ways, p.way, task);
   int64_t members = 1;
   if (present) members = for_each_member(p.labels + task * p.support, p.support, label, [](int64_t) {});
-  const T* grad = p.grad + (task * p.way + label) * p.features;
+  const int64_t chunk = p.way * p.features;
+  const T* grad = p.grad + task * p.chunks * chunk + label * p.features;
   T* out = p.grad_embeddings + index * p.features;
   for (int64_t d = threadIdx.x % kWarpSize; d < p.features; d += kWarpSize) {
-    out[d] = present ? grad[d] / static_cast<T>(members) : T(0);
+    T sum = 0;
+    for (int64_t c = 0; present && c < p.chunks; ++c) sum += grad[c * chunk + d];
+    out[d] = sum / static_cast<T>(members);
   }
 }
 
@@ -132,10 +136,15 @@ METAFAST_INSTANTIATE(PrototypesBackward)
 METAFAST_INSTANTIATE(Pairwise)
 METAFAST_INSTANTIATE(PairwiseBackward)
 METAFAST_INSTANTIATE(PairwiseDoubleBackward)
+METAFAST_INSTANTIATE(MeanRow)
+METAFAST_INSTANTIATE(CentreRows)
+METAFAST_INSTANTIATE(FinishProducts)
 METAFAST_INSTANTIATE(Classify)
 METAFAST_INSTANTIATE(ClassifyBackward)
 METAFAST_INSTANTIATE(ClassifyDoubleBackward)
 METAFAST_INSTANTIATE(ReduceLoss)
+template int64_t loss_blocks(const Classify<float>&);
+template int64_t loss_blocks(const Classify<double>&);
 #undef METAFAST_INSTANTIATE
 
 }  // namespace metafast::cuda

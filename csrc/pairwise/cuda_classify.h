@@ -1,476 +1,388 @@
-// Class probabilities: they need a query's whole row of pairs at once, so a block holds a tile of queries
-// against all rows in shared memory and finishes it, from features to gradients. Part of cuda.cu.
+// Class probabilities, their losses and first gradients. Part of cuda.cu.
 #pragma once
 
-#include <algorithm>
-#include <limits>
-#include <stdexcept>
-#include <string>
-
+#include "pairwise/cuda_episode.h"
 #include "pairwise/cuda_gradient.h"
-#include "pairwise/cuda_labels.h"
 
 namespace metafast::cuda {
 namespace {
 
-constexpr int kClassifyThreads = 128;
-constexpr int kQueryQuantum = 32;  // chunks begin at multiples of this
-
-// How a block of the classify kernels works.
-struct ClassifyPlan {
-  int tile;    // queries at a time: 32, 16 or 8
-  int planes;  // numbers per pair
-  bool vectorized;
-  bool per_class;  // probabilities within every class are wanted, not only within each query's own
-};
-
-// Its shared memory. J is rounded up to kMaxSelves rows, which the last thread of a column may read beyond J.
-template <typename T>
-struct ClassifyShared {
-  T* planes;  // [plan.planes, J, tile]: distances (and their tangents), then the factors of the gradients
-  RowNorms<T> x, y;
-  T* scratch;      // [kClassifyThreads]
-  int* row_class;  // [J]: -1 for a row that takes no part
-  T* class_log;    // [N, tile]: log-sum-exp of the class's logits
-  T* class_mean;   // [N, tile]: mean of the logits' tangents
-
-  template <class M, bool kSecond>
-  __host__ __device__ void take(SharedArrays& arrays, const Classes<T>& p, const ClassifyPlan& plan) {
-    const std::size_t rows = div_up(p.rows, kMaxSelves) * kMaxSelves;
-    planes = arrays.take<T>(plan.planes * rows * plan.tile);
-    if constexpr (M::kCosine) {
-      x = {arrays.take<T>(plan.tile), arrays.take<T>(plan.tile),
-           kSecond ? arrays.take<T>(plan.tile) : nullptr};
-      y = {arrays.take<T>(rows), arrays.take<T>(rows), kSecond ? arrays.take<T>(rows) : nullptr};
-    }
-    scratch = arrays.take<T>(kClassifyThreads);
-    row_class = arrays.take<int>(rows);
-    if (plan.per_class) class_log = arrays.take<T>(p.way * plan.tile);
-    if (plan.per_class && kSecond) class_mean = arrays.take<T>(p.way * plan.tile);
-  }
-};
-
-template <typename T>
-struct Sum {
-  __device__ T operator()(T a, T b) const { return a + b; }
-};
-template <typename T>
-struct Max {
-  __device__ T operator()(T a, T b) const { return a > b ? a : b; }
-};
-
-// A block's state: one tile of a task's queries against all its rows. A thread works on one query, `column`
-// of the tile, and on rows first_row, first_row + row_step, ...
-template <class M, bool kSecond, typename T>
-class ClassifyBlock {
- public:
-  __device__ ClassifyBlock(const Classes<T>& p, const ClassifyPlan& plan, int64_t task, const T* y_tangent)
-      : p_(p),
-        plan_(plan),
-        task_(task),
-        ways_(ways_of(p.ways, p.way, task)),
-        column_(threadIdx.x % plan.tile),
-        first_row_(threadIdx.x / plan.tile),
-        row_step_(kClassifyThreads / plan.tile),
-        rows_(static_cast<int>(p.rows)),
-        y_{p.y + task * p.y_task_stride, rows_, p.features},
-        v_{kSecond ? y_tangent + task * p.rows * p.features : nullptr, rows_, p.features} {
-    SharedArrays arrays{&shared_memory<unsigned char>()};
-    shared_.template take<M, kSecond>(arrays, p, plan);
-    for (int j = threadIdx.x; j < rows_; j += kClassifyThreads) {
-      const int64_t label = p.row_labels != nullptr ? p.row_labels[task * p.rows + j] : j;
-      shared_.row_class[j] = label >= 0 && label < ways_ ? static_cast<int>(label) : -1;
-    }
-    if constexpr (M::kCosine) fill_norms<kClassifyThreads>(y_, v_, shared_.y);
-  }
-
-  // Distances of queries [begin, min(begin + tile, end)) to all rows, and their probabilities.
-  __device__ void start(int64_t begin, int64_t end, const T* x_tangent) {
-    x_ = rows_of(p_.x + task_ * p_.x_task_stride, begin, end, plan_.tile, p_.features);
-    query_ = task_ * p_.queries + begin + column_;
-    label_ = -1;
-    if (p_.query_labels != nullptr && active()) {
-      label_ = p_.query_labels[query_];
-      if (label_ >= ways_) label_ = -1;
-    }
-    __syncthreads();
-    if constexpr (kSecond) {
-      u_ = rows_of(x_tangent + task_ * p_.queries * p_.features, begin, end, plan_.tile, p_.features);
-    }
-    if constexpr (M::kCosine) {
-      fill_norms<kClassifyThreads>(x_, u_, shared_.x);
-      __syncthreads();
-    }
-    sum_terms<kClassifyThreads, M, false>(
-        x_, y_, static_cast<const T*>(nullptr), plan_.vectorized, [&](int i, int j, T sum) {
-          shared_.planes[j * plan_.tile + i] =
-              finish_value<M>(p_.metric, sum, T(0), shared_.x, i, shared_.y, j);
-        });
-    __syncthreads();
-    if constexpr (kSecond) {
-      for_each_pair<kClassifyThreads, T>(
-          x_.count, rows_,
-          [&](int i, int j, T(&sums)[kMicroPairs]) {
-            add_tangents<typename M::Term, T>(x_, u_, i, y_, v_, j, nullptr, nullptr, sums);
-          },
-          [&](int i, int j, T sum) {
-            const T out = shared_.planes[j * plan_.tile + i];
-            shared_.planes[plane() + j * plan_.tile + i] =
-                finish_tangent<M>(p_.metric, out, sum, T(0), shared_.x, i, shared_.y, j);
-          });
-      __syncthreads();
-    }
-    set_probabilities();
-  }
-
-  __device__ bool active() const { return column_ < x_.count; }
-  __device__ int64_t query() const { return query_; }
-  __device__ int64_t label() const {
-    return label_;
-  }  // the query's, or -1 where it has none or its class is absent
-  __device__ int64_t ways() const { return ways_; }
-  __device__ int first_row() const { return first_row_; }
-  __device__ int row_step() const { return row_step_; }
-
-  // log p(n) of a class that takes part; with query_labels, of the query's own.
-  __device__ T log_prob(int64_t n) const {
-    if (p_.query_labels != nullptr) return log_own_ - log_all_;
-    return (p_.row_labels != nullptr ? shared_.class_log[n * plan_.tile + column_]
-                                     : logit(static_cast<int>(n))) -
-           log_all_;
-  }
-
-  // The gradient of the log-probability of class n, and the sum of these over the classes.
-  __device__ void set_gradient(const LossGradient<T>& grad) {
-    grad_ = grad.grad + query_ * grad.query_stride;
-    grad_sum_ = 0;
-    if (p_.query_labels != nullptr) {
-      const T of_loss = grad.grad != nullptr && label_ >= 0 ? *grad_ : T(1);
-      if (label_ >= 0) grad_sum_ = grad.divisor != nullptr ? -of_loss / *grad.divisor : -of_loss;
-    } else {
-      for (int64_t n = first_row_; n < ways_ && active(); n += row_step_) grad_sum_ += grad_[n];
-      grad_sum_ = over_rows(grad_sum_, Sum<T>{});
-    }
-  }
-
-  // Replaces the distances by the factors of their gradients.
-  __device__ void set_first_factors() {
-    for (int j = first_row_; j < rows_; j += row_step_) {
-      const int n = shared_.row_class[j];
-      const T grad = n < 0 ? T(0) : distance_gradient(j, n);
-      T factors[kFactors<M, false>];
-      first_factors<M>(p_.metric, grad, at(0, j), shared_.x, column_, shared_.y, j, factors);
-#pragma unroll
-      for (int f = 0; f < kFactors<M, false>; ++f) at(f, j) = factors[f];
-    }
-    __syncthreads();
-  }
-
-  // Replaces distances and tangents by the factors of second derivatives, and writes the gradient of the
-  // gradient.
-  __device__ void set_second_factors(T* grad_grad) {
-    T mean = 0, own_mean = 0;  // of the logits' tangents, over all rows and over those of the query's class
-    for (int j = first_row_; j < rows_; j += row_step_) {
-      const int n = shared_.row_class[j];
-      if (n < 0) continue;
-      mean += all(j) * change(j);
-      if (n == label_) own_mean += own(j, n) * change(j);
-    }
-    mean = over_rows(mean, Sum<T>{});
-    own_mean = over_rows(own_mean, Sum<T>{});
-    for (int64_t n = first_row_; plan_.per_class && n < ways_; n += row_step_) {
-      T& class_mean = shared_.class_mean[n * plan_.tile + column_];
-      class_mean = 0;
-      for (int j = 0; j < rows_; ++j) {
-        if (shared_.row_class[j] == n) class_mean += own(j, n) * change(j);
-      }
-    }
-    __syncthreads();
-    if (active()) write_grad_grad(grad_grad, mean, own_mean);
-    __syncthreads();
-    for (int j = first_row_; j < rows_; j += row_step_) {
-      const int n = shared_.row_class[j];
-      T grad = 0, first = 0;
-      if (n >= 0) {
-        const T g = gradient(n), h = change(j);
-        grad = distance_gradient(j, n);
-        first =
-            -p_.scale * logit_second(g, own(j, n), grad_sum_, all(j), h, class_change(j, n, own_mean), mean);
-      }
-      T factors[kFactors<M, true>];
-      second_factors<M>(p_.metric, grad, first, at(0, j), at(1, j), shared_.x, column_, shared_.y, j,
-                        factors);
-#pragma unroll
-      for (int f = 0; f < kFactors<M, true>; ++f) at(f, j) = factors[f];
-    }
-    __syncthreads();
-  }
-
-  // From the factors to grad_x [T, Q, D] of this tile, and to the chunk's grad_y [J, D], which the first tile
-  // sets.
-  __device__ void spread(T* grad_x, T* grad_y, bool first_tile) {
-    spread_side<false>(x_, u_, y_, v_, shared_.x, grad_x + (query_ - column_) * p_.features, true);
-    spread_side<true>(y_, v_, x_, u_, shared_.y, grad_y, first_tile);
-  }
-
- private:
-  __device__ int plane() const { return div_up(rows_, kMaxSelves) * kMaxSelves * plan_.tile; }
-  __device__ T& at(int f, int j) const { return shared_.planes[f * plane() + j * plan_.tile + column_]; }
-  // Around the query's largest, beside which what a likely class has left of its log-probability would
-  // vanish.
-  __device__ T logit(int j) const { return -p_.scale * at(0, j) - top_; }
-  __device__ T change(int j) const { return -p_.scale * at(1, j); }
-
-  // Combines a value of each of the threads that share a query.
-  template <typename Combine>
-  __device__ T over_rows(T value, Combine combine) const {
-    __syncthreads();
-    shared_.scratch[threadIdx.x] = value;
-    __syncthreads();
-    value = shared_.scratch[column_];
-    for (int k = 1; k < row_step_; ++k) value = combine(value, shared_.scratch[k * plan_.tile + column_]);
-    return value;
-  }
-
-  // The largest logit, and the log-sum-exp from there, of the rows that `takes_part` names: this thread's own
-  // or (kShared) those of all that share the query.
-  template <bool kShared, typename TakesPart>
-  __device__ T largest(TakesPart takes_part) const {
-    T top = -std::numeric_limits<T>::infinity();
-    for (int j = kShared ? first_row_ : 0; j < rows_; j += kShared ? row_step_ : 1) {
-      if (takes_part(shared_.row_class[j])) top = Max<T>{}(logit(j), top);
-    }
-    return kShared ? over_rows(top, Max<T>{}) : top;
-  }
-
-  template <bool kShared, typename TakesPart>
-  __device__ T log_sum_exp(T top, TakesPart takes_part) const {
-    T sum = 0;
-    for (int j = kShared ? first_row_ : 0; j < rows_; j += kShared ? row_step_ : 1) {
-      if (takes_part(shared_.row_class[j])) sum += Math<T>::exp(logit(j) - top);
-    }
-    if constexpr (kShared) sum = over_rows(sum, Sum<T>{});
-    return top + Math<T>::log(sum);
-  }
-
-  __device__ void set_probabilities() {
-    const auto any = [](int n) { return n >= 0; };
-    top_ = 0;
-    top_ = largest<true>(any);
-    log_all_ = log_sum_exp<true>(T(0), any);
-    log_own_ = 0;
-    if (p_.query_labels != nullptr) {
-      const auto own = [this](int n) { return n == label_ && n >= 0; };
-      log_own_ = log_sum_exp<true>(largest<true>(own), own);
-    } else if (plan_.per_class) {
-      for (int64_t n = first_row_; n < ways_; n += row_step_) {
-        const auto of_class = [n](int of_row) { return of_row == n; };
-        shared_.class_log[n * plan_.tile + column_] = log_sum_exp<false>(largest<false>(of_class), of_class);
-      }
-      __syncthreads();
-    }
-  }
-
-  // The probability of row j, of class n, among all rows, and among those of its class. In a loss only the
-  // query's class has a gradient, so that the others' need no probabilities of their own.
-  __device__ T all(int j) const { return Math<T>::exp(logit(j) - log_all_); }
-  __device__ T own(int j, int64_t n) const {
-    if (p_.query_labels != nullptr) return n == label_ ? Math<T>::exp(logit(j) - log_own_) : T(0);
-    return p_.row_labels != nullptr ? Math<T>::exp(logit(j) - shared_.class_log[n * plan_.tile + column_])
-                                    : T(1);
-  }
-
-  __device__ T gradient(int64_t n) const {
-    if (p_.query_labels != nullptr) return n == label_ ? grad_sum_ : T(0);
-    return active() ? grad_[n] : T(0);
-  }
-
-  __device__ T distance_gradient(int j, int n) const {
-    return -p_.scale * logit_gradient(gradient(n), own(j, n), grad_sum_, all(j));
-  }
-
-  // The mean change of the logits of class n, of which row j is one.
-  __device__ T class_change(int j, int n, T own_mean) const {
-    if (p_.query_labels != nullptr) return own_mean;
-    return p_.row_labels != nullptr ? shared_.class_mean[n * plan_.tile + column_] : change(j);
-  }
-
-  __device__ void write_grad_grad(T* grad_grad, T mean, T own_mean) const {
-    if (p_.query_labels != nullptr) {
-      if (first_row_ == 0) grad_grad[query_] = label_ >= 0 ? mean - own_mean : T(0);
-      return;
-    }
-    for (int64_t n = first_row_; n < p_.way; n += row_step_) {
-      grad_grad[query_ * p_.way + n] =
-          n < ways_ ? class_change(static_cast<int>(n), static_cast<int>(n), own_mean) - mean : T(0);
-    }
-  }
-
-  template <bool kOfY>
-  __device__ void spread_side(const Rows<T>& self, const Rows<T>& self_tangent, const Rows<T>& other,
-                              const Rows<T>& other_tangent, const RowNorms<T>& norms, T* out,
-                              bool set) const {
-    // Threads lie along the features, as many as there are, up to the next power of two.
-    constexpr int kSmallestColumns = 8;
-    int columns = kClassifyThreads;
-    while (columns / 2 >= p_.features && columns > kSmallestColumns) columns /= 2;
-    const FactorPlanes<T> factors{shared_.planes, plane(), plan_.tile};
-    const FeatureWeight<T> weight(nullptr, nullptr, 0);
-    for (int64_t d = threadIdx.x % columns; d < p_.features; d += columns) {
-      for (int first = threadIdx.x / columns * kSelves<kSecond>; first < self.count;
-           first += kClassifyThreads / columns * kSelves<kSecond>) {
-        FeatureGradient<M, kSecond, kOfY, T> grads[kSelves<kSecond>];
-#pragma unroll
-        for (int i = 0; i < kSelves<kSecond>; ++i)
-          grads[i] = {self[first + i][d], kSecond ? self_tangent[first + i][d] : T(0)};
-        add_others<kOfY>(grads, factors, first, other, other_tangent, d, weight);
-#pragma unroll
-        for (int i = 0; i < kSelves<kSecond>; ++i) {
-          if (first + i >= self.count) continue;
-          T& target = out[(first + i) * p_.features + d];
-          const T total = grads[i].total(weight, norms, first + i);
-          target = set ? total : target + total;
-        }
-      }
-    }
-  }
-
-  const Classes<T>& p_;
-  const ClassifyPlan& plan_;
-  const int64_t task_, ways_;
-  const int column_, first_row_, row_step_, rows_;
-  const Rows<T> y_, v_;
-  Rows<T> x_{}, u_{};
-  ClassifyShared<T> shared_{};
-  int64_t query_ = 0, label_ = -1;
-  T top_ = 0, log_all_ = 0, log_own_ = 0, grad_sum_ = 0;
-  const T* grad_ = nullptr;
-};
-
 template <class Params>
-struct ClassifyLaunch {
+struct EpisodeLaunch {
   Params params;
-  ClassifyPlan plan;
+  EpisodePlan plan;
+  EpisodeShared shared;
+  int64_t blocks;
 
-  __host__ __device__ int64_t query_tiles() const {
-    return div_up(params.queries, static_cast<int64_t>(plan.tile));
+  // A task without queries has one too, which finds its prototypes.
+  __host__ __device__ int64_t tiles() const {
+    const int64_t tiles = div_up(params.queries, static_cast<int64_t>(plan.tile));
+    return tiles > 0 ? tiles : 1;
   }
 };
+
+// By one of the threads of a query: its negative log-likelihood, 0 where it is ignored.
+template <class M, typename T>
+__device__ __forceinline__ T query_nll(const EpisodeTile<M, T>& tile, const QueryLogits<T>& logits,
+                                       int64_t label) {
+  check_label(label, tile.ways());
+  return logits.label >= 0 ? logits.log_all - logits.log_own : T(0);
+}
 
 // What the CPU checks before it starts, a block can check of its task alone.
 template <typename T>
-__device__ __forceinline__ void check_rows(const Classes<T>& p, int64_t task) {
+__device__ __forceinline__ void check_rows(const Classes<T>& p, int64_t task, const int64_t* labels,
+                                           int64_t count) {
   const int64_t ways = ways_of(p.ways, p.way, task);
   check_ways(ways, p.way);
-  if (p.row_labels == nullptr) return;
-  const int64_t* labels = p.row_labels + task * p.rows;
-  for (int64_t j = threadIdx.x; j < p.rows; j += kClassifyThreads) check_label(labels[j], ways);
-  for (int64_t n = threadIdx.x / kWarpSize; n < ways; n += kClassifyThreads / kWarpSize) {
-    check_members(for_each_member(labels, p.rows, n, [](int64_t) {}));
+  for (int64_t i = threadIdx.x; labels != nullptr && i < count; i += blockDim.x) {
+    check_label(labels[task * count + i], ways);
+  }
+  if (p.row_labels == nullptr) return;  // prototypes: their members are counted where they are averaged
+  for (int64_t n = threadIdx.x / kWarpSize; n < ways; n += blockDim.x / kWarpSize) {
+    check_members(for_each_member(labels + task * count, count, n, [](int64_t) {}));
   }
 }
 
-// By one of the threads of a query.
-template <class Params, class Block>
-__device__ __forceinline__ void store_nll(const Params& p, const Block& block) {
-  check_label(p.query_labels[block.query()], block.ways());
-  p.nll[block.query()] = block.label() >= 0 ? -block.log_prob(block.label()) : 0;
+// Two sums over the block, on its first thread.
+__device__ __forceinline__ void sum_block(double& a, double& b, double* scratch) {
+  a = warp_sum(a);
+  b = warp_sum(b);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) {
+    scratch[threadIdx.x / kWarpSize * 2] = a;
+    scratch[threadIdx.x / kWarpSize * 2 + 1] = b;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
+    a += scratch[warp * 2];
+    b += scratch[warp * 2 + 1];
+  }
 }
 
-// Blocks: tasks x tiles of queries.
+// From each thread's sum and number of valid queries to the loss: the last block to come adds up what all
+// have left, in the order of the blocks.
+template <typename T>
+__device__ __forceinline__ void finish_loss(const TotalLoss<T>& total, double sum, double valid,
+                                            double* scratch) {
+  const int64_t blocks = static_cast<int64_t>(gridDim.x) * gridDim.y;
+  sum_block(sum, valid, scratch);
+  if (threadIdx.x == 0) {
+    total.partial[block_index() * 2] = sum;
+    total.partial[block_index() * 2 + 1] = valid;
+  }
+  if (!is_last_block(total.counter, blocks)) return;
+  sum = valid = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) {
+    sum += __ldcg(total.partial + i * 2);
+    valid += __ldcg(total.partial + i * 2 + 1);
+  }
+  sum_block(sum, valid, scratch);
+  if (threadIdx.x != 0) return;
+  *total.valid = static_cast<T>(valid);
+  *total.loss = static_cast<T>(total.mean ? sum / valid : sum);
+}
+
+// A block to a tile of a task's queries.
 template <class M, typename T>
-__global__ void __launch_bounds__(kClassifyThreads, 1) classify(ClassifyLaunch<Classify<T>> k) {
+__global__ void __launch_bounds__(kMostThreads, kLeastBlocks<T>) classify(EpisodeLaunch<Classify<T>> k) {
   const Classify<T>& p = k.params;
-  if (block_index() >= p.tasks * k.query_tiles()) return;
-  const int64_t task = block_index() / k.query_tiles(), tile = block_index() % k.query_tiles();
-  if (tile == 0) check_rows(p, task);
-  ClassifyBlock<M, false, T> block(p, k.plan, task, nullptr);
-  block.start(tile * k.plan.tile, p.queries, nullptr);
-  if (!block.active()) return;
-  if (p.query_labels != nullptr) {
-    if (block.first_row() == 0) store_nll(p, block);
-    return;
+  double sum = 0, valid = 0;
+  if (block_index() < k.blocks) {
+    const int64_t task = block_index() / k.tiles(), begin = block_index() % k.tiles() * k.plan.tile;
+    const int count = static_cast<int>(min(p.queries - begin, static_cast<int64_t>(k.plan.tile)));
+    EpisodeTile<M, T> tile(p, k.plan, k.shared, task);
+    tile.find_distances(begin, count, p.means, begin == 0, [&] {
+      tile.find_row_classes();
+      if (k.plan.mask_words > 0) tile.find_members(p.means);
+      if (begin == 0)
+        check_rows(p, task, p.means.support != nullptr ? p.means.labels : p.row_labels,
+                   p.means.support != nullptr ? p.means.shots : p.rows);
+    });
+    tile.for_each_query(count, [&](int q, bool there) {
+      const int64_t query = task * p.queries + begin + q;
+      const QueryLogits<T> logits = tile.logits(q, tile.label_of(begin + q, there));
+      if (!there) return;
+      if (p.query_labels == nullptr) {
+        for (int64_t n = tile.lane(); n < p.way; n += k.plan.lanes) {
+          p.log_probs[query * p.way + n] = n < tile.ways()
+                                               ? tile.class_log_sum(q, n, logits.top) - logits.log_all
+                                               : -std::numeric_limits<T>::infinity();
+        }
+      } else if (tile.lane() == 0) {
+        const int64_t label = p.query_labels[query];
+        const T nll = query_nll(tile, logits, label);
+        if (p.nll != nullptr) p.nll[query] = nll;
+        sum += nll;
+        valid += label != kIgnoreLabel;
+      }
+    });
   }
-  for (int64_t n = block.first_row(); n < p.way; n += block.row_step()) {
-    p.log_probs[block.query() * p.way + n] =
-        n < block.ways() ? block.log_prob(n) : -std::numeric_limits<T>::infinity();
+  if (p.total.loss != nullptr) finish_loss(p.total, sum, valid, EpisodeShared::at<double>(k.shared.warps));
+}
+
+// ---- gradients ----
+
+// Replaces the distances of a tile by the factors of their gradients.
+template <class M, typename T>
+__device__ __forceinline__ void set_factors(const Classes<T>& p, const LossGradient<T>& grad,
+                                            const EpisodePlan& plan, const EpisodeShared& shared,
+                                            const EpisodeTile<M, T>& tile, int64_t task, int64_t begin,
+                                            int count) {
+  constexpr int kPlanes = kFactors<M, false>, kLength = kVectorLength<T>;
+  tile.for_each_query(count, [&](int q, bool there) {
+    const QueryLogits<T> logits = tile.logits(q, tile.label_of(begin + q, there));
+    const T* of_query = grad.grad + (task * p.queries + begin + q) * grad.query_stride;
+    const bool of_classes = p.query_labels == nullptr;
+    T* const class_log = plan.per_class ? EpisodeShared::at<T>(shared.class_log) + q * p.way : nullptr;
+    T grad_sum = 0;  // over the classes
+    if (of_classes && there) {
+      for (int64_t n = tile.lane(); n < tile.ways(); n += plan.lanes) {
+        grad_sum += of_query[n];
+        if (class_log != nullptr) class_log[n] = tile.class_log_sum(q, n, logits.top);
+      }
+    } else if (logits.label >= 0 && tile.lane() == 0) {
+      grad_sum = grad.grad != nullptr ? -*of_query : T(-1);
+      if (grad.divisor != nullptr) grad_sum /= *grad.divisor;
+    }
+    grad_sum = tile.over_lanes(grad_sum, Sum<T>{});
+    __syncwarp();  // class_log
+
+    T of_own = 0;  // what cosine adds to the query's gradient, as a multiple of the query
+    tile.for_each_vector(q, [&](int first, const auto& distances, const auto& classes) {
+      Vector<T, kLength> factors[kPlanes] = {};
+#pragma unroll
+      for (int e = 0; e < kLength; ++e) {
+        const int n = classes.values[e], j = first + e;
+        const T logit = -p.scale * distances.values[e] - logits.top;
+        // In a loss only the query's class has a gradient.
+        T own = 1, of_class = n == logits.label ? grad_sum : T(0);
+        if (class_log != nullptr) {
+          own = n >= 0 && there ? Math<T>::exp(logit - class_log[n]) : T(0);
+        } else if (p.row_labels != nullptr) {
+          own = Math<T>::exp(logit - logits.log_own);
+        }
+        if (of_classes) of_class = n >= 0 && there ? of_query[n] : T(0);
+        const T all = Math<T>::exp(logit - logits.log_all);
+        const T of_logit = (of_class != 0 ? of_class * own : T(0)) - grad_sum * all;
+        T pair[kPlanes];
+        first_factors<M>(p.metric, -p.scale * of_logit, distances.values[e], tile.x_norms(), q,
+                         tile.y_norms(), j, pair);
+#pragma unroll
+        for (int f = 0; f < kPlanes; ++f) factors[f].values[e] = n >= 0 && there ? pair[f] : T(0);
+        if constexpr (M::kCosine) of_own += factors[1].values[e];
+      }
+#pragma unroll
+      for (int f = 0; f < kPlanes; ++f) store_vector(tile.plane(f, q) + first, factors[f]);
+    });
+    if constexpr (M::kCosine) {
+      of_own = tile.over_lanes(of_own, Sum<T>{});
+      if (there && tile.lane() == 0) tile.x_norms().slope[q] *= of_own;
+    }
+  });
+  __syncthreads();
+}
+
+// Where the gradients of rows go.
+template <typename T>
+struct RowGradients {
+  T* of_rows;     // [J, D], of this task or chunk
+  T* of_support;  // [S, D], or null
+  int64_t shots;
+  bool first, last;  // tile of those that add to the same
+};
+
+// From the factors of a tile to the gradients of its queries, and its share of those of the rows. A lane is a
+// feature, a warp every so many queries; a thread keeps 20 rows and their gradients in registers while the
+// queries pass, so that a difference is taken once for both sides.
+template <class M, typename T>
+__device__ __forceinline__ void spread(const Classes<T>& p, const EpisodeShared& shared,
+                                       const EpisodeTile<M, T>& tile, int64_t task, const T* x, int count,
+                                       T* __restrict__ grad_x, const RowGradients<T>& out) {
+  using Term = typename M::Term;
+  constexpr int kQueries = 4, kLength = kVectorLength<T>;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
+  const int rows = static_cast<int>(p.rows);
+  const T* const y = p.y + task * p.y_task_stride;
+  T* const stage = EpisodeShared::at<T>(shared.stage);
+  const int* const support_class = EpisodeShared::at<int>(shared.support_class);
+  const T* const counts = EpisodeShared::at<T>(shared.counts);
+  for (int64_t feature = 0; feature < p.features; feature += kWarpSize) {
+    const bool inside = feature + lane < p.features;
+    const int64_t d = inside ? feature + lane : p.features - 1;
+    for (int first = 0; first < rows; first += kSpreadRows) {
+      // A row that takes no part is 0, whatever it holds: its factors are.
+      T ys[kSpreadRows], grads[kSpreadRows] = {};
+#pragma unroll
+      for (int j = 0; j < kSpreadRows; ++j) {
+        ys[j] = first + j < rows && tile.row_class()[first + j] >= 0 ? y[(first + j) * p.features + d] : T(0);
+      }
+      const T* of_query = x + warp * kQueries * p.features + d;
+      T* grad_of_query = grad_x + warp * kQueries * p.features + d;
+      const int64_t turn = warps * kQueries * p.features;
+      for (int q = warp * kQueries; q < count;
+           q += warps * kQueries, of_query += turn, grad_of_query += turn) {
+        T xs[kQueries], sums[kQueries];
+#pragma unroll
+        for (int i = 0; i < kQueries; ++i) xs[i] = q + i < count ? of_query[i * p.features] : T(0);
+#pragma unroll
+        for (int i = 0; i < kQueries; ++i) {
+          sums[i] = 0;
+          if (first > 0) {
+            if (q + i < count) sums[i] = grad_of_query[i * p.features];
+          } else if constexpr (M::kCosine) {
+            sums[i] = xs[i] * tile.x_norms().slope[q + i];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kSpreadRows; j += kLength) {
+          if (first + j >= rows) break;
+#pragma unroll
+          for (int i = 0; i < kQueries; ++i) {
+            const Vector<T, kLength> factors = load_vector<kLength>(tile.plane(0, q + i) + first + j);
+#pragma unroll
+            for (int e = 0; e < kLength; ++e) {
+              sums[i] += factors.values[e] * Term::dx(xs[i], ys[j + e]);
+              grads[j + e] += factors.values[e] * Term::dy(xs[i], ys[j + e]);
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kQueries; ++i) {
+          if (inside && q + i < count) grad_of_query[i * p.features] = sums[i];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kSpreadRows; ++j) stage[(warp * kSpreadRows + j) * kWarpSize + lane] = grads[j];
+      __syncthreads();
+
+      // A warp to a row: the sum over the warps.
+      for (int j = warp; j < kSpreadRows && first + j < rows; j += warps) {
+        T& total = stage[j * kWarpSize + lane];
+        T sum = total;
+        for (int w = 1; w < warps; ++w) sum += stage[(w * kSpreadRows + j) * kWarpSize + lane];
+        if (!inside) continue;
+        if constexpr (M::kCosine) {
+          if (tile.row_class()[first + j] >= 0) {
+            sum += tile.y_norms().slope[first + j] * y[(first + j) * p.features + d];
+          }
+        }
+        T& of_row = out.of_rows[(first + j) * p.features + d];
+        if (!out.first) sum += of_row;
+        total = tile.row_class()[first + j] >= 0 ? sum : T(0);
+        if (out.of_support == nullptr || !out.last) of_row = total;
+      }
+      __syncthreads();
+      if (out.of_support != nullptr && out.last && inside) {
+        for (int64_t s = warp; s < out.shots; s += warps) {
+          const int n = support_class[s];
+          T* const target = out.of_support + s * p.features + d;
+          if (n < 0 && first == 0) *target = 0;
+          if (n < first || n >= first + kSpreadRows) continue;
+          *target = stage[(n - first) * kWarpSize + lane] / counts[n];
+        }
+      }
+      __syncthreads();
+    }
   }
 }
 
-// Blocks: tasks x chunks of queries.
+// Cosine: what it adds to the gradient of each row, as a multiple of the row, in place of its norm's slope.
+// A warp to a row.
 template <class M, typename T>
-__global__ void __launch_bounds__(kClassifyThreads, 1)
-    classify_backward(ClassifyLaunch<ClassifyBackward<T>> k) {
+__device__ __forceinline__ void set_own_of_rows(const EpisodeTile<M, T>& tile, int rows, int count) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int j = threadIdx.x / kWarpSize; j < rows; j += blockDim.x / kWarpSize) {
+    T sum = 0;
+    for (int q = lane; q < count; q += kWarpSize) sum += tile.plane(1, q)[j];
+    sum = warp_sum(sum);
+    if (lane == 0) tile.y_norms().slope[j] *= sum;
+  }
+  __syncthreads();
+}
+
+// The classes of the support, and how many examples each has.
+template <typename T>
+__device__ __forceinline__ void find_support_classes(const ClassifyBackward<T>& p, int64_t task,
+                                                     const EpisodeShared& shared) {
+  const int64_t* labels = p.support_labels + task * p.shots;
+  const int64_t ways = ways_of(p.ways, p.way, task);
+  int* const support_class = EpisodeShared::at<int>(shared.support_class);
+  T* const counts = EpisodeShared::at<T>(shared.counts);
+  for (int64_t s = threadIdx.x; s < p.shots; s += blockDim.x) {
+    support_class[s] = labels[s] >= 0 && labels[s] < ways ? static_cast<int>(labels[s]) : -1;
+  }
+  for (int64_t n = threadIdx.x / kWarpSize; n < p.way; n += blockDim.x / kWarpSize) {
+    const int64_t members = for_each_member(labels, p.shots, n, [](int64_t) {});
+    if (threadIdx.x % kWarpSize == 0) counts[n] = static_cast<T>(members);
+  }
+}
+
+// A block to a chunk of a task's queries.
+template <class M, typename T>
+__global__ void __launch_bounds__(kMostThreads, kLeastBlocks<T>)
+    classify_backward(EpisodeLaunch<ClassifyBackward<T>> k) {
   const ClassifyBackward<T>& p = k.params;
-  if (block_index() >= p.tasks * p.chunks) return;
-  const Range range(p.queries, p.chunks, block_index() % p.chunks, kQueryQuantum);
-  T* const grad_y = p.grad_y + block_index() * p.rows * p.features;
-  if (p.nll != nullptr && block_index() % p.chunks == 0) check_rows(p, block_index() / p.chunks);
-  ClassifyBlock<M, false, T> block(p, k.plan, block_index() / p.chunks, nullptr);
-  for (int64_t q = range.begin; q < range.end; q += k.plan.tile) {
-    block.start(q, range.end, nullptr);
-    if (p.nll != nullptr && block.active() && block.first_row() == 0) store_nll(p, block);
-    block.set_gradient(p.grad);
-    block.set_first_factors();
-    block.spread(p.grad_x, grad_y, q == range.begin);
+  if (block_index() >= k.blocks) return;
+  const int64_t task = block_index() / p.chunks;
+  const Range range(p.queries, p.chunks, block_index() % p.chunks, kOwn);
+  EpisodeTile<M, T> tile(p, k.plan, k.shared, task);
+  RowGradients<T> out{p.grad_y + block_index() * p.rows * p.features,
+                      p.grad_support != nullptr ? p.grad_support + task * p.shots * p.features : nullptr,
+                      p.shots, true, false};
+  for (int64_t q = range.begin; out.first || q < range.end; q += k.plan.tile, out.first = false) {
+    const int count = static_cast<int>(min(range.end - q, static_cast<int64_t>(k.plan.tile)));
+    out.last = q + k.plan.tile >= range.end;
+    tile.find_distances(q, count, Means<T>{}, false, [&] {
+      if (!out.first) return;
+      tile.find_row_classes();
+      if (out.of_support != nullptr) find_support_classes(p, task, k.shared);
+    });
+    set_factors(p, p.grad, k.plan, k.shared, tile, task, q, count);
+    if constexpr (M::kCosine) set_own_of_rows(tile, static_cast<int>(p.rows), count);
+    const int64_t query = task * p.queries + q;
+    spread(p, k.shared, tile, task, p.x + task * p.x_task_stride + q * p.features, count,
+           p.grad_x + query * p.features, out);
   }
-  if (range.begin < range.end) return;
-  for (int64_t i = threadIdx.x; i < p.rows * p.features; i += kClassifyThreads) grad_y[i] = 0;
 }
+
+// Support examples beyond these are averaged by a kernel of their own: their copies would leave no room.
+constexpr int64_t kMostAveraged = 256;
 
 template <class M, typename T>
-__global__ void __launch_bounds__(kClassifyThreads, 1)
-    classify_double_backward(ClassifyLaunch<ClassifyDoubleBackward<T>> k) {
-  const ClassifyDoubleBackward<T>& p = k.params;
-  if (block_index() >= p.tasks * p.chunks) return;
-  const Range range(p.queries, p.chunks, block_index() % p.chunks, kQueryQuantum);
-  T* const grad_y = p.grad_y + block_index() * p.rows * p.features;
-  ClassifyBlock<M, true, T> block(p, k.plan, block_index() / p.chunks, p.gg_y);
-  for (int64_t q = range.begin; q < range.end; q += k.plan.tile) {
-    block.start(q, range.end, p.gg_x);
-    block.set_gradient(p.grad);
-    block.set_second_factors(p.grad_grad);
-    block.spread(p.grad_x, grad_y, q == range.begin);
-  }
-  if (range.begin < range.end) return;
-  for (int64_t i = threadIdx.x; i < p.rows * p.features; i += kClassifyThreads) grad_y[i] = 0;
-}
-
-// The largest tile that leaves room for several blocks on a multiprocessor, or the smallest that fits at all.
-template <class M, bool kSecond, typename T>
-std::size_t plan_classify(const Classes<T>& p, int planes, ClassifyPlan& plan) {
-  constexpr std::size_t kRoomForSeveral = 32 << 10;
-  constexpr int kSmallestTile = 8;
-  if (p.rows > std::numeric_limits<int>::max() || p.way > std::numeric_limits<int>::max()) {
-    throw std::invalid_argument("metafast: class probabilities on CUDA: more than 2^31 rows or classes");
-  }
-  plan.planes = planes;
-  plan.vectorized = is_vectorized(p);
-  plan.per_class = p.row_labels != nullptr && p.query_labels == nullptr;
-  plan.tile = kQueryQuantum;
-  while (plan.tile > kSmallestTile && plan.tile / 2 >= p.queries) plan.tile /= 2;
-  for (;; plan.tile /= 2) {
-    SharedArrays arrays{nullptr};
-    ClassifyShared<T>{}.template take<M, kSecond>(arrays, p, plan);
-    if (arrays.bytes <= kRoomForSeveral) return arrays.bytes;
-    if (plan.tile > kSmallestTile) continue;
-    const std::size_t limit = max_shared_bytes();
-    if (arrays.bytes <= limit) return arrays.bytes;
-    throw std::invalid_argument("metafast: class probabilities on CUDA: " + std::to_string(p.rows) +
-                                " rows and " + std::to_string(p.way) + " classes need " +
-                                std::to_string(arrays.bytes) + " bytes of shared memory; this GPU has " +
-                                std::to_string(limit));
-  }
+EpisodeLaunch<Classify<T>> plan_classify(const Classify<T>& p) {
+  EpisodeLaunch<Classify<T>> k{p, {}, {}, 0};
+  const bool averages = p.means.support != nullptr && p.means.shots <= kMostAveraged;
+  if (!averages) k.params.means.support = nullptr;
+  const bool vectorized = is_vectorized(p) && is_vectorizable<T>(k.params.means.support, p.features, 0);
+  k.plan = plan_episode<M>(p, {p.queries, true, 1, averages ? p.means.shots : 0, 0, vectorized}, k.shared);
+  k.blocks = p.tasks * k.tiles();
+  return k;
 }
 
 }  // namespace
 
+// At least one: a loss of no query is a loss too.
+template <typename T>
+int64_t loss_blocks(const Classify<T>& p) {
+  int64_t blocks = 0;
+  with_distance(p.metric, [&]<class M>() { blocks = plan_classify<M>(p).blocks; });
+  const dim3 grid = grid_of(std::max<int64_t>(blocks, 1));
+  return static_cast<int64_t>(grid.x) * grid.y;
+}
+
 template <typename T>
 void launch(const Classify<T>& p, Stream stream) {
   with_distance(p.metric, [&]<class M>() {
-    ClassifyLaunch<Classify<T>> k{p, {}};
-    const std::size_t shared_bytes = plan_classify<M, false>(p, 1, k.plan);
-    launch_kernel({"classify", grid_of(p.tasks * k.query_tiles()), kClassifyThreads, shared_bytes, stream},
+    const EpisodeLaunch<Classify<T>> k = plan_classify<M>(p);
+    if (p.means.support != nullptr && k.params.means.support == nullptr) {
+      launch(Prototypes<T>{p.means.support, p.means.labels, p.ways, p.means.prototypes, p.tasks,
+                           p.means.shots, p.way, p.features},
+             stream);
+    }
+    const dim3 grid = grid_of(p.total.loss != nullptr ? std::max<int64_t>(k.blocks, 1) : k.blocks);
+    launch_kernel({"classify", grid, static_cast<unsigned>(k.plan.threads), k.shared.bytes, stream},
                   classify<M, T>, k);
   });
 }
@@ -478,21 +390,14 @@ void launch(const Classify<T>& p, Stream stream) {
 template <typename T>
 void launch(const ClassifyBackward<T>& p, Stream stream) {
   with_distance(p.metric, [&]<class M>() {
-    ClassifyLaunch<ClassifyBackward<T>> k{p, {}};
-    const std::size_t shared_bytes = plan_classify<M, false>(p, kFactors<M, false>, k.plan);
-    launch_kernel({"classify_backward", grid_of(p.tasks * p.chunks), kClassifyThreads, shared_bytes, stream},
+    EpisodeLaunch<ClassifyBackward<T>> k{p, {}, {}, p.tasks * p.chunks};
+    const int64_t spread_to = p.grad_support != nullptr ? p.shots : 0;
+    k.plan = plan_episode<M>(
+        p, {div_up(p.queries, p.chunks), false, kFactors<M, false>, 0, spread_to, is_vectorized(p)},
+        k.shared);
+    launch_kernel({"classify_backward", grid_of(k.blocks), static_cast<unsigned>(k.plan.threads),
+                   k.shared.bytes, stream},
                   classify_backward<M, T>, k);
-  });
-}
-
-template <typename T>
-void launch(const ClassifyDoubleBackward<T>& p, Stream stream) {
-  with_distance(p.metric, [&]<class M>() {
-    ClassifyLaunch<ClassifyDoubleBackward<T>> k{p, {}};
-    const std::size_t shared_bytes = plan_classify<M, true>(p, kFactors<M, true>, k.plan);
-    launch_kernel(
-        {"classify_double_backward", grid_of(p.tasks * p.chunks), kClassifyThreads, shared_bytes, stream},
-        classify_double_backward<M, T>, k);
   });
 }
 

@@ -6,6 +6,8 @@
 // are few.
 #pragma once
 
+#include <type_traits>
+
 #include "common/math.h"
 
 namespace metafast {
@@ -46,6 +48,8 @@ struct AbsoluteDifference {
   template <typename V>
   static METAFAST_HD V value(V x, V y) {
     V d = x - y;
+    if constexpr (std::is_floating_point_v<V>)
+      return ::fabs(d);  // free on the GPU, a modifier of the addition
     return d < V{} ? -d : d;
   }
   template <typename V>
@@ -279,6 +283,10 @@ METAFAST_HD CosineSecond<V> cosine_second(V g, V e, V out, V tangent, V ab, V s,
           g * c * slope_x, slope_x * (e * c - g * (tangent + 2 * c * s)),
           g * c * slope_y, slope_y * (e * c - g * (tangent + 2 * c * t))};
 }
+
+// Of a squared distance |x|^2 - 2 x.y + |y|^2: how small a part of |x|^2 + |y|^2 it may be before the squares
+// of the differences are summed instead.
+constexpr double kCancelled = 1.0 / 32;
 
 // ---- class probabilities ----
 

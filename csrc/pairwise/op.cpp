@@ -2,9 +2,11 @@
 // What each op computes is stated in library.cpp.
 #include <torch/library.h>
 
+#include "common/counter.h"
 #include "common/sums.h"
 #include "pairwise/arguments.h"
 #include "pairwise/large.h"
+#include "pairwise/large_cuda.h"
 
 namespace metafast {
 namespace {
@@ -37,14 +39,16 @@ Tensor run_prototypes(const Tensor& embeddings, const Tensor& labels, const Opti
   return out;
 }
 
-Tensor run_prototypes_backward(const Tensor& grad, const Tensor& labels, const OptionalTensor& ways) {
+// `grad` [T, chunks, N, D]; on the CPU there is one chunk.
+Tensor run_prototypes_backward(const Tensor& grad, int64_t chunks, const Tensor& labels,
+                               const OptionalTensor& ways) {
   const int64_t way = grad.size(-2), features = grad.size(-1), support = labels.size(-1);
-  Tensor out = empty(sizes_of(leading(grad, 2), {support, features}), grad.options());
+  Tensor out = empty(sizes_of(labels.sizes(), {features}), grad.options());
   with_scalar(grad, [&]<typename T>() {
-    run_kernel(
-        PrototypesBackward<T>{grad.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(), data<int64_t>(ways),
-                              out.mutable_data_ptr<T>(), count_tasks(grad, 2), support, way, features},
-        out);
+    run_kernel(PrototypesBackward<T>{grad.const_data_ptr<T>(), labels.const_data_ptr<int64_t>(),
+                                     data<int64_t>(ways), out.mutable_data_ptr<T>(), count_tasks(labels, 1),
+                                     support, way, features, chunks},
+               out);
   });
   return out;
 }
@@ -73,10 +77,8 @@ Tensor prototypes_backward_op(const Tensor& grad, const Tensor& labels) {
   check_same_leading(g, 2, l, 1);
   const Tensor dense_l = dense_labels(labels);
   if (!runs_cuda(grad)) check_label_values(dense_l, std::nullopt, grad.size(-2), "labels");
-  return to_dtype(run_prototypes_backward(dense(grad), dense_l, std::nullopt), grad.scalar_type());
+  return to_dtype(run_prototypes_backward(dense(grad), 1, dense_l, std::nullopt), grad.scalar_type());
 }
-
-// ---- pairwise ----
 
 // ---- pairwise ----
 
@@ -96,8 +98,16 @@ T* data_or_null(const Tensor& tensor, bool wanted) {
   return wanted ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
-template <class Params>
-void run_comparison(const Params& params, const Tensor& like) {
+template <typename T>
+void run_comparison(const Pairwise<T>& params, const Tensor& like) {
+  if (runs_cuda(like) ? is_large_on_cuda(params) : is_large(params)) {
+    return runs_cuda(like) ? run_large_on_cuda(params, like) : run_large(params);
+  }
+  run_kernel(params, like);
+}
+
+template <typename T>
+void run_comparison(const PairwiseBackward<T>& params, const Tensor& like) {
   if (!runs_cuda(like) && is_large(params)) return run_large(params);
   run_kernel(params, like);
 }
@@ -178,11 +188,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
 
 // ---- classify ----
 
-// ---- classify ----
-
-// What queries are compared with, [..., J, D].
+// What queries are compared with, [..., J, D]. CUDA's kernel finds prototypes itself.
 Tensor rows_of(const Episode& episode) {
   if (!episode.prototypical) return episode.support;
+  if (runs_cuda(episode.support)) return empty(episode.prototype_sizes(), episode.options());
   return run_prototypes(episode.support, episode.support_labels, episode.ways, episode.way);
 }
 
@@ -193,9 +202,32 @@ Tensor rows_to_keep(const Episode& episode, const Tensor& rows) {
 
 // The gradient of the support, from the sums of the chunks of queries, which are of the rows.
 Tensor grad_support(const Episode& episode, const Tensor& partial, const Tensor& rows) {
+  if (episode.prototypical && runs_cuda(partial)) {
+    return run_prototypes_backward(partial, episode.chunks, episode.support_labels, episode.ways);
+  }
   const Tensor grad_rows = sum_chunks(partial, episode.tasks, rows.sizes());
   if (!episode.prototypical) return grad_rows;
-  return run_prototypes_backward(grad_rows, episode.support_labels, episode.ways);
+  return run_prototypes_backward(grad_rows, 1, episode.support_labels, episode.ways);
+}
+
+// The gradients of support and query, not yet rounded to a half type. `nll` may be undefined.
+std::tuple<Tensor, Tensor> gradients(const Episode& episode, const Tensor& rows, const OptionalTensor& grad,
+                                     const Tensor& divisor, const Tensor& nll) {
+  Tensor of_query = empty(episode.query_sizes(), episode.options());
+  const Tensor partial = episode.partial_rows(rows);
+  // CUDA's kernel goes all the way to the support where it sums all queries.
+  const bool whole = episode.prototypical && episode.chunks == 1 && runs_cuda(of_query) &&
+                     episode.shots <= cuda::kMostSpread;
+  const Tensor of_support = whole ? empty(episode.support.sizes(), episode.options()) : Tensor();
+  with_scalar(of_query, [&]<typename T>() {
+    run_kernel(ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(grad, divisor),
+                                   nll.defined() ? nll.mutable_data_ptr<T>() : nullptr,
+                                   of_query.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>(),
+                                   whole ? of_support.mutable_data_ptr<T>() : nullptr,
+                                   episode.support_labels.const_data_ptr<int64_t>(), episode.shots},
+               of_query);
+  });
+  return {whole ? of_support : grad_support(episode, partial, rows), of_query};
 }
 
 // Sum, or mean over the valid queries, of one number per query; how many are valid.
@@ -220,6 +252,49 @@ Tensor count_valid(const Episode& episode) {
   return valid;
 }
 
+// -> out, valid
+std::tuple<Tensor, Tensor> classify_on_cpu(const Episode& episode, const Tensor& rows) {
+  Tensor out = empty(episode.unreduced_sizes(), episode.options());
+  with_scalar(out, [&]<typename T>() {
+    T* const data = out.mutable_data_ptr<T>();
+    run_kernel(Classify<T>{episode.classes<T>(rows),
+                           episode.query_labels ? nullptr : data,
+                           episode.query_labels ? data : nullptr,
+                           {},
+                           {}},
+               out);
+  });
+  if (episode.reduction != Reduction::none) return reduce(episode, out);
+  return {out, empty({0}, episode.options())};
+}
+
+// One launch: prototypes, log-probabilities, the reduced loss.
+std::tuple<Tensor, Tensor> classify_on_cuda(const Episode& episode, [[maybe_unused]] const Tensor& rows) {
+  const bool reduced = episode.reduction != Reduction::none;
+  Tensor out = empty(episode.out_sizes(), episode.options()), valid = empty({reduced}, episode.options());
+#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
+  with_scalar(out, [&]<typename T>() {
+    T* const data = out.mutable_data_ptr<T>();
+    Classify<T> params{episode.classes<T>(rows), nullptr, nullptr, {}, {}};
+    if (!reduced) (episode.query_labels ? params.nll : params.log_probs) = data;
+    if (episode.prototypical) {
+      params.means = {episode.support.const_data_ptr<T>(), episode.support_labels.const_data_ptr<int64_t>(),
+                      episode.shots, rows.mutable_data_ptr<T>()};
+    }
+    Tensor partial;
+    ZeroCounter counter;
+    if (reduced) {
+      partial = empty({cuda::loss_blocks(params), 2}, out.options().dtype(at::kDouble));
+      counter = ZeroCounter(out);
+      params.total = {data, valid.mutable_data_ptr<T>(), partial.mutable_data_ptr<double>(), counter.data(),
+                      episode.reduction == Reduction::mean};
+    }
+    run_kernel(params, out);
+  });
+#endif
+  return {out, valid};
+}
+
 std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tensor& support_labels,
                                                const Tensor& query, const OptionalTensor& query_labels,
                                                const OptionalTensor& ways, int64_t num_classes,
@@ -229,18 +304,8 @@ std::tuple<Tensor, Tensor, Tensor> classify_op(const Tensor& support, const Tens
                         scale, reduction);
   episode.check_values();
   const Tensor rows = rows_of(episode);
-  Tensor out = empty(episode.unreduced_sizes(), episode.options());
-  with_scalar(out, [&]<typename T>() {
-    T* log_probs = query_labels ? nullptr : out.mutable_data_ptr<T>();
-    T* nll = query_labels ? out.mutable_data_ptr<T>() : nullptr;
-    run_kernel(Classify<T>{episode.classes<T>(rows), log_probs, nll}, out);
-  });
-  Tensor valid;
-  if (episode.reduction == Reduction::none) {
-    valid = empty({0}, episode.options());
-  } else {
-    std::tie(out, valid) = reduce(episode, out);
-  }
+  const auto [out, valid] =
+      runs_cuda(rows) ? classify_on_cuda(episode, rows) : classify_on_cpu(episode, rows);
   return {to_dtype(out, episode.dtype), rows_to_keep(episode, rows), valid};
 }
 
@@ -254,20 +319,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> classify_with_gradients_op(
   TORCH_CHECK_VALUE(episode.reduction != Reduction::none, "reduction: expected 1 (mean) or 2 (sum), got ",
                     reduction);
   episode.check_values();
-  const Tensor rows = rows_of(episode), divisor = count_valid(episode);
+  const Tensor rows = rows_of(episode);
+  if (runs_cuda(rows)) {
+    const auto [out, valid] = classify_on_cuda(episode, rows);
+    const auto [of_support, of_query] = gradients(episode, rows, std::nullopt, valid, Tensor());
+    return {to_dtype(out, episode.dtype), rows_to_keep(episode, rows), valid, of_support, of_query};
+  }
   const Tensor nll = empty(sizes_of(episode.lead, {episode.queries}), episode.options());
-  Tensor grad_query = empty(query.sizes(), episode.options());
-  const Tensor partial = episode.partial_rows(rows);
-  with_scalar(nll, [&]<typename T>() {
-    run_kernel(
-        ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(OptionalTensor(), divisor),
-                            nll.mutable_data_ptr<T>(), grad_query.mutable_data_ptr<T>(),
-                            partial.mutable_data_ptr<T>()},
-        nll);
-  });
+  const auto [of_support, of_query] = gradients(episode, rows, std::nullopt, count_valid(episode), nll);
   const auto [out, valid] = reduce(episode, nll);
-  return {to_dtype(out, episode.dtype), rows_to_keep(episode, rows), valid,
-          grad_support(episode, partial, rows), grad_query};
+  return {to_dtype(out, episode.dtype), rows_to_keep(episode, rows), valid, of_support, of_query};
 }
 
 void check_saved(const Episode& episode, const Tensor& grad, const Tensor& like) {
@@ -287,15 +348,9 @@ std::tuple<Tensor, Tensor> classify_backward_op(const Tensor& grad, const Tensor
   const Episode episode(support, support_labels, query, query_labels, ways, num_classes, method, metric,
                         scale, reduction);
   check_saved(episode, grad, support);
-  const Tensor rows = episode.prototypical ? saved_rows : episode.support, dense_grad = dense(grad);
-  Tensor grad_query = empty(query.sizes(), episode.options());
-  const Tensor partial = episode.partial_rows(rows);
-  with_scalar(grad_query, [&]<typename T>() {
-    run_kernel(ClassifyBackward<T>{episode.classes<T>(rows), episode.loss_gradient<T>(dense_grad, valid),
-                                   nullptr, grad_query.mutable_data_ptr<T>(), partial.mutable_data_ptr<T>()},
-               grad_query);
-  });
-  return {to_dtype(grad_support(episode, partial, rows), episode.dtype), to_dtype(grad_query, episode.dtype)};
+  const Tensor rows = episode.prototypical ? saved_rows : episode.support;
+  const auto [of_support, of_query] = gradients(episode, rows, dense(grad), valid, Tensor());
+  return {to_dtype(of_support, episode.dtype), to_dtype(of_query, episode.dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> classify_double_backward_op(

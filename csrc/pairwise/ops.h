@@ -27,6 +27,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
     const OptionalTensor& bias, const Tensor& out, std::string_view metric);
 
+Tensor relation_scores(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
+                       const Tensor& bias, const Tensor& out_weight, const Tensor& out_bias,
+                       std::string_view metric);
+
 std::tuple<Tensor, Tensor, Tensor> classify(const Tensor& support, const Tensor& support_labels,
                                             const Tensor& query, const OptionalTensor& query_labels,
                                             const OptionalTensor& ways, c10::SymInt num_classes,

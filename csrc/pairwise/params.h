@@ -23,14 +23,16 @@ struct Prototypes {
   int64_t item_cost() const { return (support + way) * features; }
 };
 
-// grad_embeddings[s] = grad[label[s]] / count[label[s]], 0 where the label is ignored or its class absent.
+// grad_embeddings[s] = sum_chunks grad[label[s]] / count[label[s]], 0 where the label is ignored or its class
+// absent.
 template <typename T>
 struct PrototypesBackward {
-  const T* grad;          // [T, N, D]
+  const T* grad;          // [T, chunks, N, D]
   const int64_t* labels;  // [T, S]
   const int64_t* ways;    // [T] or null
   T* grad_embeddings;     // [T, S, D]
   int64_t tasks, support, way, features;
+  int64_t chunks;  // 1 on the CPU
 
   int64_t items() const { return tasks; }
   int64_t item_cost() const { return (support + way) * features; }
@@ -173,10 +175,33 @@ struct Classes : Pairs<T> {     // x: the queries, y: prototypes (J = N) or supp
   T scale;
 };
 
+// One CUDA kernel goes from the support to the loss. On the CPU these are steps of their own, and null here.
+
+// Where the rows are prototypes: what they are the means of.
+template <typename T>
+struct Means {
+  const T* support;       // [T, S, D]; null: the rows are there already
+  const int64_t* labels;  // [T, S]
+  int64_t shots;          // S
+  T* prototypes;          // [T, N, D], written: the rows
+};
+
+// Sum or mean over all queries.
+template <typename T>
+struct TotalLoss {
+  T* loss;                      // [1]; null: not wanted
+  T* valid;                     // [1], as ReduceLoss has it
+  double* partial;              // [blocks, 2], where blocks leave their sums
+  unsigned long long* counter;  // [1], 0: how many have; common/cuda.h, is_last_block
+  bool mean;
+};
+
 template <typename T>
 struct Classify : Classes<T> {
   T* log_probs;  // [T, Q, N]; null when query_labels is given
-  T* nll;        // [T, Q], 0 where ignored; null when query_labels is null
+  T* nll;        // [T, Q], 0 where ignored; null when query_labels is null, or with total.loss
+  Means<T> means;
+  TotalLoss<T> total;
 };
 
 // Where the gradient of a loss comes from: element t * task_stride + q * query_stride of `grad`, divided by
@@ -191,9 +216,14 @@ struct LossGradient {
 template <typename T>
 struct ClassifyBackward : Classes<T> {
   LossGradient<T> grad;
-  T* nll;     // [T, Q], as Classify finds it; or null
+  T* nll;     // [T, Q], as Classify finds it; or null, and always on CUDA
   T* grad_x;  // [T, Q, D]
   T* grad_y;  // [T, chunks, J, D], partial sums
+  // On CUDA, with a single chunk: of the support that the rows are the means of, in place of grad_y, which is
+  // then a workspace. Null otherwise.
+  T* grad_support;                // [T, S, D]
+  const int64_t* support_labels;  // [T, S]
+  int64_t shots;
 };
 
 template <typename T>
@@ -236,8 +266,13 @@ METAFAST_DECLARE_KERNEL(ClassifyDoubleBackward)
 METAFAST_DECLARE_KERNEL(ReduceLoss)
 
 namespace cuda {
-// How many chunks a task's queries are split into on the GPU, from the shapes alone.
+// How many chunks a task's queries are split into on the GPU, from the shapes and its size.
 int64_t query_chunks(int64_t tasks, int64_t queries, int64_t rows, int64_t features);
+// The most support examples to which ClassifyBackward spreads the gradient of their means.
+constexpr int64_t kMostSpread = 4096;
+// How many blocks leave partial sums in Classify's total.
+template <typename T>
+int64_t loss_blocks(const Classify<T>& params);
 }  // namespace cuda
 
 }  // namespace metafast

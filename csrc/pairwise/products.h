@@ -35,8 +35,7 @@ void centre_row(const T* row, const T* centre, int64_t features, T* centred) {
 // for example.
 template <typename T>
 METAFAST_HD Mask<T> keeps_digits(Vec<T> distance, Vec<T> sum_of_squares) {
-  constexpr T kCancelled = T(1) / 32;
-  return distance >= kCancelled * sum_of_squares;
+  return distance >= T(kCancelled) * sum_of_squares;
 }
 
 template <typename T>

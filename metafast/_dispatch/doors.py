@@ -164,6 +164,17 @@ def call_listed(
     return reference()
 
 
+def is_eager() -> bool:
+    """Is the call outside function transforms, torch.compile and forward-mode AD?"""
+    return not (_transforms_active() or torch.compiler.is_compiling() or forward_ad._current_level >= 0)
+
+
+def call_eager(name: str, *args: Any) -> Tensor:
+    """The result of an op where `is_eager`, through its typed entry point."""
+    _record(name, "op")
+    return getattr(typed, name)(*args)
+
+
 def call_composed(name: str, *args: Any) -> Tensor:
     """The result of an op that is made of torch's own."""
     _record(name, "op")

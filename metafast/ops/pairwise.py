@@ -296,8 +296,11 @@ def relation_scores(
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected 'relu' or 'tanh', got {activation!r}")
+    given = query, prototypes, weight, bias, out_weight, out_bias
     try:
-        _check_relation(query, prototypes, weight, bias, out_weight, out_bias)
+        if doors.is_eager() and _C.relation_agrees(*given) and not reference.autocast_enabled(query):
+            return doors.call_eager("relation_scores", *given, _ACTIVATIONS[activation])
+        _check_relation(*given)
     except Exception:
         head = {"weight": weight, "bias": bias, "out_weight": out_weight, "out_bias": out_bias}
         blame({"query": query, "prototypes": prototypes, **head})

@@ -67,6 +67,20 @@ T __ldg(const T* address) {
   return *address;
 }
 
+// A load that goes past the multiprocessor's own cache: for what other blocks wrote.
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+// Blocks run one after another here, threads one at a time.
+template <typename T>
+T atomicAdd(T* address, T value) {
+  static_assert(std::is_unsigned_v<T>, "integers alone: sums of floats would depend on the order");
+  return std::exchange(*address, *address + value);
+}
+inline void __threadfence() {}
+
 [[noreturn]] inline void __trap() { __builtin_trap(); }
 
 // ---- barriers, votes and shuffles ----
@@ -148,7 +162,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, M
 using cudaStream_t = struct CUstream_st*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaLaunchAttribute;
@@ -173,8 +187,9 @@ inline cudaError_t record(cudaError_t error) {
   return error;
 }
 
-// The limits are those of compute capability 8.0, the lowest that metafast is built for.
+// The limits are those of compute capability 8.0, the lowest that metafast is built for, and of its A100.
 constexpr int kMaxSharedBytes = 163 << 10;
+constexpr int kMultiprocessors = 108;
 
 inline cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
@@ -210,8 +225,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = metafast::emulator::kMaxSharedBytes;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? metafast::emulator::kMultiprocessors
+                                                       : metafast::emulator::kMaxSharedBytes;
   return cudaSuccess;
 }
 

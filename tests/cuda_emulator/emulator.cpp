@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -116,6 +117,12 @@ class Stacks {
 enum class State { ready, at_block_barrier, at_warp_operation, exited };
 enum class WarpOperation { barrier, ballot, shuffle };
 
+struct Copy {
+  void* shared;
+  const void* global;
+  std::size_t bytes, zeros;
+};
+
 struct Thread {
   Fiber fiber;
   uint3 index;
@@ -128,6 +135,9 @@ struct Thread {
   int source_lane;
   std::uint64_t value;
   std::uint64_t result;
+  // copies that have not arrived: the batches, and what will be the next one
+  std::deque<std::vector<Copy>> batches;
+  std::vector<Copy> batch;
 
   int lane() const { return number % kWarpSize; }
   int warp() const { return number / kWarpSize; }
@@ -209,6 +219,8 @@ class Block {
     ready_.clear();
     waiting_lanes_.assign((threads_.size() + kWarpSize - 1) / kWarpSize, 0u);
     for (int i = 0; i < size(); ++i) {
+      threads_[i].batches.clear();
+      threads_[i].batch.clear();
       // Stacks are a power of two apart: without an offset all their tops would share a few cache sets.
       threads_[i].fiber.prepare(stacks_[i], kStackBytes - 128 * (i % 64), thread_entry);
       threads_[i].state = State::ready;
@@ -363,6 +375,26 @@ unsigned warp_ballot(CallSite site, unsigned mask, bool predicate) {
 
 std::uint64_t warp_shuffle(CallSite site, unsigned mask, std::uint64_t value, int source_lane) {
   return current_block->warp_operation(site, WarpOperation::shuffle, mask, value, source_lane);
+}
+
+void copy_async(void* shared, const void* global, std::size_t bytes, std::size_t zeros) {
+  std::memset(shared, 0xff, bytes);
+  current_block->current().batch.push_back({shared, global, bytes, zeros});
+}
+
+void commit_copies() {
+  Thread& thread = current_block->current();
+  thread.batches.push_back(std::exchange(thread.batch, {}));
+}
+
+void wait_for_copies(std::size_t batches_that_may_remain) {
+  auto& batches = current_block->current().batches;
+  for (; batches.size() > batches_that_may_remain; batches.pop_front()) {
+    for (const Copy& copy : batches.front()) {
+      if (copy.bytes > copy.zeros) std::memcpy(copy.shared, copy.global, copy.bytes - copy.zeros);
+      std::memset(static_cast<char*>(copy.shared) + copy.bytes - copy.zeros, 0, copy.zeros);
+    }
+  }
 }
 
 }  // namespace metafast::emulator

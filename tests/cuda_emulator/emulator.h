@@ -41,6 +41,11 @@ std::uint64_t warp_shuffle(CallSite site, unsigned mask, std::uint64_t value,
 
 int current_lane();
 
+// The thread's copies into shared memory, which arrive when it waits for them (cuda_pipeline.h).
+void copy_async(void* shared, const void* global, std::size_t bytes, std::size_t zeros);
+void commit_copies();
+void wait_for_copies(std::size_t batches_that_may_remain);
+
 }  // namespace metafast::emulator
 
 // The seed of every schedule from here on. Before the first call it is METAFAST_EMULATOR_SEED, or 0.

@@ -120,6 +120,48 @@ __global__ void __launch_bounds__(kThreads) transpose(TransposeParams p) {
   for (int row = 0; row < kThreads; ++row) p.out[row * kThreads + thread] = shared.tile[thread][row];
 }
 
+struct GridSumParams {
+  const float* x;               // [blocks, n]
+  float* partial;               // [blocks]
+  unsigned long long* counter;  // 0
+  float* out;                   // [1]
+  int n;
+};
+
+struct GridSumShared {
+  float tile[2][kThreads];
+  float warps[kWarps];
+};
+
+// Rows pass through shared memory in two buffers; the last block adds up what all have left. Numbers go
+// through another thread, to make waits and barriers count.
+__global__ void __launch_bounds__(kThreads) grid_sum(GridSumParams p) {
+  GridSumShared& shared = metafast::cuda::shared_memory<GridSumShared>();
+  const float* row = p.x + static_cast<std::int64_t>(blockIdx.x) * p.n;
+  const int thread = static_cast<int>(threadIdx.x), steps = metafast::cuda::div_up(p.n, kThreads);
+  const auto stage = [&](int step) {
+    const int i = step * kThreads + thread;
+    if (step < steps) metafast::cuda::copy_async<1>(&shared.tile[step % 2][thread], row + i, i < p.n);
+    metafast::cuda::commit_copies();
+  };
+  float sum = 0;
+  stage(0);
+  for (int step = 0; step < steps; ++step) {
+    stage(step + 1);
+    metafast::cuda::wait_for_copies<1>();
+    __syncthreads();
+    sum += shared.tile[step % 2][kThreads - 1 - thread];
+    __syncthreads();
+  }
+  sum = metafast::cuda::block_sum(sum, shared.warps);
+  if (thread == 0) p.partial[blockIdx.x] = sum;
+  if (!metafast::cuda::is_last_block(p.counter, gridDim.x)) return;
+  sum = 0;
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) sum += __ldcg(p.partial + i);
+  sum = metafast::cuda::block_sum(sum, shared.warps);
+  if (thread == 0) *p.out = sum;
+}
+
 }  // namespace
 
 extern "C" {
@@ -127,6 +169,12 @@ extern "C" {
 void run_row_sum(const float* x, float* out, int blocks, int n) {
   launch_kernel({"row_sum", static_cast<unsigned>(blocks), kThreads, sizeof(SumShared), nullptr}, row_sum,
                 SumParams{x, out, n});
+}
+
+void run_grid_sum(const float* x, float* partial, unsigned long long* counter, float* out, int blocks,
+                  int n) {
+  launch_kernel({"grid_sum", static_cast<unsigned>(blocks), kThreads, sizeof(GridSumShared), nullptr},
+                grid_sum, GridSumParams{x, partial, counter, out, n});
 }
 
 void run_warp_scan(const double* x, double* out, int* positive, int n) {
