@@ -235,8 +235,11 @@ def _eval(given: dict[str, Any]) -> None:
         raise ValueError(f"runs: expected only for images, got it for {kind.name}")
     for name, value in given.items():
         if name not in stated(kind):
-            having = " or ".join(other.name for other in EVALUATIONS if name in stated(other))
-            raise ValueError(f"{name}: expected only for {having}, got {said(value)} for {kind.name}")
+            having = [other for other in EVALUATIONS if name in stated(other)]
+            first = [other.name for other in having if not set(other.__mro__[1:]) & set(having)]
+            raise ValueError(
+                f"{name}: expected only for {' or '.join(first)}, got {said(value)} for {kind.name}"
+            )
     read(kind, given)(method, trained, device)
 
 
