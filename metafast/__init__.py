@@ -9,7 +9,7 @@ from metafast._dispatch import load  # noqa: F401  (first: it registers the ops)
 
 # isort: on
 from metafast import reference
-from metafast._dispatch import fakes
+from metafast._dispatch import batching, fakes
 from metafast._dispatch.doors import trace_doors
 from metafast._dispatch.info import info
 from metafast.adaptation import Adapted, Explanation, adapt, explain
@@ -48,6 +48,7 @@ from metafast.optim import CoordinatewiseLSTM, LSTMOptimizer, MetaLSTM
 __version__ = version("metafast")
 
 fakes.register("metafast")
+_batching = batching.register("metafast")
 
 __all__ = [
     "Adapted",

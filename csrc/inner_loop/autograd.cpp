@@ -316,7 +316,7 @@ struct SgdUpdateFunction : Function<SgdUpdateFunction> {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t lr_index = 2 * count + (lr_count == 1 ? 0 : i), buffer_index = 2 * count + lr_count + i;
       const Tensor &param = saved[i], &grad = saved[count + i], &lr = saved[lr_index], &grad_param = grads[i];
-      const Tensor decayed = grad + weight_decay * param;
+      const Tensor decayed = weight_decay != 0 ? grad + weight_decay * param : grad;
       Tensor step = decayed, grad_step = -lr * grad_param, grad_decayed = grad_step;
       if (momentum != 0) {
         const Tensor buffer = has_buffers ? momentum * saved[buffer_index] + decayed : decayed;
@@ -325,7 +325,7 @@ struct SgdUpdateFunction : Function<SgdUpdateFunction> {
         grad_decayed = nesterov ? grad_step + grad_buffer : grad_buffer;
         if (has_buffers) result[buffer_index] = momentum * grad_buffer;
       }
-      result[i] = grad_param + weight_decay * grad_decayed;
+      result[i] = weight_decay != 0 ? grad_param + weight_decay * grad_decayed : grad_param;
       result[count + i] = grad_decayed;
       if (ctx->needs_input_grad(lr_index)) {
         const Tensor grad_lr = at::sum_to(-grad_param * step, lr.sizes());

@@ -247,11 +247,12 @@ def _plain(task: Task, start: States, x: Examples, y: Examples, weights: Tensor 
     """One step of the first task without a transform, to see whether it can be taken."""
     examples = (x, y) if weights is None else (x, y, weights)
     params, buffers = start.each()[0]
+    create_graph = torch.is_grad_enabled() and not task.inner.first_order
     leaves = {name: param.detach().clone().requires_grad_() for name, param in params.items()}
     with torch.enable_grad():
         value, _ = task.loss(leaves, buffers, leaves, *at(examples, *[0] * (1 + task.inner.per_step)))
         if value.requires_grad:
-            torch.autograd.grad(value, list(leaves.values()), create_graph=True, allow_unused=True)
+            torch.autograd.grad(value, list(leaves.values()), create_graph=create_graph, allow_unused=True)
 
 
 def _refuse_no_tasks(tasks: int) -> None:
