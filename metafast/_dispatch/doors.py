@@ -175,6 +175,12 @@ def call_eager(name: str, *args: Any) -> Tensor:
     return getattr(typed, name)(*args)
 
 
+def call_reference(name: str, reference: Callable[[], Result]) -> Result:
+    """The result of a call that the op has no kernel for."""
+    _record(name, "reference")
+    return reference()
+
+
 def call_composed(name: str, *args: Any) -> Tensor:
     """The result of an op that is made of torch's own."""
     _record(name, "op")

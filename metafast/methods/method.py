@@ -48,6 +48,10 @@ class Learner(nn.Module, ABC):
     def loss(self, batch: Any) -> Tensor:
         """What training minimises over a batch: a mean over tasks that can be differentiated."""
 
+    def forward(self, batch: Any) -> Tensor:
+        """The loss: what `torch.nn.parallel.DistributedDataParallel`, which wraps a module's call, trains."""
+        return self.loss(batch)
+
     @classmethod
     @abstractmethod
     def from_settings(cls, settings: Any, problem: Any) -> Learner:

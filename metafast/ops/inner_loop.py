@@ -57,6 +57,7 @@ from metafast._dispatch.arguments import blame, check_not_negative, is_number, k
 from metafast._dispatch.task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
+from metafast.reference.labels import IGNORED
 
 
 def inner_sgd(
@@ -70,6 +71,7 @@ def inner_sgd(
     activation: str = "relu",
     momentum: float = 0.0,
     first_order: bool = False,
+    example_weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Trains each task's copy of an MLP with `steps` steps of full-batch SGD: MAML's inner loop.
 
@@ -94,6 +96,10 @@ def inner_sgd(
         momentum: As in `torch.optim.SGD`.
         first_order: Whether the backward takes the inner gradients as constants: first-order MAML (Nichol
             et al. 2018, section 2), which keeps no earlier parameters.
+        example_weights: [T, S], floats, which may have a gradient. The loss of a task becomes sum(w * loss of
+            an example) / sum(w), and a task whose weights are all 0 is not adapted. Weight 0 leaves an
+            example out, whatever it holds; that weight has no gradient. The kernels have no weights: such a
+            call runs the reference, differentiable to any order (`metafast.trace_doors` tells).
 
     Returns:
         The adapted parameters, in the order of `params`, each [T, ...]. Their gradients reach `params`,
@@ -116,6 +122,14 @@ def inner_sgd(
     params = listed("params", params)
     options = _options(loss, steps, activation, momentum, first_order)
     values = tuple(options.values())
+    if example_weights is not None:
+        y = _weighed("example_weights", example_weights, x, y)
+        with torch.no_grad():  # the op says what does not fit
+            inner_sgd(params, x, y, loss=loss, lr=0.0, steps=0, activation=activation, momentum=momentum)
+        return doors.call_reference(
+            "inner_sgd",
+            lambda: reference.inner_sgd(params, x, y, lr=lr, example_weights=example_weights, **options),
+        )
     try:
         rates = _rates(lr, params, x)
         return doors.call_listed(
@@ -146,6 +160,8 @@ def maml_loss(
     momentum: float = 0.0,
     first_order: bool = False,
     step_weights: Sequence[float] | Tensor | None = None,
+    support_weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """The query loss of networks adapted to their support: MAML's objective (Finn et al. 2017, section 2.2).
@@ -166,6 +182,8 @@ def maml_loss(
             gradient. The result is the sum of the query losses after each step, so weighed (MAML++'s
             multi-step loss, Antoniou et al. 2019, section 4); a step of weight 0 is left out. By default the
             loss after the last step alone.
+        support_weights, query_weights: [T, S] and [T, Q], as the `example_weights` of `inner_sgd`, for which
+            the kernels make way for the reference too.
         reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``. Of the losses of ``"none"``
             those that diverged can be left out, ``losses[losses.isfinite()].mean()``: a task whose loss gets
             no gradient passes none on, where autograd would make NaN of 0 times infinity. (But examples that
@@ -192,6 +210,20 @@ def maml_loss(
     params, data = listed("params", params), (support_x, support_y, query_x, query_y)
     options = _options(loss, steps, activation, momentum, first_order)
     values = tuple(options.values())
+    if support_weights is not None or query_weights is not None:
+        support_y = _weighed("support_weights", support_weights, support_x, support_y)
+        query_y = _weighed("query_weights", query_weights, query_x, query_y)
+        data = support_x, support_y, query_x, query_y
+        with torch.no_grad():  # the op says what does not fit
+            maml_loss(params, *data, loss=loss, lr=0.0, steps=0, activation=activation, momentum=momentum)
+        weights = {"support_weights": support_weights, "query_weights": query_weights}
+        step_weights = _step_weights(step_weights, support_x)
+        return doors.call_reference(
+            "maml_loss",
+            lambda: reference.maml_loss(
+                params, *data, lr=lr, step_weights=step_weights, reduction=reduction, **weights, **options
+            ),
+        )
     try:
         step_weights = _step_weights(step_weights, support_x)
         rates = _rates(lr, params, support_x)
@@ -463,6 +495,17 @@ def _step_weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Ten
             [torch.as_tensor(weight).to(like.device, _exact_dtype(like)) for weight in weights]
         )
     return torch.tensor(weights, dtype=_exact_dtype(like), device=like.device)
+
+
+def _weighed(name: str, weights: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
+    """y, with classes ignored where there is no weight: what stands there need not be a class."""
+    if weights is None:
+        return y
+    blame({name: weights, "x": x, "y": y})
+    if weights.shape != x.shape[:2] or not weights.is_floating_point():
+        expected = f"floats of shape [T, S] = {list(x.shape[:2])}"
+        raise ValueError(f"{name}: expected {expected}, got {list(weights.shape)} of {weights.dtype}")
+    return y if y.is_floating_point() or y.shape != weights.shape else y.where(weights != 0, IGNORED)
 
 
 def _exact_dtype(like: Tensor) -> torch.dtype:

@@ -91,9 +91,30 @@ def _mlp(params: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
     return task_linear(x, params[-2], params[-1])
 
 
-def _task_losses(params: Sequence[Tensor], x: Tensor, y: Tensor, loss: str, activation: str) -> Tensor:
-    """The loss of each task: params [T, ...], x [T, S, D], y [T, S, O] or [T, S] -> [T]."""
+def _task_losses(
+    params: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    loss: str,
+    activation: str,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The loss of each task: params [T, ...], x [T, S, D], y [T, S, O] or [T, S], weights [T, S] -> [T]."""
+    if weights is not None:
+        counts = weights != 0
+        x = torch.where(counts.unsqueeze(-1), x, 0)  # so that no NaN of what is left out spreads
     out = _mlp(params, x, activation)
+    if weights is not None:
+        if loss == "mse":
+            losses = (out - torch.where(counts.unsqueeze(-1), y, 0)).square().mean(2)
+        else:
+            y = torch.where(counts, y, IGNORED)
+            losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")
+            weights = weights * (y != IGNORED)
+        total = weights.sum(1)
+        return torch.where(
+            total == 0, torch.nan, (losses * weights).sum(1) / torch.where(total == 0, 1, total)
+        )
     if loss == "mse":
         return (out - y).square().mean((1, 2))
     if loss != "cross_entropy":
@@ -101,6 +122,11 @@ def _task_losses(params: Sequence[Tensor], x: Tensor, y: Tensor, loss: str, acti
     losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")  # [T, S], 0 where ignored
     valid = (y != IGNORED).sum(1)
     return torch.where(valid > 0, losses.sum(1) / valid.clamp_min(1), torch.nan)
+
+
+def _counting(labels: Tensor, weights: Tensor | None) -> Tensor:
+    """The labels, without those that have no weight."""
+    return labels if weights is None else torch.where(weights != 0, labels, IGNORED)
 
 
 def _per_task(params: Sequence[Tensor], tasks: int) -> list[Tensor]:
@@ -125,11 +151,12 @@ def _trajectory(
     activation: str,
     momentum: float,
     first_order: bool,
+    weights: Tensor | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """theta_0, ..., theta_K, each [T, ...]."""
     theta = tuple(_per_task(params, x.shape[0]))
     thetas = [theta]
-    gradient = torch.func.grad(lambda theta: _task_losses(theta, x, y, loss, activation).sum())
+    gradient = torch.func.grad(lambda theta: _task_losses(theta, x, y, loss, activation, weights).sum())
     buffers: list[Tensor] | None = None
     for step in range(steps):
         grads = gradient(theta)
@@ -155,6 +182,7 @@ def inner_sgd(
     activation: str = "relu",
     momentum: float = 0.0,
     first_order: bool = False,
+    example_weights: Tensor | None = None,
 ) -> list[Tensor]:
     """Train each task's copy of an MLP by `steps` steps of full-batch SGD.
 
@@ -171,13 +199,15 @@ def inner_sgd(
             one for each parameter and of the shape of one task's parameter (Meta-SGD).
         steps: K.
         activation: Between layers: ``"relu"``, ``"tanh"`` or ``"none"``.
+        example_weights: [T, S]. The loss of a task is sum(w * loss of an example) / sum(w); weight 0 leaves
+            an example out, whatever it holds.
 
     Returns:
         The adapted parameters, each [T, ...].
     """
     if loss == "cross_entropy":
-        y = checked_labels("y", y, params[-1].shape[-1])
-    thetas = _trajectory(params, x, y, loss, lr, steps, activation, momentum, first_order)
+        y = checked_labels("y", _counting(y, example_weights), params[-1].shape[-1])
+    thetas = _trajectory(params, x, y, loss, lr, steps, activation, momentum, first_order, example_weights)
     return list(thetas[-1])
 
 
@@ -196,6 +226,8 @@ def maml_loss(
     momentum: float = 0.0,
     first_order: bool = False,
     step_weights: Sequence[float] | Tensor | None = None,
+    support_weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """The query loss after `inner_sgd` on the support: MAML's objective (Finn et al. 2017, section 2.2).
@@ -206,20 +238,25 @@ def maml_loss(
         query_y: Query targets: [T, Q, O], or labels [T, Q] with cross_entropy.
         step_weights: [K], the weight of the query loss after each step (MAML++'s multi-step loss). By default
             only the loss after the last step counts, with weight 1.
+        support_weights: [T, S], the `example_weights` of the support.
+        query_weights: [T, Q], those of the query; the loss of a task without any is NaN.
         reduction: ``"mean"`` over tasks, or ``"none"``.
 
     Returns:
         A scalar, or [T] with reduction ``"none"``.
     """
     if loss == "cross_entropy":
-        support_y = checked_labels("support_y", support_y, params[-1].shape[-1])
-        query_y = checked_labels("query_y", query_y, params[-1].shape[-1])
-    thetas = _trajectory(params, support_x, support_y, loss, lr, steps, activation, momentum, first_order)
+        classes = params[-1].shape[-1]
+        support_y = checked_labels("support_y", _counting(support_y, support_weights), classes)
+        query_y = checked_labels("query_y", _counting(query_y, query_weights), classes)
+    thetas = _trajectory(
+        params, support_x, support_y, loss, lr, steps, activation, momentum, first_order, support_weights
+    )
     if step_weights is None:
-        losses = _task_losses(thetas[-1], query_x, query_y, loss, activation)
+        losses = _task_losses(thetas[-1], query_x, query_y, loss, activation, query_weights)
     else:
         losses = sum(
-            weight * _task_losses(theta, query_x, query_y, loss, activation)
+            weight * _task_losses(theta, query_x, query_y, loss, activation, query_weights)
             for weight, theta in zip(step_weights, thetas[1:], strict=True)
         )
     return losses.mean() if reduction == "mean" else losses
