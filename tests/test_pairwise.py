@@ -182,6 +182,22 @@ def test_ignored_examples_change_nothing(backend: torch.device) -> None:
             assert (grad[:, :-3] != 0).all()
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("name", ["prototypical_loss", "matching_loss"])
+def test_more_rows_and_queries_than_a_block_takes_at_once(
+    name: str, metric: str, backend: torch.device
+) -> None:
+    support, query = torch.randn(320, 3, **DOUBLE), torch.randn(40, 3, **DOUBLE)
+    labels, query_labels = torch.randperm(320), torch.randint(0, 320, (40,))
+    results = []
+    for module, device in ((metafast, backend), (metafast.reference, "cpu")):
+        leaves = [t.to(device).requires_grad_() for t in (support, query)]
+        args = leaves[0], labels.to(device), leaves[1], query_labels.to(device)
+        loss = getattr(module, name)(*args, 320, metric=metric)
+        results.append([t.cpu() for t in (loss.detach(), *torch.autograd.grad(loss, leaves))])
+    assert_close(*results, torch.float64)
+
+
 @pytest.mark.parametrize("content", [0.0, 1e10, torch.inf, torch.nan])
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_an_ignored_support_example_holds_changes_nothing(
