@@ -391,6 +391,16 @@ def test_help_names_the_arguments_of_the_methods() -> None:
         assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}, method
 
 
+def test_the_extra_that_is_missing_is_named() -> None:
+    code = (
+        "import sys; sys.modules['pydantic'] = None; from metafast.program.cli import main; "
+        "assert main(['info']) == main([]) == 0; sys.exit(main(['train', 'maml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "metafast: error: pydantic is not installed: pip install 'metafast[cli]'\n"
+
+
 def test_no_command_prints_help_and_version_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "usage: metafast" in capsys.readouterr().out
@@ -409,6 +419,15 @@ def test_no_command_prints_help_and_version_says_it(capsys: pytest.CaptureFixtur
 )
 def test_a_misspelt_command_names_the_nearest(words: str, message: str, failing: Said) -> None:
     assert message in failing(*words.split())
+
+
+def test_a_run_that_began_with_another_torch_is_told(run: Path, tmp_path: Path) -> None:
+    folder = copied(run, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    config["versions"]["torch"] = "1.0"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=f"began with torch 1.0, this is {re.escape(torch.__version__)}"):
+        assert train(folder, "--resume", options="") == 0
 
 
 def test_names_that_are_no_utf8(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -14,7 +14,7 @@ from metafast.methods import Adaptation, Method
 from metafast.program.config import Config
 from metafast.program.evaluate import Estimate, estimate, score
 from metafast.program.evaluations import Several
-from metafast.program.run import load_method
+from metafast.program.load import load_method
 from metafast.program.train import autocast_dtype
 from metafast.settings import Count, Seed, Settings, setting
 

@@ -162,7 +162,7 @@ def rebuild(described: Any) -> tuple[Config, Any]:
     method = described["method"]
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    for key in (*_SECTIONS, "problem"):
+    for key in (*_SECTIONS, "problem", "versions"):
         if not isinstance(described[key], dict):
             raise ValueError(f"{key}: expected an object, got {described[key]!r}")
     learner = METHODS[method]
@@ -183,6 +183,14 @@ def rebuild(described: Any) -> tuple[Config, Any]:
     except ValueError as error:
         raise ValueError(f"problem.{error}") from None
     return Config(method, **settings), problem
+
+
+def rebuild_from(path: Path, described: Any) -> tuple[Config, Any]:
+    """:func:`rebuild` of what was found at ``path``, which its errors name."""
+    try:
+        return rebuild(described)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def defaults_of(learner: type[Learner]) -> dict[str, dict[str, Any]]:

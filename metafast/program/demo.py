@@ -17,7 +17,8 @@ from metafast.data.sources import Sine
 from metafast.methods import Adaptation
 from metafast.program.cli import main
 from metafast.program.evaluations import WAVE_SHOTS, WAVE_STEPS, draw_typical, wave_errors
-from metafast.program.run import LOG, load_method
+from metafast.program.load import load_method
+from metafast.program.run import LOG
 from metafast.runs.checkpoint import list_checkpoints
 
 _ROUNDS = 31

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
-from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, BooleanOptionalAction, _ArgumentGroup
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentError,
+    ArgumentParser,
+    BooleanOptionalAction,
+    Namespace,
+    _ArgumentGroup,
+)
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -17,10 +25,30 @@ Defaults = Mapping[str, Mapping[str, Any]]
 
 class Parser(ArgumentParser):
     """Refuses a command line in one line, that begins with the option's name. Words stay as they are typed:
-    what they mean, and whether they may, is the settings' to say."""
+    what they mean, and whether they may, is the settings' to say.
 
-    def __init__(self, **arguments: Any) -> None:
+    Args:
+        fill: adds the options, when there is something to parse: importing what all need takes a while.
+        run: what is done with them; the parser of the command that was called is ``parser`` in the namespace.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: Callable[[dict[str, Any]], int | None],
+        fill: Callable[[ArgumentParser], None] = lambda parser: None,
+        **arguments: Any,
+    ) -> None:
         super().__init__(allow_abbrev=False, argument_default=SUPPRESS, **arguments)
+        self.run = run
+        self._fill: Callable[[ArgumentParser], None] | None = fill
+        self.set_defaults(parser=self)
+
+    def parse_known_args(self, *arguments: Any, **named: Any) -> tuple[Namespace, list[str]]:
+        fill, self._fill = self._fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(*arguments, **named)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"metafast: error: {message.removeprefix('argument ')}\n")

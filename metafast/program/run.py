@@ -1,31 +1,21 @@
-"""A run: begun or resumed in a folder, and read again."""
+"""A run: begun or resumed in a folder."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metafast.data.sources import Folder, Source
-from metafast.methods import LearnedOptimizer, Learner
-from metafast.program.config import (
-    CONFIG,
-    Config,
-    choose_source,
-    compose,
-    read_config,
-    rebuild,
-    sources_of,
-    write_config,
-)
+from metafast.methods import LearnedOptimizer
+from metafast.program.config import Config, compose, read_config, rebuild_from, versions, write_config
 from metafast.program.console import say
 from metafast.program.evaluate import mean_score
 from metafast.program.learning_curves import final_loss
 from metafast.program.records import Records
-from metafast.program.settings import said, stated, write
+from metafast.program.settings import said, write
 from metafast.program.signals import Stopped, heard
 from metafast.program.train import autocast_dtype, available, train
 from metafast.runs.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
@@ -44,16 +34,7 @@ def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool, ten
         ValueError: an option is wrong, or ``out`` holds something else, or another process trains there.
         Stopped: a signal came; the state is saved.
     """
-    if resume and not out.exists():
-        raise ValueError(
-            f"out: {out} does not exist, so there is nothing to resume; without --resume it begins"
-        )
-    if list_checkpoints(out) and not resume:
-        raise ValueError(f"out: {out} holds a run already: --resume continues it")
-    try:
-        check_log(out / LOG)
-    except ValueError as error:
-        raise ValueError(f"out: {error}") from None
+    _check_folder(out, resume)
     base = _begun(out) if resume else None
     config = compose(method, given, base)
     if base is not None:
@@ -106,6 +87,20 @@ def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool, ten
     say(str(find_checkpoint(out)))
 
 
+def _check_folder(out: Path, resume: bool) -> None:
+    """A run begins where none is, and is resumed where there is one, or where there may be one soon."""
+    if resume and not out.exists():
+        raise ValueError(
+            f"out: {out} does not exist, so there is nothing to resume; without --resume it begins"
+        )
+    if list_checkpoints(out) and not resume:
+        raise ValueError(f"out: {out} holds a run already: --resume continues it")
+    try:
+        check_log(out / LOG)
+    except ValueError as error:
+        raise ValueError(f"out: {error}") from None
+
+
 def _where(checkpoints: Checkpoints) -> str:
     checkpoint = checkpoints.latest()
     if checkpoint is None:
@@ -128,7 +123,7 @@ def _begun(out: Path) -> dict[str, Any] | None:
     if described is None and list_checkpoints(out):
         described = Checkpoint.latest(out)[1].config
     if described is not None:
-        _rebuild(described, out)
+        rebuild_from(out, described)
     return described
 
 
@@ -136,6 +131,13 @@ def _check_same_run(out: Path, config: Config, base: Mapping[str, Any]) -> None:
     """Options that differ from the run's would make another of it."""
     if config.method != base["method"]:
         raise ValueError(f"out: {out} holds a run of {base['method']}, not of {config.method}")
+    for name, version in versions().items():
+        if (began := base["versions"].get(name)) != version:
+            warnings.warn(
+                f"the run in {out} began with {name} {began}, this is {version}: bits may differ from "
+                "those of an unbroken run",
+                stacklevel=1,
+            )
     for section in ("data", "settings", "training"):
         now = write(getattr(config, section))
         for name, value in base[section].items():
@@ -152,56 +154,3 @@ def _check_same_run(out: Path, config: Config, base: Mapping[str, Any]) -> None:
                 f"{name}: the run in {out} has {said(value)}, got {said(now.get(name))}; --resume continues "
                 "a run as it was begun"
             )
-
-
-def load_method(
-    path: Path, device: str = "cpu", *, data: str | None = None, data_root: Path | None = None
-) -> tuple[Learner, Config]:
-    """The trained method in a checkpoint (a file, or a run's folder), and the configuration of its run.
-
-    Args:
-        data: data of the same kind to take the place of the run's.
-        data_root: where the data lie, which is no part of a configuration.
-    """
-    found, checkpoint = Checkpoint.latest(path)
-    config, problem = _rebuild(checkpoint.config, found)
-    if found != path and (described := read_config(path)) is not None:
-        folders, _ = _rebuild(described, path / CONFIG)
-        if (folders.method, folders.settings) != (config.method, config.settings):
-            raise ValueError(
-                f"{path / CONFIG}: expected the method and settings that {found.name} was trained with"
-            )
-        config = folders
-    try:
-        method = config.learner.from_settings(config.settings, problem)
-        checkpoint.restore_model(method)
-    except ValueError as error:
-        raise ValueError(f"{found}: {error}") from None
-    if data is not None:
-        config = replace(config, data=_other(config, data))
-    if data_root is not None:
-        if "data_root" not in stated(type(config.data)):
-            having = " or ".join(
-                name for name, source in sources_of(config.learner).items() if "data_root" in stated(source)
-            )
-            raise ValueError(f"data_root: expected only for {having}, got {data_root} for {config.data.name}")
-        config = replace(config, data=replace(config.data, data_root=data_root))
-    return method.to(device).eval(), config
-
-
-def _other(config: Config, name: str) -> Source:
-    """The data that a name means, with the settings of the run's."""
-    source, named = choose_source(config.method, name)
-    if source.kind != config.data.kind:
-        raise ValueError(f"data: expected {config.data.kind}, which the run has learned, got {name}")
-    if source is Folder:
-        return config.data.folder(named["path"])
-    shared = stated(source).keys() & stated(type(config.data)).keys()
-    return source(**{**{name: getattr(config.data, name) for name in shared}, **named})
-
-
-def _rebuild(described: Any, where: Path) -> tuple[Config, Any]:
-    try:
-        return rebuild(described)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None

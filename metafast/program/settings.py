@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
-from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from functools import cache, partial
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from metafast.settings import Range, Settings, means_something
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
+Fault = Mapping[str, Any]
+"""What pydantic says of one."""
 
 
 def read(cls: type[S], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> S:
@@ -26,10 +39,7 @@ def read(cls: type[S], given: Mapping[str, Any], defaults: Mapping[str, Any] | N
     """
     check_names(given, stated(cls))
     values = {**(defaults or {}), **given}
-    try:
-        settings = _adapter(cls).validate_python(values)
-    except ValidationError as error:
-        raise ValueError(_explain(cls, error)) from None
+    settings = _validated(cls, values, partial(_explain, cls))
     for field in fields(cls):
         if field.name in given and not means_something(field, settings):
             other, wanted = field.metadata["only_with"]
@@ -43,11 +53,9 @@ def read(cls: type[S], given: Mapping[str, Any], defaults: Mapping[str, Any] | N
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
     """Any dataclass, of values that JSON has; raises ``ValueError`` as :func:`read`."""
     check_names(values, [field.name for field in fields(kind)])
-    try:
-        return _adapter(kind).validate_python(values)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise ValueError(f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}") from None
+    return _validated(
+        kind, values, lambda fault: f"{fault['loc'][0]}: {fault['msg']}, got {fault['input']!r}"
+    )
 
 
 def write(settings: Settings) -> dict[str, Any]:
@@ -86,8 +94,20 @@ def said(value: Any) -> str:
     return repr(value) if value == "" else str(value)
 
 
+def _validated(kind: type[T], values: Mapping[str, Any], explain: Callable[[Fault], str]) -> T:
+    """Raises ``ValueError`` for the first of the faults, as it is explained."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(explain(error.errors(include_url=False)[0])) from None
+
+
 @cache
 def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    from pydantic import TypeAdapter  # of metafast[cli], which a list of commands does not need
+
     return TypeAdapter(cls)
 
 
@@ -109,9 +129,7 @@ def items_of(hint: Any) -> Any | None:
     return get_args(hint)[0] if get_origin(hint) is tuple else None
 
 
-def _explain(cls: type[Settings], error: ValidationError) -> str:
-    """The first fault of several."""
-    fault = error.errors(include_url=False)[0]
+def _explain(cls: type[Settings], fault: Fault) -> str:
     if not fault["loc"]:  # two settings that do not go together
         return str(fault["ctx"]["error"])
     name = str(fault["loc"][0])
