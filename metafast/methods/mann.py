@@ -18,6 +18,8 @@ from .backbones import BackboneSettings
 from .method import Recipes
 from .sequence import RecurrentLearner, State
 
+_STRENGTH = 9.0  # to which softplus adds nothing, and the formula 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class MANNSettings(BackboneSettings):
@@ -38,8 +40,8 @@ class MANN(RecurrentLearner):
     - w^w = sigmoid(gate) w^r_{t-1} + (1 - sigmoid(gate)) w^lu_{t-1} (equation 7)
     - rows += w^w key, the least used one emptied before (equation 8)
 
-    Head h takes the h-th least used row. The strength is learned, as in the Neural Turing Machine: without
-    it, a softmax of cosines over 128 rows is nearly even.
+    Head h takes the h-th least used row. The strength is learned, as in the Neural Turing Machine, and begins
+    at 10: without it a softmax of cosines over 128 rows is nearly even, and hardly any gradient comes back.
 
     Args:
         backbone: embeds a batch of examples, [B, ...] -> [B, D].
@@ -85,6 +87,8 @@ class MANN(RecurrentLearner):
         self.rows, self.width, self.heads, self.decay = rows, width, heads, decay
         self.controller = nn.LSTMCell(features + ways + heads * width, hidden)
         self.interface = nn.Linear(hidden, heads * (width + 2))  # of each head a key, a strength and a gate
+        with torch.no_grad():
+            self.interface.bias.view(heads, -1)[:, width] = _STRENGTH
         self.out = nn.Linear(hidden + heads * width, ways)
 
     def begin(self, batch: int, like: Tensor) -> State:
