@@ -15,4 +15,4 @@ order of FAMILIES, which a new folder joins.
 import time
 
 STARTED = time.perf_counter()  # before torch is imported: a budget of seconds counts that too
-FAMILIES = ("pairwise", "inner_loop", "learned_optimizer", "overhead")  # the most important first
+FAMILIES = ("pairwise", "inner_loop", "learned_optimizer", "networks", "overhead")  # the most important first

@@ -191,25 +191,28 @@ class _Gradient(torch.autograd.Function):
         ctx: Any, norm: _Batch | _Layer, grad: Tensor, x: Tensor, weight: Tensor | None, *moments: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.norm = norm
-        ctx.save_for_backward(grad, x, weight)
+        ctx.save_for_backward(grad, x, weight, *moments)
         grads = norm.gradient(grad, x, weight, *moments)
-        like = x.new_zeros(()) if weight is None else weight
-        return tuple(like.new_zeros(()) if g is None else g for g in grads)
+        return tuple(x.new_zeros(()) if g is None else g for g in grads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """By autograd of elementary operations, which can be differentiated again."""
+        """By autograd: of torch's kernel, or of elementary operations if it is to be differentiated again."""
+        *tensors, mean, rstd = ctx.saved_tensors
         again = torch.is_grad_enabled()
-        tensors = [t if again or t is None else t.detach() for t in ctx.saved_tensors]
         wanted = [t is not None and need for t, need in zip(tensors, ctx.needs_input_grad[1:4], strict=True)]
-        if not again:
-            tensors = [t.requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
         with torch.enable_grad():
-            results = _gradient(ctx.norm, *tensors)
+            if not again:
+                leaves = (t if t is None else t.detach() for t in tensors)
+                tensors = [t.requires_grad_() if want else t for t, want in zip(leaves, wanted, strict=True)]
+            if again or tensors[2] is None:  # torch's has no derivative without weights
+                results = _gradient(ctx.norm, *tensors)
+            else:
+                results = ctx.norm.gradient(*tensors, mean, rstd)
             inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
-            outputs = [(result, g) for result, g in zip(results, grads, strict=True) if result is not None]
-            of = [result for result, _ in outputs], inputs, [g for _, g in outputs]
-            found = iter(torch.autograd.grad(*of, create_graph=again))
+            outputs = [(out, g) for out, g in zip(results, grads, strict=True) if out is not None]
+            of, along = zip(*outputs, strict=True)
+            found = iter(torch.autograd.grad(of, inputs, along, create_graph=again))
         return None, *(next(found) if want else None for want in wanted), None, None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metafast._dispatch.arguments import check_choice
 from metafast.adaptation import loop, transforms
-from metafast.adaptation.examples import Examples
+from metafast.adaptation.examples import Examples, leaves_of
 from metafast.adaptation.inner_loop import InnerLoop
 from metafast.adaptation.structure import Mlp, recognise
 
@@ -20,7 +20,9 @@ GENERAL: dict[str, ModuleType] = {"torch.func": transforms, "loop": loop}
 
 _has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
 _DEVICES = [key.lower() for key in ("CPU", "CUDA") if _has_kernel("metafast::inner_sgd", key)]
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+# Parameters that adapt, from which on a CPU runs task by task faster than all at once.
+_MANY, _MANY_OF_CONVOLUTIONS = 200_000, 25_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,6 @@ class Plan:
     params: dict[str, nn.Parameter]  # those that adapt
     mlp: Mlp | None = None  # the module as the kernels know it
     features: Tensor | None = None  # what the body of that makes of x
-    not_fused: str = ""  # why
 
 
 def plan(
@@ -64,9 +65,9 @@ def plan(
             f"path: expected a module and options that the kernels know for 'fused', but {found}"
         )
     if path is not None:
-        return Plan(path, found, params, not_fused=found)
-    path, why = _general(module, params, x)
-    return Plan(path, f"{found}; {why}", params, not_fused=found)
+        return Plan(path, found, params)
+    path, why = _general(module, params, x, inner.per_step)
+    return Plan(path, f"{found}; {why}", params)
 
 
 def adapted(module: nn.Module, names: str | Iterable[str] | None) -> dict[str, nn.Parameter]:
@@ -119,15 +120,19 @@ def _known(
     return found
 
 
-def _general(module: nn.Module, params: dict[str, nn.Parameter], x: Examples | None) -> tuple[str, str]:
-    """The faster of the other two, as measured by bench/networks.py, and why."""
+def _general(
+    module: nn.Module, params: dict[str, nn.Parameter], x: Examples | None, per_step: bool
+) -> tuple[str, str]:
+    """The faster of the other two, as bench/networks.py measures them, and why."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "torch.func", "transforms and torch.compile take no loop of torch.autograd.grad"
-    device = next(iter(params.values())).device.type
-    convolution = next((name for name, m in module.named_modules() if isinstance(m, _CONVOLUTIONS)), None)
-    if device == "cpu" and convolution is not None:
-        return (
-            "loop",
-            f"on a CPU a convolution for each task (layer {convolution!r}) is faster than a grouped one",
-        )
-    return "torch.func", "all tasks are one batch"
+        return "torch.func", "transforms and torch.compile take no torch.autograd.grad in a loop"
+    if next(iter(params.values())).device.type != "cpu":
+        return "torch.func", "a GPU is the faster the more tasks it has at once"
+    if x is not None and leaves_of(x)[0].shape[int(per_step)] == 1:
+        return "loop", "one task needs no batch"
+    numbers = sum(p.numel() for p in params.values())
+    convolution = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
+    if numbers >= (_MANY_OF_CONVOLUTIONS if convolution else _MANY):
+        of = " with convolutions" if convolution else ""
+        return "loop", f"a CPU keeps one task's {numbers} parameters{of} in its cache, not all tasks'"
+    return "torch.func", "many small operations are one for all tasks"

@@ -138,3 +138,40 @@ def test_pickles_and_copies(name: str, params: str | None) -> None:
     for other in others:
         assert other.path == pickled.path
         torch.testing.assert_close(other(query_x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "tasks", "path", "why"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2)),
+            4,
+            "torch.func",
+            "many small operations",
+        ),
+        (nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2)), 1, "loop", "one task needs no batch"),
+        (
+            nn.Sequential(nn.Linear(3, 60_000), nn.GELU(), nn.Linear(60_000, 1)),
+            2,
+            "loop",
+            "300001 parameters",
+        ),
+        (
+            nn.Sequential(nn.Conv1d(3, 3_000, 3), nn.Flatten()),
+            2,
+            "loop",
+            "30000 parameters with convolutions",
+        ),
+    ],
+    ids=["small", "one task", "large", "convolutions"],
+)
+def test_the_path_by_what_was_measured(module: nn.Module, tasks: int, path: str, why: str) -> None:
+    shape = (3, 5) if isinstance(module[0], nn.Conv1d) else (3,)
+    x = torch.randn(tasks, 2, *shape)
+    explanation = metafast.explain(module, x)
+    assert explanation.path == path
+    assert why in explanation.reason
+    adapted = metafast.adapt(
+        module, x, x.flatten(2)[..., :1] * 0, loss=lambda out, y: out.mean(), lr=0.1, steps=1
+    )
+    assert adapted.path == path

@@ -18,7 +18,7 @@ from bench.inner_loop.workloads import LEARNING_RATE, Call, Problem, Result
 
 
 @functools.cache
-def _import_learn2learn_maml() -> type[nn.Module]:
+def learn2learn_maml() -> type[nn.Module]:
     """learn2learn.algorithms.MAML.
 
     The package imports torchvision, gym and qpth, of which MAML needs nothing: empty packages stand in for
@@ -43,7 +43,7 @@ def _import_learn2learn_maml() -> type[nn.Module]:
 
 def learn2learn_loop(problem: Problem) -> Call:
     net = problem.module()
-    maml = _import_learn2learn_maml()(net, lr=LEARNING_RATE, first_order=problem.first_order)
+    maml = learn2learn_maml()(net, lr=LEARNING_RATE, first_order=problem.first_order)
 
     def query_loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         learner = maml.clone()

@@ -1,0 +1,75 @@
+"""`adapt` by the path that it chooses and by the other general one, beside what people write today."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import metafast
+from bench.common.cases import Case, Target, Variant
+from bench.networks.peers import libraries, pytorch
+from bench.networks.workloads import LEARNING_RATE, NETWORKS, Network, Problem
+
+NOT_SLOWER = Target(1 / 1.1, ("eager", "library"), "the best of loop, torch.func and learn2learn")
+
+
+def ours(problem: Problem, path: str | None) -> Callable[[], object]:
+    x, y, query_x, query_y = problem.data
+
+    def call() -> object:
+        adapted = metafast.adapt(
+            problem.module,
+            x,
+            y,
+            loss="cross_entropy",
+            lr=LEARNING_RATE,
+            steps=problem.steps,
+            path=path,
+        )
+        loss = F.cross_entropy(adapted(query_x).flatten(0, 1), query_y.flatten())
+        return loss, *torch.autograd.grad(loss, problem.parameters)
+
+    return call
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    sizes = [(4, 1)] if quick else [(4, 1), (4, 5), (32, 1), (1, 1)]
+    for tasks, steps in sizes:
+        for network in NETWORKS[2:3] if quick else NETWORKS:
+            name = f"{network.name}, T={tasks}, K={steps}"
+            yield name, functools.partial(case, network, tasks, steps, device)
+
+
+def case(network: Network, tasks: int, steps: int, device: torch.device) -> Case:
+    problem = Problem(network, tasks, steps, device)
+
+    def expected(_: str | None) -> Sequence[Tensor]:
+        return [result.detach() for result in pytorch.loop(problem.in_float64())()]
+
+    def variant(name: str, kind: str, of: Callable[[Problem], Callable[[], object]]) -> Variant:
+        return Variant(name, kind, lambda: of(problem), list)
+
+    path = metafast.explain(problem.module, problem.data[0]).path
+    return Case(
+        problem.name,
+        [
+            variant(f"metafast (path {path})", "metafast", lambda p: ours(p, None)),
+            *(
+                variant(f'metafast, path="{other}"', f"metafast, {other}", lambda p, o=other: ours(p, o))
+                for other in ("torch.func", "loop")
+                if other != path
+            ),
+            variant("plain loop", "eager", pytorch.loop),
+            variant("torch.func", "eager", pytorch.transforms),
+            variant("learn2learn", "library", libraries.learn2learn),
+        ],
+        flops=problem.flops(pytorch.loop(problem)),
+        traffic=0.0,
+        expected=expected,
+        targets=[NOT_SLOWER],
+        tolerance=1e-3,  # of a gradient through batch norm of five examples
+    )

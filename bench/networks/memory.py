@@ -1,0 +1,48 @@
+"""The peak memory of a meta-step of a network, with more tasks and more steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.common.memory import MemoryTable
+from bench.networks.cases import ours
+from bench.networks.peers import libraries, pytorch
+from bench.networks.workloads import NETWORKS, Problem
+
+
+@dataclass(frozen=True)
+class Workload:
+    network: str
+    tasks: int
+    steps: int
+
+    def problem(self, device: torch.device) -> Problem:
+        (network,) = (network for network in NETWORKS if network.name == self.network)
+        return Problem(network, self.tasks, self.steps, device)
+
+    def __str__(self) -> str:
+        return f"{self.network}, T={self.tasks}, K={self.steps}"
+
+
+def _workloads(device: torch.device, quick: bool) -> Sequence[Workload]:
+    names = ("Conv4-64", "GRU 8-32")
+    return [
+        Workload(name, *size) for name in names for size in ([(2, 1)] if quick else [(4, 1), (4, 5), (32, 1)])
+    ]
+
+
+MEMORY = MemoryTable(
+    {
+        "metafast": functools.partial(ours, path=None),
+        "torch.func path": functools.partial(ours, path="torch.func"),
+        "loop path": functools.partial(ours, path="loop"),
+        "plain loop": pytorch.loop,
+        "learn2learn": libraries.learn2learn,
+    },
+    _workloads,
+    small=lambda workload: Workload(workload.network, 1, 1),
+)

@@ -1,0 +1,59 @@
+"""A meta-step in PyTorch: a plain loop over tasks, and vmap of torch.func over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.networks.workloads import LEARNING_RATE, Problem
+
+Result = tuple[Tensor, ...]  # the loss, and the gradients of the parameters
+
+
+def loop(problem: Problem) -> Callable[[], Result]:
+    """`functional_call` and `torch.autograd.grad`, one task after the other."""
+    module = problem.module
+
+    @sdpa_kernel(SDPBackend.MATH)  # torch's faster attention has no second derivative
+    def call() -> Result:
+        losses = []
+        for x, y, query_x, query_y in zip(*problem.data, strict=True):
+            theta = dict(module.named_parameters())
+            for _ in range(problem.steps):
+                loss = F.cross_entropy(torch.func.functional_call(module, theta, (x,)), y)
+                grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+                theta = {n: p - LEARNING_RATE * g for (n, p), g in zip(theta.items(), grads, strict=True)}
+            losses.append(F.cross_entropy(torch.func.functional_call(module, theta, (query_x,)), query_y))
+        loss = torch.stack(losses).mean()
+        return loss, *torch.autograd.grad(loss, problem.parameters)
+
+    return call
+
+
+def transforms(problem: Problem) -> Callable[[], Result]:
+    """vmap over tasks of grad over steps, as torch.func's tutorial has it (its batch norm in training is
+    wrong there)."""
+    module = problem.module
+
+    def loss_of(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(module, theta, (x,)), y)
+
+    def query_loss(
+        theta: dict[str, Tensor], x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> Tensor:
+        for _ in range(problem.steps):
+            grads = torch.func.grad(loss_of)(theta, x, y)
+            theta = {name: p - LEARNING_RATE * grads[name] for name, p in theta.items()}
+        return loss_of(theta, query_x, query_y)
+
+    @sdpa_kernel(SDPBackend.MATH)
+    def call() -> Result:
+        theta = dict(module.named_parameters())
+        loss = torch.vmap(query_loss, (None, 0, 0, 0, 0))(theta, *problem.data).mean()
+        return loss, *torch.autograd.grad(loss, problem.parameters)
+
+    return call

@@ -1,0 +1,118 @@
+"""Networks that are not MLPs of ReLU or Tanh, episodes for them, and the right results of a meta-step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+WAYS, QUERIES, LEARNING_RATE = 5, 15, 0.05
+
+
+class ResNet12(nn.Module):
+    """Four residual blocks of three convolutions each (Oreshkin et al. 2018), of an eighth of their width."""
+
+    def __init__(self, widths: Sequence[int] = (8, 16, 32, 64)) -> None:
+        super().__init__()
+        ins = (3, *widths[:-1])
+        self.blocks = nn.ModuleList(_branch(i, o) for i, o in zip(ins, widths, strict=True))
+        self.shortcuts = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(ins, widths, strict=True))
+        self.head = nn.Linear(widths[-1], WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, shortcut in zip(self.blocks, self.shortcuts, strict=True):
+            x = F.max_pool2d(F.relu(block(x) + shortcut(x)), 2)
+        return self.head(x.mean((2, 3)))
+
+
+def _branch(ins: int, outs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in (ins, outs, outs):
+        layers += [nn.Conv2d(i, outs, 3, padding=1), nn.BatchNorm2d(outs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Last(nn.Module):
+    """A head on the last of what a recurrent network gives, or on the mean of a transformer layer."""
+
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        return self.head(out[0][:, -1] if isinstance(out, tuple) else out.mean(1))
+
+
+def conv4(width: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for ins in (1, width, width, width):
+        layers += [nn.Conv2d(ins, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, WAYS))
+
+
+def gelu_mlp(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for ins, outs in itertools.pairwise(widths):
+        layers += [nn.Linear(ins, outs), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], WAYS))
+
+
+@dataclass(frozen=True)
+class Network:
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of an example
+
+
+NETWORKS = (
+    Network("Conv4-64", lambda: conv4(64), (1, 28, 28)),
+    Network("Conv4-16", lambda: conv4(16), (1, 28, 28)),
+    Network("MLP 20-40-40, GELU", lambda: gelu_mlp(20, 40, 40), (20,)),
+    Network("MLP 784-256-128, GELU", lambda: gelu_mlp(784, 256, 128), (784,)),
+    Network("GRU 8-32", lambda: Last(nn.GRU(8, 32, batch_first=True), 32), (12, 8)),
+    Network(
+        "transformer layer 32",
+        lambda: Last(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 32),
+        (12, 32),
+    ),
+    Network("ResNet-12, narrow", ResNet12, (3, 32, 32)),
+)
+
+
+class Problem:
+    """T episodes of 5 ways and one shot, and a network that adapts to each in K steps."""
+
+    def __init__(self, network: Network, tasks: int, steps: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        self.name, self.tasks, self.steps = f"{network.name}, T={tasks}, K={steps}", tasks, steps
+        self.module = network.make().to(device)
+
+        def examples(count: int) -> tuple[Tensor, Tensor]:
+            x = torch.randn(tasks, count, *network.shape, generator=generator)
+            return x.to(device), (torch.arange(count) % WAYS).expand(tasks, -1).contiguous().to(device)
+
+        self.data = (*examples(WAYS), *examples(WAYS * QUERIES))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.module.parameters())
+
+    def in_float64(self) -> Problem:
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module).double()
+        other.data = tuple(x.double() if x.is_floating_point() else x for x in self.data)
+        return other
+
+    def flops(self, call: Callable[[], object]) -> float:
+        """The arithmetic of a call: what torch counts in its products and convolutions."""
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return float(counter.get_total_flops())
