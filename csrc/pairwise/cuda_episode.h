@@ -1,10 +1,11 @@
 // An episode's queries against all its rows, as one small matrix product: a block takes a tile of queries and
 // finds, in shared memory, their distances to every row and what their probabilities need. Part of cuda.cu.
 //
-// Both operands pass through shared memory in chunks of 128 bytes of features, two buffers deep, so that the
-// next chunk is on its way while one is worked on. Prototypes are averaged there, between the copy and the
-// product. A thread sums 5 x 5 pairs: ten loads of 16 bytes for 200 operations (100 of products), and as five
-// rows of an odd number of vectors are an odd number too, neighbouring threads read from different banks.
+// Both operands pass through shared memory in chunks of 64 bytes of features, two buffers deep, so that the
+// next chunk is on its way while one is worked on. (With 128 bytes, fewer blocks fit a
+// multiprocessor.) Prototypes are averaged there, between the copy and the product. A thread sums 5 x 5
+// pairs: ten loads of 16 bytes for 200 operations (100 of products), and as five rows of an odd number of
+// vectors are an odd number too, neighbouring threads read from different banks.
 #pragma once
 
 #include <algorithm>
@@ -22,13 +23,13 @@ constexpr int kOwn = 5;             // a thread's queries, and its rows
 constexpr int kUsualThreads = 160;  // of a block, where there are blocks for all multiprocessors,
 constexpr int kMostThreads = 256;   // and where there are few
 constexpr int kMostSplits = 4;
-template <typename T>
-constexpr int kLeastBlocks =
-    sizeof(T) == 4 ? 2 : 1;      // of kMostThreads to a multiprocessor, as registers allow
 constexpr int kSpreadRows = 20;  // whose gradients a thread sums, of one feature
+// Blocks of kMostThreads to a multiprocessor, as registers allow.
+template <typename T>
+constexpr int kLeastBlocks = sizeof(T) == 4 ? 2 : 1;
 
 template <typename T>
-constexpr int kChunk = 128 / static_cast<int>(sizeof(T));  // features
+constexpr int kChunk = 64 / static_cast<int>(sizeof(T));  // features
 template <typename T>
 constexpr int kChunkPitch = kChunk<T> + kVectorLength<T>;
 template <typename T>
