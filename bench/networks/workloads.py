@@ -34,7 +34,7 @@ class ResNet12(nn.Module):
 def _branch(ins: int, outs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in (ins, outs, outs):
-        layers += [nn.Conv2d(i, outs, 3, padding=1), nn.BatchNorm2d(outs), nn.ReLU()]
+        layers += [nn.Conv2d(i, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -53,7 +53,8 @@ class Last(nn.Module):
 def conv4(width: int) -> nn.Module:
     layers: list[nn.Module] = []
     for ins in (1, width, width, width):
-        layers += [nn.Conv2d(ins, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(ins, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, WAYS))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafast.adaptation import fused
+from metafast.adaptation import fused, transforms
 from metafast.adaptation.errors import blamed
 from metafast.adaptation.examples import Examples, at, check_examples, leaves_of
 from metafast.adaptation.inner_loop import InnerLoop, LearningRates, Loss, Penalty, Rates
@@ -60,15 +60,15 @@ class Adapted:
 
     def __call__(self, x: Examples) -> Any:
         check_examples("x", x, "T, Q", T=self.tasks)
-        if self._mlp is not None:
+        if self._mlp is not None and self._mlp.still():
             return fused.call(self._mlp, self.params, x)
         _refuse_no_tasks(self.tasks)
         task = Task(self.module, InnerLoop(), self._states)
         return blamed(
-            self.path,
+            "torch.func" if self.path == "fused" else self.path,
             task,
             at(x, 0),
-            lambda: GENERAL[self.path].call(task, self._states, x),
+            lambda: GENERAL.get(self.path, transforms).call(task, self._states, x),
             lambda: task.call(*self._states.each()[0], at(x, 0)),
         )
 

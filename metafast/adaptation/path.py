@@ -112,7 +112,7 @@ def _known(
         return unknown
     if x is not None and not isinstance(x, Tensor):
         return f"x is a {type(x).__name__} of tensors"
-    found = recognise(module, set(params))
+    found = recognise(module, set(params), x)
     if isinstance(found, Mlp):
         device = next(iter(found.params.values())).device.type
         if device not in _DEVICES:

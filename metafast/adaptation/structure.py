@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from metafast.adaptation import tracing
 from metafast.adaptation.scratch import called
 
 _MAX_LAYERS = 8
@@ -62,6 +64,12 @@ class Mlp:
     body: nn.Sequential  # perhaps empty
     params: dict[str, nn.Parameter]  # W1, b1, ..., WL, bL, by their names in the module
     activation: str
+    own: nn.Module | None = None  # the caller's, where it was recognised by what its forward runs
+    signature: Any = None  # of that, then
+
+    def still(self) -> bool:
+        """Does the module run the same layers as when it was recognised?"""
+        return self.own is None or tracing.signature(self.own) == self.signature
 
     def features(self, x: Tensor) -> Tensor:
         """What the body makes of the input: [T, S, ...] -> [T, S, ...]."""
@@ -73,14 +81,24 @@ class Mlp:
         activation = f", {self.activation}" if len(weights) > 1 else ""
         body = ", ".join(type(layer).__name__ for layer in self.body)
         body = f", behind what does not adapt ({body})" if body else ""
-        return f"Linear {widths}{activation}{body}"
+        own = f", as {type(self.own).__name__}.forward runs" if self.own is not None else ""
+        return f"Linear {widths}{activation}{own}{body}"
 
 
-def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
-    """The module as an MLP whose parameters of these names adapt, or what the kernels do not know in it."""
+def recognise(module: nn.Module, adapted: set[str], x: Tensor | None) -> Mlp | str:
+    """The module as an MLP whose parameters of these names adapt, or what the kernels do not know in it.
+
+    Args:
+        x: [T, S, ...]; with it, a module of the caller's own is recognised by what its forward runs.
+    """
     if _has_any_global_hook():
         return "torch has hooks for all modules"
-    layers = list(_layers(module, ""))
+    layers, own = list(_layers(module, "")), not type(module).__module__.startswith("torch.")
+    if own and not any(_addition(part) for part in module.modules()):
+        found = tracing.layers_of(module, x)
+        if isinstance(found, str):
+            return f"{_called('', module)} is no nn.Sequential, and {found}"
+        layers = found
     owners = [any(f"{name}{p}" in adapted for p, _ in m.named_parameters()) for name, m in layers]
     if True not in owners:
         return "none of its parameters adapts"
@@ -116,7 +134,12 @@ def recognise(module: nn.Module, adapted: set[str]) -> Mlp | str:
         return f"its activations differ: {', '.join(activations)}"
     if len(params) > 2 * _MAX_LAYERS:
         return f"it has {len(params) // 2} Linear layers, more than {_MAX_LAYERS}"
-    return Mlp(nn.Sequential(*(m for _, m in body)), params, activations[0] if activations else "none")
+    activation = activations[0] if activations else "none"
+    return Mlp(nn.Sequential(*(m for _, m in body)), params, activation, *_of_own(module, own))
+
+
+def _of_own(module: nn.Module, own: bool) -> tuple[nn.Module | None, Any]:
+    return (module, tracing.signature(module)) if own else (None, None)
 
 
 def _layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -30,7 +30,10 @@ def replaced(layer: nn.Module) -> nn.Module:
     ("module", "reason"),
     [
         (conv(), r"layer '0' \(Conv2d\) is no Linear, nor a single ReLU, Tanh or Identity between two"),
-        (Recurrent(nn.GRU), r"the module \(Recurrent\) is no Linear"),
+        (
+            Recurrent(nn.GRU),
+            r"the module \(Recurrent\) is no nn.Sequential, and layer 'cell' \(GRU\) is part of it",
+        ),
         (nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 1)), r"layer '1' \(GELU\) is no Linear"),
         (nn.Sequential(nn.Linear(2, 3, bias=False)), r"layer '0' \(Linear\) has no bias"),
         (nn.Sequential(nn.Linear(2, 3), nn.ReLU()), r"layer '1' \(ReLU\) follows the last Linear"),

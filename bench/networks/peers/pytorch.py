@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,7 @@ def loop(problem: Problem) -> Callable[[], Result]:
 def transforms(problem: Problem) -> Callable[[], Result]:
     """vmap over tasks of grad over steps, as torch.func's tutorial has it (its batch norm in training is
     wrong there)."""
-    module = problem.module
+    module = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(problem.module))
 
     def loss_of(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.func.functional_call(module, theta, (x,)), y)
@@ -52,7 +53,7 @@ def transforms(problem: Problem) -> Callable[[], Result]:
 
     @sdpa_kernel(SDPBackend.MATH)
     def call() -> Result:
-        theta = dict(module.named_parameters())
+        theta = dict(problem.module.named_parameters())
         loss = torch.vmap(query_loss, (None, 0, 0, 0, 0))(theta, *problem.data).mean()
         return loss, *torch.autograd.grad(loss, problem.parameters)
 
