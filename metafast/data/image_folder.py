@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .classes import ImageClasses
-from .pixels import read_pixels
+from .pixels import pillow, read_pixels
 from .reading import reading
 from .resize import resize_area
 
@@ -100,6 +100,16 @@ def has_colour(root: Path) -> bool:
                 if read_pixels(file, grayscale=None).ndim == 3:
                     return True
     return False
+
+
+def image_sizes(root: Path) -> set[tuple[int, int]]:
+    """(width, height) of the image files of the classes in ``root``, by their headers."""
+    sizes = set()
+    for folder in class_folders(root):
+        for file in image_files(folder):
+            with reading(file, "an image", "Remove or replace it."), pillow().open(file) as image:
+                sizes.add(image.size)
+    return sizes
 
 
 def read_image(file: Path, *, image_size: int, grayscale: bool | None = None) -> Tensor:

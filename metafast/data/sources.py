@@ -16,7 +16,7 @@ from .classes import ImageClasses
 from .digits import digits
 from .episodes import Problem
 from .gaussians import GaussianSampler
-from .image_folder import class_folders, has_colour, image_files, image_folder
+from .image_folder import class_folders, has_colour, image_files, image_folder, image_sizes
 from .networks import Network, elman_rnn, relu_cnn, sigmoid_mlp
 from .omniglot import omniglot
 from .optimizees import Optimization, QuadraticSampler, ScaledSampler, TrainingSampler
@@ -68,6 +68,10 @@ class Source(Settings, ABC):
 
     def digest(self, sampler: Sampler) -> str | None:
         """Of what ``sampler`` draws from, where it may be other data tomorrow; ``None``: it may not."""
+        return None
+
+    def contents(self, split: str, sampler: Sampler) -> str | None:
+        """What ``sampler`` draws from, for people, where nobody but its owner knows it."""
         return None
 
     def __str__(self) -> str:
@@ -221,6 +225,18 @@ class Folder(Images):
 
     def digest(self, sampler: EpisodeSampler) -> str:
         return sampler.classes.digest()
+
+    def contents(self, split: str, sampler: EpisodeSampler) -> str:
+        classes = sampler.classes
+        most, channels, height, width = classes.images.shape[1:]
+        fewest = most if classes.counts is None else int(classes.counts.min())
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
+        sizes = image_sizes(self.path / split)
+        size = f"{width}x{height}"
+        if sizes != {(width, height)}:
+            (w, h), *others = sorted(sizes)
+            size = f"resized from {f'{len(sizes)} sizes' if others else f'{w}x{h}'} to {size}"
+        return f"{len(classes)} classes, {count} images each, {'RGB' if channels == 3 else 'grey'}, {size}"
 
     def __str__(self) -> str:
         return str(self.path)

@@ -61,6 +61,9 @@ def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool, ten
             f"{method} on {config.data} train: {config.data.task}, {config.data.tasks} tasks a step, "
             f"{training.steps} steps, {training.device} in {dtype or torch.float32}"
         )
+        contents = config.data.contents("train", sampler)
+        if contents is not None:
+            say(contents)
         write_config(out, described)
         done = train(
             learner,

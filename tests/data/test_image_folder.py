@@ -170,3 +170,21 @@ def test_grey_ground_is_asked_for(tmp_path: Path) -> None:
 
 def _centered(data: Folder, **settings: str) -> ImageClasses:
     return Folder(path=data.path, image_size=8, center=True, **settings).classes("train")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ([(8, 8, 3)] * 3, "2 classes, 2 to 3 images each, RGB, 8x8"),
+        ([(6, 12), (6, 12), (6, 12)], "2 classes, 2 to 3 images each, grey, resized from 12x6 to 8x8"),
+        ([(6, 12), (8, 8), (9, 9)], "2 classes, 2 to 3 images each, grey, resized from 3 sizes to 8x8"),
+    ],
+)
+def test_a_folder_says_what_it_holds(shapes: list[tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name, count in (("a", 3), ("b", 2)):
+        for index, shape in enumerate(shapes[:count]):
+            pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+            save(tmp_path / "train" / name / f"{index}.png", pixels)
+    data = Folder(path=tmp_path, image_size=8, ways=2, shots=1, queries=1)
+    assert data.contents("train", data.sampler("train", seed=0, device="cpu")) == said
