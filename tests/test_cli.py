@@ -293,6 +293,58 @@ def test_networks_that_adapt_learn_images(
     assert after > 60 > before  # chance is 33
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("maml", "--backbone conv4 --channels 4"),
+        ("fomaml", "--backbone conv4 --channels 4 --no-transductive"),
+        ("metasgd", "--backbone {own}:vectors --no-transductive"),
+        ("reptile", "--backbone resnet12 --channels 2 --inner-steps 1"),
+    ],
+)
+def test_backbones_adapt_and_resume(
+    method: str, options: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from torch import nn\n"
+        "def vectors(shape): return nn.Sequential(nn.Flatten(), nn.LazyLinear(6), nn.BatchNorm1d(6))\n"
+    )
+    few = "--image-size 16 --ways 3 --shots 1 --queries 2 --tasks 2 --schedule constant --steps"
+    command = ["train", method, "--data", str(images), *options.format(own=own).split(), *few.split()]
+    assert main([*command, "2", "--out", str(tmp_path / "whole")]) == 0
+    assert main([*command, "1", "--out", str(tmp_path / "parts")]) == 0
+    assert main(["train", method, "--resume", "--steps", "2", "--out", str(tmp_path / "parts")]) == 0
+    whole, parts = (Checkpoint.read(find_checkpoint(tmp_path / run)) for run in ("whole", "parts"))
+    assert whole.step == parts.step == 2
+    assert whole.tensors.keys() == parts.tensors.keys()
+    assert all(torch.equal(tensor, parts.tensors[name]) for name, tensor in whole.tensors.items())
+    capsys.readouterr()
+    evaluation = "--queries 2 --episodes 4 --inner-steps 0 2 --sgd 0.1"
+    assert main(["eval", str(tmp_path / "parts"), *evaluation.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["by SGD at 0.1: " in line for line in lines] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--backbone conv5", "--backbone: expected mlp, conv4, resnet12 or FILE.py:FUNCTION, got conv5"),
+        ("--channels 4", "--channels: expected only with backbone conv4 or resnet12, got 4 with mlp"),
+        ("--backbone conv4 --hidden 4", "--hidden: expected only with backbone mlp, got 4 with conv4"),
+        ("--no-transductive", "--transductive: expected a network with batch norm"),
+        ("--backbone conv4 --image-size 8", "--image-size: expected at least 16, which conv4 halves"),
+    ],
+)
+def test_a_network_that_cannot_adapt_is_named(options: str, message: str, refused: Refused) -> None:
+    assert message in refused("train maml --data {images} --ways 3 --queries 2 " + options)
+
+
+def test_convolutions_are_for_images(refused: Refused) -> None:
+    message = "--backbone: expected mlp or FILE.py:FUNCTION for examples that are no images, got conv4"
+    assert message in refused("train maml --data sine --backbone conv4")
+
+
 def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "maml", "--help"])

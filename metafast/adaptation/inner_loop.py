@@ -89,7 +89,7 @@ class LearningRates:
         check_not_negative(lr=lr)
         self.of_layers = None  # [K, L]
         self.fixed = lr
-        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in params))
+        layers = layers_of(params)
         if isinstance(lr, Tensor) and lr.dim():
             if lr.shape != (steps, len(layers)):
                 raise ValueError(
@@ -97,7 +97,7 @@ class LearningRates:
                     f"[{steps}, {len(layers)}] of each step and layer that adapts, got shape {list(lr.shape)}"
                 )
             self.of_layers = lr
-            self.layer_of = [layers.index(name.rpartition(".")[0]) for name in params]
+            self.layer_of = [layers.index(_layer(name)) for name in params]
         elif not isinstance(lr, Tensor) and not is_number(lr):
             self.fixed = _for_each(lr, params)
 
@@ -113,6 +113,15 @@ class LearningRates:
         if not isinstance(self.fixed, list):
             return self.fixed
         return [rate.expand(p.shape) for rate, p in zip(self.fixed, params.values(), strict=True)]
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """The layers that the parameters of these names are in, in their order."""
+    return list(dict.fromkeys(map(_layer, names)))
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _for_each(lr: Rates, params: Tensors) -> list[Tensor]:

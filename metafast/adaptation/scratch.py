@@ -105,6 +105,11 @@ class Scratch:
         return found
 
 
+def structural_copy(module: nn.Module) -> nn.Module:
+    """Other modules and dictionaries, the same tensors."""
+    return _Copier().copy_module(module)
+
+
 def called(name: str, part: nn.Module) -> str:
     """A layer, for a message."""
     return f"{f'layer {name!r}' if name else 'the module'} ({type(part).__name__})"

@@ -10,7 +10,8 @@ State = tuple[Tensors, Tensors]  # parameters that adapt, and buffers, by their 
 
 
 class States:
-    """Those of T tasks. The paths work on one of two forms; the other is made when somebody asks for it."""
+    """Those of T tasks. The paths work on one of two forms; the other is made when somebody asks for it, and
+    kept: so with its graph, whoever asks first."""
 
     def __init__(self, tasks: int, stacked: State | None = None, each: list[State] | None = None) -> None:
         """
@@ -38,16 +39,18 @@ class States:
 
     def stacked(self) -> State:
         if self._stacked is None:
-            params, buffers = (
-                {name: torch.stack([group[name] for group in groups]) for name in groups[0]}
-                for groups in zip(*self._each, strict=True)
-            )
+            with torch.enable_grad():
+                params, buffers = (
+                    {name: torch.stack([group[name] for group in groups]) for name in groups[0]}
+                    for groups in zip(*self._each, strict=True)
+                )
             self._stacked = params, buffers
         return self._stacked
 
     def each(self) -> list[State]:
         if self._each is None:
-            self._each = list(zip(*(_unbound(group, self.tasks) for group in self._stacked), strict=True))
+            with torch.enable_grad():
+                self._each = list(zip(*(_unbound(group, self.tasks) for group in self._stacked), strict=True))
         return self._each
 
 

@@ -1,4 +1,4 @@
-"""What MAML and its kin share: an MLP that adapts to each task by gradient descent."""
+"""What MAML and its kin share: a network that adapts to each task by gradient descent."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafast._dispatch.arguments import blame, check_choice, check_count, check_instance, check_not_negative
-from metafast.adaptation.structure import recognise
+from metafast.adaptation.adapt import Adapted, adapt
+from metafast.adaptation.inner_loop import layers_of
+from metafast.adaptation.path import PATHS
+from metafast.adaptation.scratch import called, structural_copy
+from metafast.adaptation.states import States
+from metafast.adaptation.structure import Mlp, recognise
 from metafast.data import Episodes, Problem
 from metafast.ops.inner_loop import inner_sgd, maml_loss, task_linear
 from metafast.reference.inner_loop import LearningRate
+from metafast.reference.labels import IGNORED
 from metafast.settings import Count, NotNegative, Settings, Whole, setting
 
+from .backbones import NETWORKS, build_backbone
 from .method import Method
 from .mlp import mlp
 
@@ -53,31 +62,92 @@ class AdaptationSettings(Settings):
     inner_steps: Whole = setting(1, "of the inner loop in training")
     test_steps: Whole | None = setting(None, "of the inner loop in evaluation; else --inner-steps")
 
+    def build(self, problem: Problem) -> nn.Module:
+        """The network for a problem, all of which adapts."""
+        network = mlp(math.prod(problem.input_shape), self.hidden, problem.outputs, self.activation)
+        return network if problem.regression else _impartial(network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyNetworkSettings(AdaptationSettings):
+    backbone: str = setting(
+        "mlp",
+        "the network: mlp, or what embeds an example below a linear layer: conv4, resnet12, or "
+        "FILE.py:FUNCTION, which takes the shape of an example and returns a module",
+    )
+    hidden: tuple[Count, ...] = setting(
+        (40, 40), "widths of the mlp's hidden layers", only_with=("backbone", ("mlp",))
+    )
+    activation: Literal["relu", "tanh"] = setting(
+        "relu", "between layers of the mlp", only_with=("backbone", ("mlp",))
+    )
+    channels: Count = setting(64, "of conv4, or of resnet12's first block", only_with=("backbone", NETWORKS))
+    transductive: bool = setting(
+        True,
+        "batch norm goes by the queries of a task together; else by the support, each query by itself",
+    )
+
+    def build(self, problem: Problem) -> nn.Module:
+        if self.backbone == "mlp":
+            network: nn.Module = super().build(problem)
+        else:
+            backbone, (features,) = build_backbone(
+                self.backbone,
+                problem.input_shape,
+                self.channels,
+                others=("mlp",),
+                track_running_stats=not self.transductive,
+            )
+            network = nn.Sequential(backbone, nn.Linear(features, problem.outputs))
+            network = network if problem.regression else _impartial(network)
+        if not self.transductive and not _norms(network):
+            raise ValueError("transductive: expected a network with batch norm, which it is about, got none")
+        return network
+
 
 class Adaptation(Method):
     """A network that is good after a few steps of gradient descent on a task's support.
 
-    The inner loops of all tasks run in one call of the fused operations, which know MLPs: ``network`` is
-    `nn.Sequential` of `nn.Linear` layers with the same `nn.ReLU` or `nn.Tanh` between them (what
-    :func:`metafast.explain` calls fused), on examples that are flattened. Its weights stay its own: they are
-    what training changes and what a checkpoint keeps.
+    An MLP, `nn.Sequential` of `nn.Linear` with the same `nn.ReLU` or `nn.Tanh` between them (what
+    :func:`metafast.explain` calls fused), runs in the fused operations, the inner loops of all tasks in one
+    call, on examples that are flattened. Any other module runs through :func:`metafast.adapt`, on examples as
+    they are. The weights stay the network's own: they are what training changes and what a checkpoint keeps.
+
+    Batch norm goes by the statistics of a task, in training and in evaluation: by those of the support in the
+    inner loop, and for the queries by those of the task's queries together. What is predicted for a query
+    then depends on the other queries (transductive, as in the code of Finn et al.). With
+    ``transductive=False`` the queries are normalised by the mean and variance of their task's support under
+    the adapted weights, constants in the meta-gradient, so that each is predicted by itself; that costs one
+    more pass over the support. The running statistics of the network itself are not used.
 
     Args:
-        network: [..., D] -> [..., O].
+        network: [..., D] -> [..., O], all of whose parameters that require grad adapt.
         loss: ``"mse"`` or ``"cross_entropy"``, of the inner loop and of the query.
         lr: the learning rate of the inner loop.
         steps: of the inner loop in training.
         test_steps: of the inner loop in :meth:`predict`; default: ``steps``.
+        transductive: whether batch norm, where the network has any, sees the queries of a task together.
+        path: of :func:`metafast.adapt`, where its own choice is not wanted; an MLP then goes through it too,
+            on examples as they are.
 
     Raises:
-        ValueError: ``network`` is no such network, ``loss`` another, or a number is negative.
+        ValueError: ``network`` has no parameter that adapts, ``loss`` or ``path`` is another, a number is
+            negative, or ``transductive=False`` and a batch norm is without running statistics.
         TypeError: an argument is of another type.
     """
 
-    Settings = AdaptationSettings
+    Settings = AnyNetworkSettings
 
     def __init__(
-        self, network: nn.Module, *, loss: str, lr: float, steps: int, test_steps: int | None = None
+        self,
+        network: nn.Module,
+        *,
+        loss: str,
+        lr: float,
+        steps: int,
+        test_steps: int | None = None,
+        transductive: bool = True,
+        path: str | None = None,
     ) -> None:
         super().__init__()
         test_steps = steps if test_steps is None else test_steps
@@ -86,30 +156,54 @@ class Adaptation(Method):
         check_count(steps=steps, test_steps=test_steps)
         blame(numbers={"lr": lr})
         check_not_negative(lr=lr)
+        check_instance(bool, transductive=transductive)
+        if path is not None:
+            check_choice(PATHS, path=path)
         known = recognise(network, {name for name, _ in network.named_parameters()})
-        if isinstance(known, str) or not all(type(layer) is nn.Flatten for layer in known.body):
-            why = known if isinstance(known, str) else f"it is {known}"
-            raise ValueError(f"network: expected an MLP whose layers all adapt, but {why}")
-        self._named = operator.attrgetter(*known.params)  # at each use: a module may be given other weights
-        self.activation = known.activation
+        self.fused = path is None and _is_flat(known)
+        if self.fused:
+            names = list(known.params)
+        else:
+            names = [name for name, param in network.named_parameters() if param.requires_grad]
+        if not names:
+            raise ValueError("network: expected a parameter that requires grad, got none")
+        for name, norm in _norms(network).items():
+            if not transductive and norm.running_mean is None:
+                raise ValueError(
+                    "transductive: expected True where batch norm keeps no running statistics, which "
+                    f"{called(name, norm)} does not, got False"
+                )
+        self._named = operator.attrgetter(*names)  # at each use: a module may be given other weights
+        self._names = names
+        self.activation = known.activation if self.fused else None
         self.network = network
         self.loss_name = loss
         # A tensor, as the operations take it, which goes where the weights go.
         self.register_buffer("lr", self.params[0].new_tensor(lr), persistent=False)
         self.steps = steps
         self.test_steps = test_steps
+        self.transductive = transductive
+        self.path = path
 
     @property
     def params(self) -> list[Tensor]:
-        """[W1, b1, ..., WL, bL] of the network."""
-        return list(self._named(self.network))
+        """Those of the network that adapt; of an MLP [W1, b1, ..., WL, bL]."""
+        found = self._named(self.network)
+        return list(found) if len(self._names) > 1 else [found]
+
+    @property
+    def layers(self) -> int:
+        """L: how many layers have parameters that adapt."""
+        return len(layers_of(self._names))
 
     def rates(self, steps: int) -> LearningRate:
-        """The learning rate of so many steps, as :func:`metafast.inner_sgd` takes it."""
+        """The learning rate of so many steps, as :func:`metafast.adapt` takes it."""
         return self.lr
 
     def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
         """The parameters after ``steps`` steps on the examples x [T, S, ...] of each task: each [T, ...]."""
+        if not self.fused:
+            return list(self._adapted(x, labels, steps).params.values())
         return inner_sgd(
             self.params,
             x.flatten(2),
@@ -122,6 +216,9 @@ class Adaptation(Method):
 
     def query_loss(self, episodes: Episodes, steps: int, *, first_order: bool = False) -> Tensor:
         """The mean query loss after ``steps`` steps on the support: a scalar, MAML's objective."""
+        if not self.fused:
+            out = self._query_outputs(episodes, steps, first_order=first_order)
+            return self.losses(out, episodes.query_labels).mean()
         return maml_loss(
             self.params,
             episodes.support.flatten(2),
@@ -135,8 +232,19 @@ class Adaptation(Method):
             first_order=first_order,
         )
 
+    def losses(self, out: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of each task: out [T, B, O], labels as in :class:`Episodes` -> [T]."""
+        if self.loss_name == "mse":
+            if out.shape != labels.shape:
+                raise ValueError(
+                    f"labels: expected the shape of the outputs, {list(out.shape)}, got {list(labels.shape)}"
+                )
+            return (out - labels).square().flatten(1).mean(1)
+        each = F.cross_entropy(out.transpose(1, 2), labels, reduction="none")
+        return each.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
+
     def outputs(self, params: list[Tensor], x: Tensor) -> Tensor:
-        """What the network gives with the parameters of each task: x [T, B, ...] -> [T, B, O]."""
+        """What an MLP gives with the parameters of each task: x [T, B, ...] -> [T, B, O]."""
         out = x.flatten(2)
         activate = {"relu": torch.relu, "tanh": torch.tanh, "none": lambda x: x}[self.activation]
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
@@ -146,9 +254,46 @@ class Adaptation(Method):
     def predict(self, episodes: Episodes, steps: int | None = None) -> Tensor:
         """As :meth:`Method.predict`, after ``steps`` steps on the support."""
         steps = self.test_steps if steps is None else steps
-        params = self.adapt(episodes.support, episodes.support_labels, steps)
-        out = self.outputs(params, episodes.query)
+        if self.fused:
+            params = self.adapt(episodes.support, episodes.support_labels, steps)
+            out = self.outputs(params, episodes.query)
+        else:
+            out = self._query_outputs(episodes, steps)
         return out.log_softmax(-1) if self.loss_name == "cross_entropy" else out
+
+    def _adapted(self, x: Tensor, labels: Tensor, steps: int, *, first_order: bool = False) -> Adapted:
+        return adapt(
+            self._double(by_batch=True),
+            x,
+            labels,
+            loss=self.loss_name,
+            lr=self.rates(steps),
+            steps=steps,
+            first_order=first_order,
+            path=self.path,
+        )
+
+    def _query_outputs(self, episodes: Episodes, steps: int, *, first_order: bool = False) -> Tensor:
+        """What any module gives for the queries after ``steps`` steps on the support: [T, Q, O]."""
+        examples = episodes.support, episodes.support_labels
+        adapted = self._adapted(*examples, steps, first_order=first_order)
+        if not self.transductive and _norms(self.network):
+            with torch.no_grad():  # a step that goes nowhere, for what batch norm sees of the support on it
+                seen = adapt(adapted, *examples, loss=self.loss_name, lr=0.0, steps=1, path=self.path)
+            states = States(adapted.tasks, (adapted.params, seen.buffers))
+            adapted = replace(adapted, module=self._double(by_batch=False), _states=states)
+        return adapted(episodes.query)
+
+    def _double(self, *, by_batch: bool) -> nn.Module:
+        """The network, with its batch norm by the statistics of the batch or by those of a batch before, in
+        whichever mode it is itself."""
+        if self.transductive and all(norm.training for norm in _norms(self.network).values()):
+            return self.network
+        double = structural_copy(self.network)
+        for norm in _norms(double).values():
+            norm.training = by_batch
+            norm.momentum = 1.0  # the running statistics are those of the last batch alone
+        return double
 
     @abstractmethod
     def loss(self, episodes: Episodes) -> Tensor: ...
@@ -160,14 +305,27 @@ class Adaptation(Method):
     @classmethod
     def arguments(cls, settings: Any, problem: Problem) -> dict[str, Any]:
         """The arguments of the class that the settings describe."""
-        inputs = math.prod(problem.input_shape)
-        network = mlp(inputs, settings.hidden, problem.outputs, settings.activation)
-        if not problem.regression:
-            nn.init.normal_(network[-1].weight, std=0.01)  # at first no class is favoured
         return {
-            "network": network,
+            "network": settings.build(problem),
             "loss": "mse" if problem.regression else "cross_entropy",
             "lr": settings.inner_lr,
             "steps": settings.inner_steps,
             "test_steps": settings.test_steps,
+            "transductive": settings.transductive,
         }
+
+
+def _is_flat(known: Mlp | str) -> bool:
+    """Is it an MLP behind nothing, or behind what flattens?"""
+    return isinstance(known, Mlp) and all(type(layer) is nn.Flatten for layer in known.body)
+
+
+def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: part for name, part in network.named_modules() if isinstance(part, _BatchNorm)}
+
+
+def _impartial(network: nn.Sequential) -> nn.Sequential:
+    """The network with a last layer that at first favours no class."""
+    nn.init.normal_(network[-1].weight, std=0.01)
+    nn.init.zeros_(network[-1].bias)
+    return network

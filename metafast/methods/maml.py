@@ -12,12 +12,12 @@ from metafast.data import Episodes, Problem
 from metafast.reference.inner_loop import LearningRate
 from metafast.settings import setting
 
-from .adaptation import IMAGES, SINE, Adaptation, AdaptationSettings
+from .adaptation import IMAGES, SINE, Adaptation, AnyNetworkSettings
 from .method import Recipes, Reported
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAMLSettings(AdaptationSettings):
+class MAMLSettings(AnyNetworkSettings):
     learn_inner_lr: bool = setting(
         False, "learn the rate of every step and layer, as MAML++; --inner-lr is where they begin"
     )
@@ -29,7 +29,7 @@ class MAML(Adaptation):
     By the exact meta-gradient, through all steps.
 
     Args:
-        network, loss, lr, steps, test_steps: as :class:`Adaptation`'s.
+        network, loss, lr, steps, test_steps, transductive, path: as :class:`Adaptation`'s.
         learn_lr: learn the rate of every step and layer with the weights, ``lr`` at first (MAML++, Antoniou
             et al. 2019, section 4). ``steps`` is then at least 1, and steps beyond it take the rates of the
             last.
@@ -54,13 +54,23 @@ class MAML(Adaptation):
         lr: float,
         steps: int,
         test_steps: int | None = None,
+        transductive: bool = True,
+        path: str | None = None,
         learn_lr: bool = False,
     ) -> None:
-        super().__init__(network, loss=loss, lr=lr, steps=steps, test_steps=test_steps)
+        super().__init__(
+            network,
+            loss=loss,
+            lr=lr,
+            steps=steps,
+            test_steps=test_steps,
+            transductive=transductive,
+            path=path,
+        )
         if learn_lr:
             if self.steps == 0:
                 raise ValueError("steps: expected at least 1, whose rates are learned, got 0")
-            self.lr = nn.Parameter(self.lr.expand(self.steps, len(self.params) // 2).clone())  # [K, L]
+            self.lr = nn.Parameter(self.lr.expand(self.steps, self.layers).clone())  # [K, L]
 
     def rates(self, steps: int) -> LearningRate:
         if self.lr.dim() == 0 or steps == self.steps:

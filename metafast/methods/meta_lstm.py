@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafast._dispatch.arguments import check_instance
 from metafast.data import Episodes, Problem
 from metafast.optim.meta_lstm import MetaLSTM
-from metafast.reference.labels import IGNORED
 from metafast.settings import Count, Range, Share, setting
 
 from .adaptation import IMAGES, Adaptation, AdaptationSettings
@@ -39,7 +37,8 @@ class MetaLSTMLearner(Adaptation):
 
     Args:
         cell: what takes the steps.
-        network, loss, steps, test_steps: as :class:`Adaptation`'s; ``lr`` is the cell's first input gate.
+        network: an MLP, as :class:`Adaptation` has it.
+        loss, steps, test_steps: as :class:`Adaptation`'s; ``lr`` is the cell's first input gate.
     """
 
     paper = "Ravi, Larochelle 2017"
@@ -64,6 +63,11 @@ class MetaLSTMLearner(Adaptation):
     ) -> None:
         check_instance(MetaLSTM, cell=cell)
         super().__init__(network, loss=loss, lr=cell.first_gates[0], steps=steps, test_steps=test_steps)
+        if not self.fused:
+            raise ValueError(
+                "network: expected an MLP whose layers all adapt, nn.Sequential of nn.Linear with the same "
+                "nn.ReLU or nn.Tanh between; metafast.explain tells what stands in the way"
+            )
         self.cell = cell
 
     def adapt(self, x: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
@@ -105,13 +109,6 @@ class MetaLSTMLearner(Adaptation):
 
         return torch.func.grad(total, has_aux=True)(theta)
 
-    def losses(self, out: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of each task: out [T, B, O], labels as in :class:`Episodes` -> [T]."""
-        if self.loss_name == "mse":
-            return (out - labels).square().flatten(1).mean(1)
-        each = F.cross_entropy(out.transpose(1, 2), labels, reduction="none")
-        return each.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
-
     def query_loss(self, episodes: Episodes, steps: int) -> Tensor:
         theta = self.adapt(episodes.support, episodes.support_labels, steps)
         return self.losses(self.outputs(theta, episodes.query), episodes.query_labels).mean()
@@ -122,9 +119,13 @@ class MetaLSTMLearner(Adaptation):
 
     @classmethod
     def arguments(cls, settings: MetaLSTMSettings, problem: Problem) -> dict[str, Any]:
-        arguments = super().arguments(settings, problem)
-        gate = arguments.pop("lr")
-        return {**arguments, "cell": MetaLSTM(settings.cell_hidden, settings.cell_layers, input_gate=gate)}
+        return {
+            "network": settings.build(problem),
+            "cell": MetaLSTM(settings.cell_hidden, settings.cell_layers, input_gate=settings.inner_lr),
+            "loss": "mse" if problem.regression else "cross_entropy",
+            "steps": settings.inner_steps,
+            "test_steps": settings.test_steps,
+        }
 
 
 def _stack(tasks: list[list[Tensor]]) -> list[Tensor]:

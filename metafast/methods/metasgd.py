@@ -28,9 +28,25 @@ class MetaSGD(Adaptation):
     recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_lr": 0.05, "inner_steps": 1}}
 
     def __init__(
-        self, network: nn.Module, *, loss: str, lr: float, steps: int, test_steps: int | None = None
+        self,
+        network: nn.Module,
+        *,
+        loss: str,
+        lr: float,
+        steps: int,
+        test_steps: int | None = None,
+        transductive: bool = True,
+        path: str | None = None,
     ) -> None:
-        super().__init__(network, loss=loss, lr=lr, steps=steps, test_steps=test_steps)
+        super().__init__(
+            network,
+            loss=loss,
+            lr=lr,
+            steps=steps,
+            test_steps=test_steps,
+            transductive=transductive,
+            path=path,
+        )
         self.lr = nn.ParameterList([self.lr.expand_as(param).clone() for param in self.params])
 
     def rates(self, steps: int) -> list[Tensor]:

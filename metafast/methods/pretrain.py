@@ -16,6 +16,9 @@ from .method import Recipes
 class Pretrain(Adaptation):
     """Pre-training: one network learns the examples of all tasks together, and is fine-tuned on a new task.
 
+    In training batch norm, where the network has any, goes by the examples of all tasks; in fine-tuning by
+    the task, as in :class:`Adaptation`.
+
     For regression: classes are numbered anew in every episode, which leaves nothing to learn without one.
     """
 
@@ -26,4 +29,7 @@ class Pretrain(Adaptation):
         """The mean loss of the network as it is over all examples: a scalar."""
         x = torch.cat([episodes.support, episodes.query], dim=1)
         labels = torch.cat([episodes.support_labels, episodes.query_labels], dim=1)
+        if not self.fused:
+            out = self.network(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return self.losses(out, labels).mean()
         return self.query_loss(Episodes(x, labels, x, labels), 0)

@@ -135,6 +135,18 @@ def test_going_on_from_an_adapted(name: str, path: str) -> None:
         metafast.adapt(halfway, x, y, steps=2, params="0", **options)
 
 
+@pytest.mark.parametrize(("name", "path"), [("mlp", "fused"), *(("conv with batch norm", p) for p in PATHS)])
+def test_who_looks_at_the_parameters_first_does_not_matter(name: str, path: str) -> None:
+    module, (x, y, _, _) = make(name, "mse")
+    adapted = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=1, path=path)
+    with torch.no_grad():
+        adapted.params  # noqa: B018
+        metafast.adapt(adapted, x, y, loss="mse", lr=0.1, steps=1, path=path)
+    total = sum(param.square().sum() for param in adapted.params.values())
+    gradients = torch.autograd.grad(total, list(module.parameters()))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
 # --- weights of examples --------------------------------------------------------------------------------
 
 

@@ -176,4 +176,11 @@ def check_ways(name: str, ways: int, method: Method, trained: Config) -> None:
 
 def _sgd_from(method: Adaptation, lr: float) -> Adaptation:
     """Plain gradient descent from where a method's inner loop begins, with as many steps."""
-    return MAML(method.network, loss=method.loss_name, lr=lr, steps=method.test_steps)
+    return MAML(
+        method.network,
+        loss=method.loss_name,
+        lr=lr,
+        steps=method.test_steps,
+        transductive=method.transductive,
+        path=method.path,
+    )
