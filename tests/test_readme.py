@@ -53,7 +53,8 @@ COMMANDS = [
 # Of a command the last word on an option counts.
 SMALL = {
     "images": "--steps 1 --tasks 1 --ways 2 --shots 1 --queries 2 --image-size 28",
-    "embedding": "--hidden 4",
+    "hidden": "--hidden 4",
+    "channels": "--channels 4",
     "sine": "--steps 1 --tasks 1",
     "l2l": "--steps 1 --tasks 1 --inner-steps 20",
     "eval": "--episodes 2 --ways 2 --queries 2",
@@ -70,8 +71,11 @@ def small(words: list[str]) -> list[str]:
     if command == "train":
         kind = "l2l" if subject == "l2l" else "sine" if "sine" in words else "images"
         words += SMALL[kind].split()
-        if "backbone" in METHODS[subject].Settings.__dataclass_fields__:
-            words += SMALL["embedding"].split()
+        settings = METHODS[subject].Settings.__dataclass_fields__
+        if "backbone" in settings:
+            words += SMALL[
+                "channels" if "channels" in settings and "--backbone" in words else "hidden"
+            ].split()
     elif command == "eval":
         words += SMALL.get(f"eval {Path(subject).name}", SMALL["eval"]).split()
     elif command == "compare":
