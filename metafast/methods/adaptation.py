@@ -159,7 +159,7 @@ class Adaptation(Method):
         check_instance(bool, transductive=transductive)
         if path is not None:
             check_choice(PATHS, path=path)
-        known = recognise(network, {name for name, _ in network.named_parameters()})
+        known = recognise(network, {name for name, _ in network.named_parameters()}, None)
         self.fused = path is None and _is_flat(known)
         if self.fused:
             names = list(known.params)
