@@ -26,6 +26,9 @@ class LSTMOptimizer(Optimizer):
     gradient, and their states, are left alone. ``cell`` is no part of the state: the optimizer reads its
     weights in every step and never changes them.
 
+    It is an optimizer for about as many steps as its cell was trained for (``metafast train l2l
+    --inner-steps``, 100 by default); beyond them it tires, where Adam goes on.
+
     Equivalent to, for the parameters of a group that have a gradient::
 
         updates, state = cell([p.grad for p in params], state)
