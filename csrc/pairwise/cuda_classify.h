@@ -218,16 +218,20 @@ __device__ __forceinline__ void spread(const Classes<T>& p, const EpisodeShared&
       for (int j = 0; j < kSpreadRows; ++j) {
         ys[j] = first + j < rows && tile.row_class()[first + j] >= 0 ? y[(first + j) * p.features + d] : T(0);
       }
-      int64_t at = warp * kQueries * p.features + d;  // of x and grad_x
-      for (int q = warp * kQueries; q < count; q += warps * kQueries, at += warps * kQueries * p.features) {
+      const int64_t begin = count > 0 ? warp * kQueries * p.features + d : 0,
+                    turn = warps * kQueries * p.features;
+      const T* of_query = x + begin;
+      T* grad_of_query = grad_x + begin;
+      for (int q = warp * kQueries; q < count;
+           q += warps * kQueries, of_query += turn, grad_of_query += turn) {
         T xs[kQueries], sums[kQueries];
 #pragma unroll
-        for (int i = 0; i < kQueries; ++i) xs[i] = q + i < count ? x[at + i * p.features] : T(0);
+        for (int i = 0; i < kQueries; ++i) xs[i] = q + i < count ? of_query[i * p.features] : T(0);
 #pragma unroll
         for (int i = 0; i < kQueries; ++i) {
           sums[i] = 0;
           if (first > 0) {
-            if (q + i < count) sums[i] = grad_x[at + i * p.features];
+            if (q + i < count) sums[i] = grad_of_query[i * p.features];
           } else if constexpr (M::kCosine) {
             sums[i] = xs[i] * tile.x_norms().slope[q + i];
           }
@@ -247,7 +251,7 @@ __device__ __forceinline__ void spread(const Classes<T>& p, const EpisodeShared&
         }
 #pragma unroll
         for (int i = 0; i < kQueries; ++i) {
-          if (inside && q + i < count) grad_x[at + i * p.features] = sums[i];
+          if (inside && q + i < count) grad_of_query[i * p.features] = sums[i];
         }
       }
 #pragma unroll
