@@ -9,7 +9,7 @@ Each folder has the same files:
     __main__.py             names the family for bench/common/run.py
 
 common/ is what they share; overhead.py, the cost of a call, has no peers. `python -m bench` runs all, in the
-order of FAMILIES, which a new folder joins.
+order of FAMILIES, which a new folder joins. methods.py, which trains the methods, takes hours and runs alone.
 """
 
 import time

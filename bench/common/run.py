@@ -56,7 +56,9 @@ class Family:
     studies: Mapping[str, Study] = field(default_factory=dict)
 
 
-def parse(name: str, description: str) -> argparse.Namespace:
+def parse(
+    name: str, description: str, add_more: Callable[[argparse.ArgumentParser], object] = lambda parser: None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.{name}",
         description=description,
@@ -70,6 +72,7 @@ def parse(name: str, description: str) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, metavar="GIB", help="skip what takes more (6; of a GPU half)")
     default_out = f"bench/results/{name}-<device>.json"
     parser.add_argument("--out", type=Path, help=f"JSON file; of a full run by default {default_out}")
+    add_more(parser)
     options = parser.parse_args()
     cuda = options.device.type == "cuda"
     if options.out is None and not options.quick and not options.only:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 
 import metafast
 from metafast.program.commands import COMMANDS
@@ -40,9 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     parser = _parser()
-    options, left = parser.parse_known_args(words)
-    if left:
-        parser.error(unknown(left, options.parser))
+    with _said_once():
+        options, left = parser.parse_known_args(words)
+        if left:
+            parser.error(unknown(left, options.parser))
     given = {name: value for name, value in vars(options).items() if name not in ("command", "parser")}
     try:
         return options.parser.run(given) or 0
@@ -58,6 +61,12 @@ def _main(words: list[str]) -> int:
         if not isinstance(error, (MemoryError, OverflowError)) and not _TOO_LARGE.search(str(error)):
             raise
         return _fail(f"no room for numbers as large as these: {str(error).splitlines()[0]}")
+
+
+def _said_once() -> AbstractContextManager[object]:
+    """Of processes that torchrun started with the same words, the first says what is wrong with them."""
+    first = os.environ.get("RANK", "0") == "0"
+    return nullcontext() if first else redirect_stderr(io.StringIO())
 
 
 def _fail(message: str, status: int = 1) -> int:

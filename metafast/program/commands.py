@@ -77,14 +77,15 @@ def _add_train_options(name: str, parser: ArgumentParser) -> None:
 
 
 def _train(given: Given) -> int | None:
+    from metafast.program.distributed import joined
     from metafast.program.run import begin
     from metafast.program.signals import Stopped
 
     method = given.pop("method")
-    out = _folder(given, Path("runs", method))
     flags = {name: given.pop(name, False) for name in ("resume", "tensorboard")}
     try:
-        begin(method, given, out=out, **flags)
+        with joined() as ranks:
+            begin(method, given, out=_folder(given, Path("runs", method)), ranks=ranks, **flags)
     except Stopped as stopped:
         print(f"metafast: {stopped}", file=sys.stderr)
         return stopped.status

@@ -24,16 +24,17 @@ class Progress:
     Args:
         first: steps done before this run.
         steps: steps in all.
+        quiet: shows nothing: another process does.
     """
 
-    def __init__(self, first: int, steps: int) -> None:
+    def __init__(self, first: int, steps: int, *, quiet: bool = False) -> None:
         self._first = self._done = first
         self._steps = steps
         self._loss: float | None = None
         self._figure = ""
         self._diverged = 0
         self._started = self._updated = time.perf_counter()
-        self._console = _Console(stderr=True)
+        self._console = _Console(stderr=True, quiet=quiet)
         # All but the bar has its room, whatever the width of the terminal.
         whole = {"no_wrap": True, "overflow": "ignore"}
         self._bar = Bar(
@@ -45,7 +46,7 @@ class Progress:
             console=self._console,
             auto_refresh=False,
             expand=True,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("training", total=steps, completed=first, figures="")
 

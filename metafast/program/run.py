@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from metafast.data.sources import Sampler
 from metafast.methods import LearnedOptimizer
 from metafast.program.config import Config, compose, read_config, rebuild_from, versions, write_config
 from metafast.program.console import say
+from metafast.program.distributed import Ranks
 from metafast.program.evaluate import mean_score
 from metafast.program.learning_curves import final_loss
 from metafast.program.records import Records
@@ -27,23 +30,25 @@ CURVES = "curves.png"
 _EXTENDABLE = "constant"
 
 
-def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool, tensorboard: bool) -> None:
-    """``metafast train``: the run that the options describe, in the folder ``out``.
+def begin(
+    method: str, given: Mapping[str, Any], *, out: Path, resume: bool, tensorboard: bool, ranks: Ranks
+) -> None:
+    """``metafast train``: the run that the options describe, in the folder ``out`` of the first rank.
 
     Raises:
         ValueError: an option is wrong, or ``out`` holds something else, or another process trains there.
         Stopped: a signal came; the state is saved.
     """
-    _check_folder(out, resume)
-    base = _begun(out) if resume else None
+    ranks.of_first(lambda: _check_folder(out, resume))
+    base = ranks.of_first(lambda: _begun(out)) if resume else None
     config = compose(method, given, base)
-    if base is not None:
+    if base is not None and ranks.first:
         _check_same_run(out, config, base)
     training = config.training
     available(training.device)
     torch.manual_seed(training.seed)
     sampler = config.data.sampler("train", seed=training.seed, device=training.device)
-    problem = sampler.batch(0).problem
+    problem = ranks.share(sampler.batch(0)).problem
     learner = config.learner.from_settings(config.settings, problem).to(training.device)
     optimizer, scheduler = training.make_optimizer(learner)
     described = config.described(problem, config.data.digest(sampler))
@@ -54,17 +59,17 @@ def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool, ten
     pace = config.pace
     checkpoints = Checkpoints(out, every=pace.checkpoint_every, keep=pace.keep, config=described)
     dtype = autocast_dtype(training.precision, training.device)
-    with locked(out), heard() as signal, Records(out / "tensorboard" if tensorboard else None) as records:
-        if resume:
-            say(_where(checkpoints))
-        say(
-            f"{method} on {config.data} train: {config.data.task}, {config.data.tasks} tasks a step, "
-            f"{training.steps} steps, {training.device} in {dtype or torch.float32}"
-        )
-        contents = config.data.contents("train", sampler)
-        if contents is not None:
-            say(contents)
-        write_config(out, described)
+    with (
+        locked(out) if ranks.first else nullcontext(),
+        heard() as signal,
+        Records(out / "tensorboard" if tensorboard and ranks.first else None) as records,
+    ):
+        if ranks.first:
+            if resume:
+                say(_where(checkpoints))
+            for line in _what(config, sampler, ranks):
+                say(line)
+            write_config(out, described)
         done = train(
             learner,
             sampler.batch,
@@ -79,15 +84,19 @@ def begin(method: str, given: Mapping[str, Any], *, out: Path, resume: bool, ten
             result=final_loss if isinstance(learner, LearnedOptimizer) else mean_score,
             observe=records.add,
             stop=lambda: signal() is not None,
+            ranks=ranks,
         )
-        _draw_curves(out, title=f"{method} on {config.data}")
+        stopped_by = ranks.largest(signal() or 0)
+        if ranks.first:
+            _draw_curves(out, title=f"{method} on {config.data}")
     if done < training.steps:
         raise Stopped(
-            signal(),
+            stopped_by,
             f"stopped after step {done} of {training.steps}, which is saved: `metafast train {method} --out "
             f"{out} --resume` goes on",
         )
-    say(str(find_checkpoint(out)))
+    if ranks.first:
+        say(str(find_checkpoint(out)))
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -102,6 +111,19 @@ def _check_folder(out: Path, resume: bool) -> None:
         check_log(out / LOG)
     except ValueError as error:
         raise ValueError(f"out: {error}") from None
+
+
+def _what(config: Config, sampler: Sampler, ranks: Ranks) -> Iterator[str]:
+    """What is trained on what."""
+    data, training = config.data, config.training
+    dtype = autocast_dtype(training.precision, training.device) or torch.float32
+    together = f", {ranks.size} ranks" if ranks.size > 1 else ""
+    yield (
+        f"{config.method} on {data} train: {data.task}, {data.tasks} tasks a step, {training.steps} steps, "
+        f"{training.device} in {dtype}{together}"
+    )
+    if (contents := data.contents("train", sampler)) is not None:
+        yield contents
 
 
 def _where(checkpoints: Checkpoints) -> str:

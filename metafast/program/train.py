@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metafast.data import Episodes, Optimizees
 from metafast.methods import Learner
+from metafast.program.distributed import Outcome, Ranks
 from metafast.program.evaluate import mean_score
 from metafast.program.progress import Progress
 from metafast.runs.checkpoint import Checkpoints
@@ -96,6 +97,9 @@ def autocast_dtype(precision: Precision, device: str) -> torch.dtype | None:
     return {"float32": None, "bfloat16": torch.bfloat16}[precision]
 
 
+ALONE = Ranks()
+
+
 def train(
     method: Learner,
     batches: Callable[[int], Batch],
@@ -111,6 +115,7 @@ def train(
     result: Callable[[Learner, Batch], tuple[str, float]] = mean_score,
     observe: Callable[[Mapping[str, Any]], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Trains ``method`` in place for ``steps`` steps of ``optimizer``.
 
@@ -129,6 +134,8 @@ def train(
             accuracy, or in regression the mean squared error, in evaluation mode.
         observe: called with every record of the log.
         stop: asked after each step; where it says so, the state is saved and training ends.
+        ranks: the processes that train together, each with the same arguments, as
+            :func:`metafast.program.distributed.joined` gives them. The first alone writes and observes.
 
     Returns:
         The steps that are done: ``steps``, or fewer where ``stop`` said so.
@@ -137,8 +144,10 @@ def train(
     by the other tasks of its batch, and the log gets a record of the step and how many were left out.
 
     Raises:
-        ValueError: ``log`` is a file that is no such log, or damaged; it stays as it is.
-        OSError: a checkpoint or a record could not be written.
+        ValueError: ``log`` is a file that is no such log, or damaged; it stays as it is. Or a batch has fewer
+            tasks than there are ranks.
+        OSError: a checkpoint or a record could not be written. Of these, ConnectionError: another rank has
+            ended.
         FloatingPointError: no task of a batch has a finite loss and gradient. The step is logged and not
             taken, so that the weights stay as they were.
     """
@@ -149,10 +158,11 @@ def train(
         raise ValueError("resume: expected checkpoints to resume from, got none")
 
     first = 0
-    if resume and (checkpoint := checkpoints.latest()) is not None:
+    if resume and (checkpoint := ranks.of_first(checkpoints.latest)) is not None:
         checkpoint.restore(method, optimizer, scheduler)
         first = checkpoint.step
-    journal = Log(log, keep_until=first)
+    ranks.begin(method)
+    journal = Log(log if ranks.first else None, keep_until=first)
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss = method.loss
@@ -162,34 +172,40 @@ def train(
     method.train()
     clock = _Clock(journal.seconds)
     done = first
-    with Progress(first, steps) as progress:
+    with Progress(first, steps, quiet=not ranks.first) as progress:
 
         def note(**record: Any) -> None:
-            written = journal.write(**record)
-            progress.report(written)
-            observe(written)
+            if ranks.first:
+                written = journal.write(**record)
+                progress.report(written)
+                observe(written)
 
         for step in range(first, steps):
-            episodes = batches(step)
+            episodes = ranks.share(batches(step))
             done = step + 1
-            value, diverged = _gradient(loss, episodes, parameters)
-            if diverged == len(episodes):
-                note(step=done, diverged=diverged, error="no task has a finite loss and gradient")
-                raise FloatingPointError(f"the loss of step {done} is {value}: training stopped before it")
-            if diverged:
-                note(step=done, diverged=diverged)
+            ranks.seed(step)
+            outcome = ranks.combine(_gradient(loss, episodes, parameters), parameters)
+            if outcome.tasks == 0:
+                note(step=done, diverged=outcome.diverged, error="no task has a finite loss and gradient")
+                raise FloatingPointError(
+                    f"the loss of step {done} is {outcome.loss}: training stopped before it"
+                )
+            if outcome.diverged:
+                note(step=done, diverged=outcome.diverged)
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            clock.count(len(episodes))
-            progress.advance(done, value)
+            ranks.share_buffers(method)
+            clock.count(outcome.tasks + outcome.diverged)
+            progress.advance(done, outcome.loss)
 
-            last = done == steps or stop()
+            last = done == steps or ranks.largest(stop()) > 0
             if done % log_every == 0 or done == steps:
                 name, figure = result(method, episodes)
-                note(step=done, loss=value, **{name: figure}, lr=lr, **clock.read())
-            if checkpoints is not None and (done % checkpoints.every == 0 or last):
+                figure = ranks.mean(figure, len(episodes))
+                note(step=done, loss=outcome.loss, **{name: figure}, lr=lr, **clock.read())
+            if ranks.first and checkpoints is not None and (done % checkpoints.every == 0 or last):
                 checkpoints.save(done, method, optimizer, scheduler)
             if last:
                 break
@@ -214,22 +230,17 @@ class _Clock:
         return {"episodes_per_second": rate, "seconds": self._before + now - self._started}
 
 
-def _gradient(
-    loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequence[Tensor]
-) -> tuple[float, int]:
-    """Leaves the gradient of the mean loss over the tasks that did not diverge.
-
-    Returns:
-        That loss, and the number of those that did.
-    """
-    value = _backward(loss, episodes, parameters)
+def _gradient(loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequence[Tensor]) -> Outcome:
+    """Leaves the gradient of the mean loss over the tasks that did not diverge."""
+    value, tasks = _backward(loss, episodes, parameters), len(episodes)
     if math.isfinite(value):
-        return value, 0
-    singles = (episodes.take(slice(task, task + 1)) for task in range(len(episodes)))
+        return Outcome(value, tasks, 0)
+    singles = (episodes.take(slice(task, task + 1)) for task in range(tasks))
     finite = [math.isfinite(_backward(loss, single, parameters)) for single in singles]
     if any(finite):
         value = _backward(loss, episodes.take(torch.tensor(finite)), parameters)
-    return value, len(episodes) - sum(finite) if math.isfinite(value) else len(episodes)
+    counted = sum(finite) if math.isfinite(value) else 0
+    return Outcome(value, counted, tasks - counted)
 
 
 def _backward(loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequence[Tensor]) -> float:
