@@ -188,6 +188,16 @@ def test_queries_see_each_other_through_batch_norm_only_where_asked(
         assert torch.allclose(method.predict(alone, steps), together, rtol=1e-9) != transductive
 
 
+def test_a_class_that_a_task_does_not_have_is_not_predicted() -> None:
+    drawn = episodes()
+    drawn = Episodes(*list(vars(drawn).values())[:4], ways=torch.tensor([2, 3]))
+    method = MAML(network(), loss="cross_entropy", lr=LR, steps=1)
+    log_probs = method.predict(drawn)
+    assert (log_probs[0, :, 2:] == -torch.inf).all()
+    assert log_probs[1].isfinite().all()
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2, 9))
+
+
 def test_what_is_frozen_does_not_adapt() -> None:
     net, drawn = network(), episodes()
     net[0].requires_grad_(False)

@@ -158,6 +158,49 @@ def test_the_split_convolution_and_its_norm_are_those_of_all_pairs(training: boo
         torch.testing.assert_close(mine, theirs)
 
 
+def fewer_classes(drawn: Episodes) -> tuple[Episodes, Episodes]:
+    """Episodes of four classes, of which the second has the first two alone; and that one by itself."""
+    support_labels, query_labels = drawn.support_labels.clone(), drawn.query_labels.clone()
+    for labels in (support_labels, query_labels):
+        labels[1, labels[1] >= 2] = -100
+    of_support, of_query = support_labels[1] >= 0, query_labels[1] >= 0
+    alone = Episodes(
+        drawn.support[1:2, of_support],
+        support_labels[1:2, of_support],
+        drawn.query[1:2, of_query],
+        query_labels[1:2, of_query],
+    )
+    ways = torch.tensor([4, 2, 4])
+    return Episodes(drawn.support, support_labels, drawn.query, query_labels, ways), alone
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "matching in context"])
+def test_a_task_with_fewer_classes_is_as_by_itself(name: str) -> None:
+    torch.manual_seed(0)
+    method, (drawn, alone) = METHODS[name](), fewer_classes(episodes())
+    loss = method.loss(drawn)
+    gradients = torch.autograd.grad(loss, list(method.parameters()), allow_unused=True)
+    assert all(gradient.isfinite().all() for gradient in [loss, *gradients] if gradient is not None)
+    log_probs = method.eval().predict(drawn)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, 12))
+    assert (log_probs[1, :, 2:] == -torch.inf).all()
+    assert log_probs[[0, 2]].isfinite().all()
+    if name == "imaginary":
+        method.imagined = 0  # what is imagined depends on the classes there are
+        log_probs = method.predict(drawn)
+    of_query = drawn.query_labels[1] >= 0
+    torch.testing.assert_close(log_probs[1:2, of_query, :2], method.predict(alone), rtol=1e-4, atol=1e-5)
+    for moved in (drawn.take(slice(1, 3)), drawn.to("cpu").take(torch.tensor([1, 2]))):
+        assert moved.ways.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["protonet", "siamese", "matching", "relation"])
+def test_a_loss_counts_the_classes_that_a_task_has(name: str) -> None:
+    torch.manual_seed(0)
+    method, (drawn, alone) = METHODS[name](), fewer_classes(episodes())
+    torch.testing.assert_close(method.loss(drawn.take(slice(1, 2))), method.loss(alone))
+
+
 def test_relation_loss_is_the_squared_error_of_scores() -> None:
     torch.manual_seed(0)
     method, drawn = RelationNet(backbone(), LinearRelation(D, 6)), episodes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +33,16 @@ class Episodes:
         support_labels: classes, int64 [T, S], in 0..N-1; in regression the targets, float [T, S, O].
         query: [T, Q, ...], the examples the task is scored on.
         query_labels: int64 [T, Q], in 0..N-1; in regression float [T, Q, O].
+        ways: int64 [T], how many classes each task has, the first of the N; default: all have N. Tasks with
+            fewer classes or examples than others are filled up with examples that are labelled -100. The
+            methods that compare embeddings and those that adapt predict no class that a task does not have.
     """
 
     support: Tensor
     support_labels: Tensor
     query: Tensor
     query_labels: Tensor
+    ways: Tensor | None = None
 
     def __len__(self) -> int:
         """T, the number of tasks."""
@@ -49,29 +54,25 @@ class Episodes:
         return self.support_labels.is_floating_point()
 
     @property
-    def ways(self) -> int:
+    def num_classes(self) -> int:
         """N, the number of classes in an episode (the largest support label plus one)."""
         if self.regression:
-            raise ValueError("ways: a regression has no classes")
+            raise ValueError("num_classes: a regression has no classes")
         return int(self.support_labels.max()) + 1
 
     @property
     def problem(self) -> Problem:
         """The kind of task that these are."""
-        outputs = self.support_labels.shape[-1] if self.regression else self.ways
+        outputs = self.support_labels.shape[-1] if self.regression else self.num_classes
         return Problem(tuple(self.support.shape[2:]), outputs, self.regression)
 
     def take(self, tasks: Tensor | slice) -> Episodes:
         """Some of the tasks: an index [T'] (int64), a mask [T] (bool) or a slice."""
-        return Episodes(
-            self.support[tasks], self.support_labels[tasks], self.query[tasks], self.query_labels[tasks]
-        )
+        return self._each(lambda tensor: tensor[tasks])
 
     def to(self, device: torch.device | str) -> Episodes:
         """The same episodes with every tensor on ``device``."""
-        return Episodes(
-            self.support.to(device),
-            self.support_labels.to(device),
-            self.query.to(device),
-            self.query_labels.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Episodes:
+        return Episodes(*(tensor if tensor is None else change(tensor) for tensor in vars(self).values()))

@@ -259,7 +259,12 @@ class Adaptation(Method):
             out = self.outputs(params, episodes.query)
         else:
             out = self._query_outputs(episodes, steps)
-        return out.log_softmax(-1) if self.loss_name == "cross_entropy" else out
+        if self.loss_name == "mse":
+            return out
+        if episodes.ways is not None:
+            absent = torch.arange(out.shape[-1], device=out.device) >= episodes.ways.unsqueeze(-1)  # [T, O]
+            out = out.masked_fill(absent.unsqueeze(1), -torch.inf)
+        return out.log_softmax(-1)
 
     def _adapted(self, x: Tensor, labels: Tensor, steps: int, *, first_order: bool = False) -> Adapted:
         return adapt(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metafast._dispatch.arguments import check_count, check_instance
 from metafast.data import Episodes, Problem
+from metafast.reference.labels import IGNORED
 from metafast.settings import Count, Whole, setting
 
 from .backbones import BackboneSettings
@@ -96,17 +97,19 @@ class ImaginaryData(Method):
         self.hallucinator = hallucinator
         self.imagined = imagined
 
-    def imagine(self, support: Tensor, support_labels: Tensor, ways: int) -> tuple[Tensor, Tensor]:
+    def imagine(self, support: Tensor, support_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Imagined examples of each class, [T, N ``imagined``, D], and their labels.
 
         The seeds are drawn among the class's examples. In evaluation seeds and noise are the same in every
-        call: a prediction is a function of its episode.
+        call: a prediction is a function of its episode. What is imagined of a class that a task does not have
+        is labelled -100.
         """
         generator = None if self.training else torch.Generator(support.device).manual_seed(0)
-        classes = torch.arange(ways, device=support.device)
+        classes = torch.arange(num_classes, device=support.device)
         of_class = support_labels.unsqueeze(-2) == classes.unsqueeze(-1)  # [T, N, S]
+        present = of_class.any(-1, keepdim=True)  # [T, N, 1]
         chosen = torch.multinomial(
-            of_class.flatten(0, 1).float(), self.imagined, replacement=True, generator=generator
+            (of_class | ~present).flatten(0, 1).float(), self.imagined, replacement=True, generator=generator
         ).view(len(support), -1)  # [T, N imagined]
         seeds = support.gather(1, chosen.unsqueeze(-1).expand(-1, -1, support.shape[-1]))
         z = torch.randn(
@@ -116,26 +119,28 @@ class ImaginaryData(Method):
             device=seeds.device,
             dtype=seeds.dtype,
         )
-        return self.hallucinator(seeds, z), support_labels.gather(1, chosen)
+        labels = torch.where(present, classes.unsqueeze(-1), IGNORED).expand(-1, -1, self.imagined).flatten(1)
+        return self.hallucinator(seeds, z), labels
 
-    def augment(self, support: Tensor, support_labels: Tensor, ways: int) -> tuple[Tensor, Tensor]:
+    def augment(self, support: Tensor, support_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """The support's embeddings and labels with the imagined ones behind them."""
         if self.imagined == 0:
             return support, support_labels
-        more, labels = self.imagine(support, support_labels, ways)
+        more, labels = self.imagine(support, support_labels, num_classes)
         return torch.cat([support, more], 1), torch.cat([support_labels, labels], 1)
 
     def loss(self, episodes: Episodes) -> Tensor:
         """The learner's loss on the queries, by real and imagined support: a scalar."""
         support, query = self.learner.embed(episodes)
-        augmented = self.augment(support, episodes.support_labels, episodes.ways)
-        return self.learner.compare(*augmented, query, episodes.query_labels, episodes.ways)
+        augmented = self.augment(support, episodes.support_labels, episodes.num_classes)
+        of_query = query, episodes.query_labels
+        return self.learner.compare(*augmented, *of_query, episodes.num_classes, episodes.ways)
 
     def predict(self, episodes: Episodes) -> Tensor:
         """log p(class | query): [T, Q, N]."""
         support, query = self.learner.embed(episodes)
-        augmented = self.augment(support, episodes.support_labels, episodes.ways)
-        return self.learner.classify(*augmented, query, episodes.ways)
+        augmented = self.augment(support, episodes.support_labels, episodes.num_classes)
+        return self.learner.classify(*augmented, query, episodes.num_classes, episodes.ways)
 
     @classmethod
     def from_settings(cls, settings: ImaginaryDataSettings, problem: Problem) -> ImaginaryData:

@@ -103,14 +103,29 @@ class MatchingNet(MetricLearner):
         self.scale = scale
 
     def compare(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        query_labels: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
     ) -> Tensor:
         support, query = self._in_context(support, query)
-        return matching_loss(support, support_labels, query, query_labels, ways, scale=self.scale)
+        return matching_loss(
+            support, support_labels, query, query_labels, num_classes, scale=self.scale, ways=ways
+        )
 
-    def classify(self, support: Tensor, support_labels: Tensor, query: Tensor, ways: int) -> Tensor:
+    def classify(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
+    ) -> Tensor:
         support, query = self._in_context(support, query)
-        return matching_log_probs(support, support_labels, query, ways, scale=self.scale)
+        return matching_log_probs(support, support_labels, query, num_classes, scale=self.scale, ways=ways)
 
     def _in_context(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
         return (support, query) if self.context is None else self.context(support, query)

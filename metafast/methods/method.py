@@ -71,7 +71,8 @@ class Method(Learner):
 
     @abstractmethod
     def predict(self, episodes: Episodes) -> Tensor:
-        """log p(class | query, support), [T, Q, N], N = ``episodes.ways``; in regression y, [T, Q, O]."""
+        """log p(class | query, support), [T, Q, N] with N = ``episodes.num_classes``; in regression y,
+        [T, Q, O]."""
 
     @classmethod
     @abstractmethod

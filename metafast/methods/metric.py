@@ -34,20 +34,41 @@ class MetricLearner(Method):
 
     @abstractmethod
     def compare(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        query_labels: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
     ) -> Tensor:
-        """The loss of embedded episodes: support [T, S, D], query [T, Q, D], labels as in `Episodes`."""
+        """The loss of embedded episodes: support [T, S, D], query [T, Q, D], labels and ``ways`` as in
+        `Episodes`."""
 
     @abstractmethod
-    def classify(self, support: Tensor, support_labels: Tensor, query: Tensor, ways: int) -> Tensor:
+    def classify(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
+    ) -> Tensor:
         """log p(class | query) of embedded episodes: [T, Q, N]."""
 
     def loss(self, episodes: Episodes) -> Tensor:
         """What training minimises, over all episodes: a scalar."""
         support, query = self.embed(episodes)
-        return self.compare(support, episodes.support_labels, query, episodes.query_labels, episodes.ways)
+        return self.compare(
+            support,
+            episodes.support_labels,
+            query,
+            episodes.query_labels,
+            episodes.num_classes,
+            episodes.ways,
+        )
 
     def predict(self, episodes: Episodes) -> Tensor:
         """log p(class | query): [T, Q, N]."""
         support, query = self.embed(episodes)
-        return self.classify(support, episodes.support_labels, query, episodes.ways)
+        return self.classify(support, episodes.support_labels, query, episodes.num_classes, episodes.ways)

@@ -57,13 +57,30 @@ class ProtoNet(MetricLearner):
         self.metric = metric
 
     def compare(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        query_labels: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
     ) -> Tensor:
         """Mean negative log-likelihood of the query labels: a scalar (equation 2 and algorithm 1)."""
-        return prototypical_loss(support, support_labels, query, query_labels, ways, metric=self.metric)
+        return prototypical_loss(
+            support, support_labels, query, query_labels, num_classes, metric=self.metric, ways=ways
+        )
 
-    def classify(self, support: Tensor, support_labels: Tensor, query: Tensor, ways: int) -> Tensor:
-        return prototypical_log_probs(support, support_labels, query, ways, metric=self.metric)
+    def classify(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
+    ) -> Tensor:
+        return prototypical_log_probs(
+            support, support_labels, query, num_classes, metric=self.metric, ways=ways
+        )
 
     @classmethod
     def from_settings(cls, settings: ProtoNetSettings, problem: Problem) -> ProtoNet:

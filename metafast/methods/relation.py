@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metafast._dispatch.arguments import check_count, check_instance
 from metafast.data import Problem
 from metafast.ops.pairwise import prototypes, relation_scores
+from metafast.reference.labels import IGNORED
 from metafast.settings import Count, setting
 
 from .backbones import BackboneSettings
@@ -145,21 +146,54 @@ class RelationNet(MetricLearner):
         check_instance(nn.Module, relation=relation)
         self.relation = relation
 
-    def scores(self, support: Tensor, support_labels: Tensor, query: Tensor, ways: int) -> Tensor:
-        """[T, Q, N], in (0, 1)."""
-        classes = prototypes(support.flatten(2), support_labels, ways)
+    def scores(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
+    ) -> Tensor:
+        """[T, Q, N], in (0, 1); those of classes that a task does not have say nothing."""
+        examples = support.flatten(2)
+        if ways is not None:  # every class has an example, zero where the task has none
+            classes = torch.arange(num_classes, device=ways.device)
+            absent = torch.where(_present(num_classes, ways), IGNORED, classes)
+            examples = torch.cat([examples, examples.new_zeros(*absent.shape, examples.shape[-1])], 1)
+            support_labels = torch.cat([support_labels, absent], 1)
+        classes = prototypes(examples, support_labels, num_classes)
         return self.relation(query, classes.unflatten(2, support.shape[2:]))
 
     def compare(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        query_labels: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
     ) -> Tensor:
-        scores = self.scores(support, support_labels, query, ways)
+        scores = self.scores(support, support_labels, query, num_classes, ways)
         known = query_labels >= 0
-        return F.mse_loss(scores[known], F.one_hot(query_labels[known], ways).to(scores.dtype))
+        wanted = F.one_hot(query_labels[known], num_classes).to(scores.dtype)
+        if ways is None:
+            return F.mse_loss(scores[known], wanted)
+        present = _present(num_classes, ways).unsqueeze(1).expand_as(scores)[known]
+        return F.mse_loss(scores[known][present], wanted[present])
 
-    def classify(self, support: Tensor, support_labels: Tensor, query: Tensor, ways: int) -> Tensor:
+    def classify(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
+    ) -> Tensor:
         """The scores, made to sum to 1 over the classes."""
-        return self.scores(support, support_labels, query, ways).log().log_softmax(-1)
+        scores = self.scores(support, support_labels, query, num_classes, ways).log()
+        if ways is not None:
+            scores = scores.masked_fill(~_present(num_classes, ways).unsqueeze(1), -torch.inf)
+        return scores.log_softmax(-1)
 
     @classmethod
     def from_settings(cls, settings: RelationNetSettings, problem: Problem) -> RelationNet:
@@ -169,3 +203,8 @@ class RelationNet(MetricLearner):
         if min(shape[1:]) < 4:
             raise ValueError(f"image_size: expected images that leave maps of 4x4 or more, got {shape[1:]}")
         return cls(backbone, ConvRelation(shape[0], shape[1:], settings.head_hidden))
+
+
+def _present(num_classes: int, ways: Tensor) -> Tensor:
+    """Which of the classes the tasks have: ways [T] -> [T, N]."""
+    return torch.arange(num_classes, device=ways.device) < ways.unsqueeze(-1)

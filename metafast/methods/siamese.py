@@ -65,7 +65,13 @@ class Siamese(MetricLearner):
         return self.logits(x, y).sigmoid().flatten()
 
     def compare(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, ways: int
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        query_labels: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
     ) -> Tensor:
         """Cross entropy over all pairs of a query and a support example.
 
@@ -79,9 +85,16 @@ class Siamese(MetricLearner):
         halves = [losses[known & kind] for kind in (same, ~same)]
         return sum(half.mean() for half in halves) / 2
 
-    def classify(self, support: Tensor, support_labels: Tensor, query: Tensor, ways: int) -> Tensor:
+    def classify(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        num_classes: int,
+        ways: Tensor | None = None,
+    ) -> Tensor:
         logits = self.logits(query, support)  # [T, Q, S]
-        classes = torch.arange(ways, device=query.device)
+        classes = torch.arange(num_classes, device=query.device)
         of_class = support_labels.unsqueeze(-2) == classes.unsqueeze(-1)  # [T, N, S]
         matches = logits.unsqueeze(-2).masked_fill(~of_class.unsqueeze(1), -torch.inf)  # [T, Q, N, S]
         return matches.amax(-1).log_softmax(-1)

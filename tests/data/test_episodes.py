@@ -52,7 +52,7 @@ def test_an_episode_holds_distinct_classes_and_distinct_examples(data):
 
     assert batch.support.shape == (7, ways * shots, 1, 1, 1)
     assert batch.query.shape == (7, ways * queries, 1, 1, 1)
-    assert batch.ways == ways
+    assert batch.num_classes == ways
     for task in range(7):
         support, query = batch.support[task].flatten(), batch.query[task].flatten()
         rows = torch.cat([support, query])

@@ -218,7 +218,7 @@ def test_protocols_pick_their_characters(mirror, tmp_path, protocol, split, char
 def test_runs_pair_each_query_with_its_answer(mirror, tmp_path):
     runs = omniglot_runs(tmp_path, image_size=14)
     assert runs.support.shape == runs.query.shape == (20, 20, 1, 14, 14)
-    assert runs.ways == 20
+    assert runs.num_classes == 20
     assert runs.support_labels.tolist() == [list(range(20))] * 20
     answered = runs.support[torch.arange(20)[:, None], runs.query_labels]
     assert torch.equal(answered, runs.query)

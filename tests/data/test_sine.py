@@ -80,7 +80,7 @@ def test_regressions_have_no_classes() -> None:
     assert drawn.problem.regression
     assert (drawn.problem.input_shape, drawn.problem.outputs) == ((1,), 1)
     with pytest.raises(ValueError, match="a regression has no classes"):
-        _ = drawn.ways
+        _ = drawn.num_classes
 
 
 def test_take_selects_tasks() -> None:

@@ -33,7 +33,7 @@ class OnImagined(OnImages):
         )
         with torch.no_grad():
             support, query = method.learner.embed(drawn)
-            imagined, labels = method.imagine(support, drawn.support_labels, drawn.ways)
+            imagined, labels = method.imagine(support, drawn.support_labels, drawn.num_classes)
         title = f"An episode of {data} {self.split} in the space of embeddings"
         draw_imagined(
             {
