@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
@@ -21,7 +22,9 @@ def test_those_over_tensors_have_identity() -> None:
             continue
         for name, kind in inspect.getmembers(importlib.import_module(info.name), dataclasses.is_dataclass):
             own = inspect.isclass(kind) and kind.__module__.startswith("metafast")
-            if own and any("Tensor" in str(field.type) for field in dataclasses.fields(kind)):
+            if own and any(
+                re.search(r"Tensor|States", str(field.type)) for field in dataclasses.fields(kind)
+            ):
                 found[name] = kind
     assert {"Adapted", "Episodes", "Quadratics", "ImageClasses", "Checkpoint"} <= set(found)
     assert [name for name, kind in found.items() if kind.__eq__ is not object.__eq__] == []

@@ -32,7 +32,7 @@ class Comparison(Settings):
     figure: Path = setting(Path("compare.png"), "the picture of the table")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A run in the table.
 

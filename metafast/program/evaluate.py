@@ -77,7 +77,7 @@ def evaluate(
     return estimate(torch.cat([score(method, episodes, predict) for episodes in batches]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ErrorRates:
     """How often pairs are told wrong, for every threshold of their score.
 
