@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-WAYS, QUERIES, LEARNING_RATE = 5, 15, 0.05
+WAYS, QUERIES, LEARNING_RATE = 5, 15, 0.01
 
 
 class ResNet12(nn.Module):

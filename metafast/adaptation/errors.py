@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from metafast.adaptation.examples import Examples, shapes_of
+from metafast.adaptation.functions import restoring_modes
 from metafast.adaptation.task import Task
 
 Result = TypeVar("Result")
@@ -23,7 +24,7 @@ def blamed(path: str, task: Task, x: Examples, run: Callable[[], Result], plain:
     if torch.compiler.is_compiling():
         return run()
     try:
-        return run()
+        return restoring_modes(run)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:

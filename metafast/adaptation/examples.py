@@ -45,10 +45,10 @@ def check_examples(name: str, examples: Examples, lead: str = "T, S", **sizes: i
     `sizes` are those that are known. The tensors of a tree agree in T alone: a graph has as many edges as it
     likes.
     """
-    leaves, axes = leaves_of(examples), lead.split(", ")
+    axes = lead.split(", ")
+    leaves = [examples] if isinstance(examples, Tensor) else leaves_of(examples)
     if not leaves:
         raise ValueError(f"{name}: expected a tensor or a tree of tensors, got {examples!r}")
-    known = {axis: size for axis, size in sizes.items() if size is not None}
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             where = "" if leaf is examples else " in it"
@@ -56,13 +56,16 @@ def check_examples(name: str, examples: Examples, lead: str = "T, S", **sizes: i
             raise TypeError(
                 f"{name}: expected a tensor, or a tuple, list or dict of tensors, got {kind}{where}"
             )
-        given = dict(zip(axes, leaf.shape, strict=False))
-        if leaf.dim() < len(axes) or any(given[axis] != size for axis, size in known.items()):
-            of = ", ".join(f"{axis} = {size}" for axis, size in known.items())
-            of = f" with {of}" if of else ""
-            raise ValueError(f"{name}: expected shape [{lead}, ...]{of}, got {list(leaf.shape)}")
-        known.setdefault("T", given["T"])
-    return known["T"]
+        shape = leaf.shape
+        if len(shape) < len(axes) or any(
+            size is not None and shape[axes.index(axis)] != size for axis, size in sizes.items()
+        ):
+            known = ", ".join(f"{axis} = {size}" for axis, size in sizes.items() if size is not None)
+            of = f" with {known}" if known else ""
+            raise ValueError(f"{name}: expected shape [{lead}, ...]{of}, got {list(shape)}")
+        if sizes.get("T") is None:
+            sizes["T"] = shape[axes.index("T")]
+    return sizes["T"]
 
 
 def without(examples: Examples, counts: Tensor, filling: int = 0) -> Examples:

@@ -65,7 +65,7 @@ def explain(
     inner = InnerLoop(loss=loss, weight_decay=weight_decay, nesterov=nesterov)
     with torch.no_grad():
         found = plan(module, inner, params, None, x)
-    path, reason, refused = found.path, found.reason, {}
+    path, reason, refused = found.path, found.reason or f"the kernels know {found.mlp}", {}
     if path != "fused" and x is not None:
         for tried in ("torch.func", "loop"):
             if (why := _tried(module, x, params, tried)) is not None:

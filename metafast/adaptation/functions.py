@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metafast.adaptation import norms
+
+Result = TypeVar("Result")
 
 
 class Exact(TorchFunctionMode):
@@ -39,6 +41,23 @@ class Exact(TorchFunctionMode):
                         "forward got the parameter from an object that is no part of the module"
                     )
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+def restoring_modes(run: Callable[[], Result]) -> Result:
+    """What it returns. Where it raises, the thread's modes and transforms are what they were: an interrupt in
+    the midst of entering one, or while torch sets one aside for a call, would leave it, or lose another."""
+    before = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    transforms, records = torch._C._functorch.get_dynamic_layer_stack_depth(), torch.is_grad_enabled()
+    try:
+        return run()
+    except BaseException:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
+        torch._C._set_grad_enabled(records)
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+        for mode in before:
+            torch._C._push_on_torch_function_stack(mode)
+        raise
 
 
 def _attention(*args: Any, need_weights: bool = True, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ Penalty = Callable[[Tensors, Tensors], Tensor]
 Rates = float | Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class InnerLoop:
     """The options of `adapt`, under their names."""
 
@@ -89,8 +89,8 @@ class LearningRates:
         check_not_negative(lr=lr)
         self.of_layers = None  # [K, L]
         self.fixed = lr
-        layers = layers_of(params)
         if isinstance(lr, Tensor) and lr.dim():
+            layers = layers_of(params)
             if lr.shape != (steps, len(layers)):
                 raise ValueError(
                     f"lr: expected a number, a tensor [], one for each parameter, or a tensor [K, L] = "

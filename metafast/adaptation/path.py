@@ -21,8 +21,7 @@ GENERAL: dict[str, ModuleType] = {"torch.func": transforms, "loop": loop}
 _has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
 _DEVICES = [key.lower() for key in ("CPU", "CUDA") if _has_kernel("metafast::inner_sgd", key)]
 
-# Parameters that adapt, from which on a CPU runs task by task faster than all at once.
-_MANY, _MANY_OF_CONVOLUTIONS = 200_000, 25_000
+_MANY = 200_000  # parameters that adapt, from which on a CPU is faster task by task
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +29,7 @@ class Plan:
     """The path, and what it needs to know of the module."""
 
     path: str
-    reason: str
+    reason: str  # of another than the fused one
     params: dict[str, nn.Parameter]  # those that adapt
     mlp: Mlp | None = None  # the module as the kernels know it
     features: Tensor | None = None  # what the body of that makes of x
@@ -52,7 +51,7 @@ def plan(
     if isinstance(found, Mlp):
         features = None if x is None else found.features(x)
         if features is None or features.dim() == 3:
-            return Plan("fused", f"the kernels know {found}", found.params, found, features)
+            return Plan("fused", "", found.params, found, features)
         name, weight = next(iter(found.params.items()))
         if features.dim() < 3:
             raise ValueError(
@@ -94,9 +93,6 @@ def adapted(module: nn.Module, names: str | Iterable[str] | None) -> dict[str, n
                 f"module: expected parameters of dtype float32 or float64, got {param.dtype} in {name}; "
                 "SGD's small steps are lost in fewer bits, torch.autocast runs the rest in 16"
             )
-    for name, part in module.named_modules():
-        if getattr(part, "sparse", False) and isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            raise ValueError(f"module: expected embeddings with sparse=False, got layer {name!r} with True")
     return trained
 
 
@@ -130,9 +126,8 @@ def _general(
         return "torch.func", "a GPU is the faster the more tasks it has at once"
     if x is not None and leaves_of(x)[0].shape[int(per_step)] == 1:
         return "loop", "one task needs no batch"
-    numbers = sum(p.numel() for p in params.values())
-    convolution = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
-    if numbers >= (_MANY_OF_CONVOLUTIONS if convolution else _MANY):
-        of = " with convolutions" if convolution else ""
-        return "loop", f"a CPU keeps one task's {numbers} parameters{of} in its cache, not all tasks'"
+    if any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()):
+        return "loop", "a CPU convolves with one task's kernels faster than with a group for each task"
+    if (numbers := sum(p.numel() for p in params.values())) >= _MANY:
+        return "loop", f"a CPU keeps one task's {numbers} parameters in its cache, not all tasks'"
     return "torch.func", "many small operations are one for all tasks"

@@ -48,6 +48,9 @@ class Scratch:
         self._parts: list[nn.Module] = []
         places: dict[int, tuple[Tensor, list[_Place]]] = {}
         for number, (prefix, part) in enumerate(self.module.named_modules()):
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+                got = f"{called(prefix, part)} with True"
+                raise ValueError(f"module: expected embeddings with sparse=False, got {got}")
             self._parts.append(part)
             for group, key, tensor in _tensors_of(part):
                 place, name = _Place(number, group, key), f"{prefix}.{key}" if prefix else key

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as _transforms_active
 from torch.overrides import TorchFunctionMode
 
+from metafast.adaptation.functions import restoring_modes
 from metafast.adaptation.scratch import Scratch, called
 
 Layers = list[
@@ -91,10 +92,13 @@ def _recorded(module: nn.Module, x: Tensor) -> Layers | str:
             return f"its code refers to {foreign}, which may change"
     before = signature(double)
     record = _Record()
+
+    def call() -> Any:
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.no_grad(), record:
+            return double(x)
+
     try:
-        devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad(), record:
-            out = double(x)
+        out = restoring_modes(call)
     except Exception:
         return "its forward raises"  # and will again, with a message
     if signature(double) != before:

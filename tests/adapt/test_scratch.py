@@ -65,6 +65,8 @@ def test_interrupts(path: str) -> None:
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
             assert all(one is other for one, other in zip(module.parameters(), before, strict=True))
+            assert torch._C._len_torch_function_stack() == 0
+            assert torch.is_grad_enabled()
     finally:
         signal.signal(signal.SIGALRM, old)
     assert type(module[0].weight) is nn.Parameter
