@@ -149,9 +149,10 @@ PYBIND11_MODULE(_C, m) {
       release);
   m.def(
       "lstm_unroll",
-      [](const Tensors& grads, const Tensors& params, const Tensor& state, const Tensors& weights,
-         std::string_view head, std::string_view preprocess, double p, double scale, bool unrolled) {
-        return lstm_unroll(grads, params, state, weights, head, preprocess, p, scale, unrolled);
+      [](const Tensors& grads, const Tensors& params, const OptionalTensor& losses, const Tensor& state,
+         const Tensors& weights, std::string_view head, std::string_view preprocess, double p, double scale,
+         bool unrolled) {
+        return lstm_unroll(grads, params, losses, state, weights, head, preprocess, p, scale, unrolled);
       },
       release);
 }

@@ -124,23 +124,25 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   //   b),
   //                W [2, H + 2]; params required, L may be 0: h is then the inputs
   // Inputs: with preprocess log_sign (log(|g|) / p, sign(g)) where |g| >= exp(-p), else (-1, exp(p) g), I =
-  // 2; with none g, I = 1. state [B, R, 64]: coordinate i of a tensor is place i % 64 of the tensor's block i
-  // / 64, each tensor beginning a block of its own; rows h, c [H] of each layer, with gates then i, f; 0
-  // behind a tensor's last coordinate. It may be bfloat16 beside float32.
+  // 2; with none g, I = 1. With losses, a loss's own two log-sign inputs follow, the same for all
+  // coordinates: I is 2 more. state [B, R, 64]: coordinate i of a tensor is place i % 64 of the tensor's
+  // block i / 64, each tensor beginning a block of its own; rows h, c [H] of each layer, with gates then i,
+  // f; 0 behind a tensor's last coordinate. It may be bfloat16 beside float32.
 
-  // One step, grads of the shapes of params; or unrolled: grads [K, ...], results [K, ...], and the first
-  // bias may be [K, ...], one for each step. -> results, the new state.
+  // One step, grads of the shapes of params, losses []; or unrolled: grads [K, ...], losses [K], results
+  // [K, ...]. -> results, the new state.
   m.def(
-      "lstm_unroll(Tensor[] grads, Tensor[] params, Tensor state, Tensor[] weights, str head, "
+      "lstm_unroll(Tensor[] grads, Tensor[] params, Tensor? losses, Tensor state, Tensor[] weights, str "
+      "head, "
       "str preprocess, float p, float scale, bool unrolled) -> (Tensor[], Tensor)");
-  // -> gradients of grads, params, state, weights, in one list; of size 0 where not wanted. It cannot be
-  // differentiated.
+  // -> gradients of grads, params, losses if there are any, state, weights, in one list; of size 0 where not
+  // wanted. It cannot be differentiated.
   m.def(
       "lstm_unroll_backward(Tensor[] grad_out, Tensor? grad_state, Tensor[] grads, Tensor[] params, "
-      "Tensor state, Tensor[] weights, str head, str preprocess, float p, float scale, bool unrolled, "
-      "bool[4] wanted) -> Tensor[]");
+      "Tensor? losses, Tensor state, Tensor[] weights, str head, str preprocess, float p, float scale, "
+      "bool unrolled, bool[5] wanted) -> Tensor[]");
   // One step in place.
   m.def(
-      "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) state, Tensor[] weights, str head, "
-      "str preprocess, float p, float scale) -> ()");
+      "lstm_step_(Tensor(a!)[] params, Tensor[] grads, Tensor? loss, Tensor(b!) state, Tensor[] weights, "
+      "str head, str preprocess, float p, float scale) -> ()");
 }

@@ -120,19 +120,26 @@ class Unroll(NamedTuple):
     gates: bool = False
 
 
-# For each way that the unroll runs on the smallest GPU: all in shared memory; weights, or in the backward
-# everything, in global memory; more chunks of coordinates than blocks, which take turns.
+# For each way that the unroll runs on the smallest GPU: up to 20 units in float32 on the tensor cores, and of
+# many steps not every state is kept; else all in shared memory; weights, or in the backward everything, in
+# global memory; more coordinates than the blocks take at once.
 UNROLL_CASES = pytest.mark.parametrize(
     "case",
     [
         Unroll(hidden=5, layers=3, steps=7, sizes=(130, 0, 12)),
         Unroll(hidden=6, layers=2, steps=5, sizes=(70, 3), gates=True),
         Unroll(hidden=5, layers=2, steps=0, sizes=(70,), gates=True),
+        Unroll(hidden=20, layers=1, steps=57, sizes=(40,)),
+        Unroll(hidden=20, layers=2, steps=2, sizes=(700,), gates=True),
+        Unroll(hidden=22, layers=1, steps=3, sizes=(70, 3), gates=True),
         Unroll(hidden=48, layers=2, steps=2, sizes=(70,)),
         Unroll(hidden=150, layers=3, steps=1, sizes=(30,), gates=True),
         Unroll(hidden=80, layers=1, steps=1, sizes=(8500,)),
     ],
-    ids=["shared", "shared, gates", "no steps", "given weights", "workspace", "turns"],
+    ids=[
+        *("three layers", "gates", "no steps", "many steps", "tiles in turns", "shared"),
+        *("given weights", "workspace", "turns"),
+    ],
 )
 
 
@@ -179,6 +186,23 @@ def test_lstm_unroll_under_every_schedule(case: Unroll, dtype: torch.dtype, back
     inner_loop.assert_near(results[0], expected, dtype)
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+@ON_THE_EMULATOR
+@pytest.mark.parametrize("steps", [1, 3])
+def test_bfloat16_state_and_one_at_an_odd_address(steps: int, backend: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(steps, size, generator=generator) for size in (70, 3)]
+    cell = metafast.CoordinatewiseLSTM(20, 1)
+    state = torch.randn(3, 40, 64, generator=generator).bfloat16()
+    wide, expected = metafast.lstm_optimizer_unroll(grads, state.float(), cell.weights)
+    same, rounded = metafast.lstm_optimizer_unroll(grads, state, cell.weights)
+    assert all(map(torch.equal, same, wide))
+    assert torch.equal(rounded, expected.bfloat16())
+    odd = torch.cat((torch.zeros(1), state.float().flatten()))[1:].view_as(state)
+    found = metafast.lstm_optimizer_unroll(grads, odd, cell.weights)
+    for one, other in zip((*found[0], found[1]), (*wide, expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def sanitizer_runtimes(library: Path) -> list[str]:

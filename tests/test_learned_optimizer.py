@@ -165,16 +165,16 @@ def test_meta_lstm_in_place(layers: int) -> None:
     metafast.meta_lstm_step_(theta, grads, loss, state, weights)
     assert all(map(torch.equal, theta, expected))
     assert torch.equal(state, new_state)
-    with pytest.raises(ValueError, match=r"loss: expected shape \[\], got \[1\]"):
+    with pytest.raises(ValueError, match=r"loss: expected shape \[\] .*, got \[1\]"):
         metafast.meta_lstm_step_(theta, grads, loss.unsqueeze(0), state, weights)
 
 
 def test_in_place_has_no_derivative() -> None:
     params, grads = ([torch.ones(3, requires_grad=True)] for _ in range(2))
     state = metafast.lstm_optimizer_state(params, hidden=2, layers=1)
-    arguments = (params, grads, state, weights_of(2, 1, dtype=torch.float32), "update", "log_sign", 10.0, 0.1)
+    tensors = (params, grads, None, state, weights_of(2, 1, dtype=torch.float32))
     with pytest.raises(RuntimeError, match=r"lstm_optimizer_step_: works in place.*no_grad"):
-        torch.ops.metafast.lstm_step_(*arguments)
+        torch.ops.metafast.lstm_step_(*tensors, "update", "log_sign", 10.0, 0.1)
 
 
 def test_bfloat16_state_is_the_rounded_one() -> None:

@@ -14,16 +14,17 @@ constexpr int kInputRows = 4;
 constexpr int kWeightColumns = 2;
 #endif
 
-// The gradient of the weights, a vector for each, with a partial sum in each lane.
+// The gradient of the weights, a vector for each, with a partial sum in each lane. A loss is another bias in
+// every step (cell.h), so what it sees has a bias's gradient in every step, and I counts own inputs alone.
 template <typename T>
 struct WeightGradient {
   T* layer[kMaxLstmLayers];  // [I + H, H, 4]
-  T* bias[kMaxLstmLayers];   // [H, 4], of the first layer perhaps for every step
-  T* head;                   // [rows, columns]
+  T* bias[kMaxLstmLayers];   // [H, 4], of a layer that sees the losses [K, H, 4]
+  T* head;                   // [rows, columns], those of the losses unused
   T* head_bias;              // [rows], or [K, rows]
 
   WeightGradient(Arena<T>& arena, const Lstm<T>& lstm, int64_t steps)
-      : blocks_(div_up(lstm.columns(steps), kLanes<T>)),
+      : blocks_(div_up(size(lstm, steps), kLanes<T>)),
         vectors_(arena.take(blocks_ * kLanes<T>)),
         totals_(arena.take(blocks_)) {
     if (arena.counts()) return;
@@ -35,17 +36,18 @@ struct WeightGradient {
     };
     const int64_t H = lstm.hidden;
     for (int l = 0; l < lstm.layers; ++l) {
-      layer[l] = deal(4 * H * (lstm.layer_inputs(l) + H));
-      bias[l] = deal(lstm.bias_size(4 * H, l == 0, steps));
+      layer[l] = deal(4 * H * (lstm.own_layer_inputs(l) + H));
+      bias[l] = deal(4 * H * biases(lstm, l, steps));
     }
     head = deal(lstm.head_rows() * lstm.head_columns());
-    head_bias = deal(lstm.bias_size(lstm.head_rows(), lstm.layers == 0, steps));
+    head_bias = deal(lstm.head_rows() * biases(lstm, lstm.layers, steps));
   }
 
   void clear() { std::fill_n(vectors_, blocks_ * kLanes<T> * kLanes<T>, T(0)); }
 
   // The sums over the lanes, in the order of a row of sums (params.h).
-  void finish(const Lstm<T>& lstm, int64_t steps, T* out) const {
+  void finish(const Weights<T>& weights, int64_t steps, T* out) const {
+    const Lstm<T>& lstm = weights.lstm;
     for (int64_t block = 0; block < blocks_; ++block) {
       Vec<T> lanes[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) lanes[i] = load(vectors_ + (block * kLanes<T> + i) * kLanes<T>);
@@ -53,23 +55,72 @@ struct WeightGradient {
     }
     const int64_t H = lstm.hidden;
     const T* next = totals_;
+    T* const losses = out + lstm.loss_column();
     for (int l = 0; l < lstm.layers; ++l) {
-      const int64_t I = lstm.layer_inputs(l), biases = lstm.bias_size(4 * H, l == 0, steps);
-      const auto columns = [&](int64_t count) {
-        for (int64_t row = 0; row < 4 * H; ++row) {  // row = q H + u
-          const T* from = next + row % H * 4 + row / H;
-          for (int64_t k = 0; k < count; ++k) *out++ = from[k * 4 * H];
+      const int64_t I = lstm.own_layer_inputs(l), all = lstm.layer_inputs(l), count = biases(lstm, l, steps);
+      const auto at = [&](int64_t row) { return row % H * 4 + row / H; };  // row = q H + u
+      const auto columns = [&](const T* from, int64_t first, int64_t count, int64_t width) {
+        for (int64_t row = 0; row < 4 * H; ++row) {
+          for (int64_t k = 0; k < count; ++k) out[row * width + first + k] = from[k * 4 * H + at(row)];
         }
-        next += count * 4 * H;
       };
-      columns(I);
-      columns(H);
-      for (int64_t step = 0; step < biases / (4 * H); ++step) columns(1);
+      columns(next, 0, I, all);
+      columns(next + I * 4 * H, 4 * H * all, H, H);  // behind weight_ih
+      T *const of_inputs = out, *const bias = out + 4 * H * (all + H);
+      next += 4 * H * (I + H);
+      if (!lstm.sees_losses(l)) {
+        columns(next, 4 * H * (all + H), 1, 1);
+      } else {
+        for (int64_t row = 0; row < 4 * H; ++row) {
+          finish_losses(weights, steps, next + at(row), 4 * H, lstm.layer[0].weight_ih + row * all + I,
+                        bias + row, of_inputs + row * all + I, row == 0, losses);
+        }
+      }
+      next += 4 * H * count;
+      out = bias + 4 * H;
     }
-    std::copy_n(next, totals_ + lstm.columns(steps) - next, out);
+    const int64_t rows = lstm.head_rows(), all = lstm.head_columns();
+    std::copy_n(next, rows * all, out);
+    next += rows * all;
+    T* const bias = out + rows * all;
+    if (!lstm.sees_losses(lstm.layers)) {
+      std::copy_n(next, rows, bias);
+      return;
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t column = row * all + lstm.own_inputs();
+      finish_losses(weights, steps, next + row, rows, lstm.head_weight + column, bias + row, out + column,
+                    row == 0, losses);
+    }
   }
 
  private:
+  static int64_t biases(const Lstm<T>& lstm, int l, int64_t steps) { return lstm.sees_losses(l) ? steps : 1; }
+  static int64_t size(const Lstm<T>& lstm, int64_t steps) {
+    int64_t sum = lstm.head_rows() * (lstm.head_columns() + biases(lstm, lstm.layers, steps));
+    for (int l = 0; l < lstm.layers; ++l) {
+      sum += 4 * lstm.hidden * (lstm.own_layer_inputs(l) + lstm.hidden + biases(lstm, l, steps));
+    }
+    return sum;
+  }
+
+  // From the gradient of a row's bias in every step to that of the bias, of the row's two columns `w` for the
+  // losses, and of the losses, to which it adds unless the row is the first.
+  static void finish_losses(const Weights<T>& weights, int64_t steps, const T* of_steps, int64_t stride,
+                            const T* w, T* bias, T* columns, bool is_first, T* losses) {
+    *bias = columns[0] = columns[1] = 0;
+    for (int64_t step = 0; step < steps; ++step) {
+      const T grad = of_steps[step * stride];
+      const LogSign<T> inputs = weights.loss_inputs(step);
+      *bias += grad;
+      columns[0] += grad * inputs.size;
+      columns[1] += grad * inputs.sign;
+      losses[step] = (is_first ? T(0) : losses[step]) +
+                     log_sign_backward<T>({grad * w[0], grad * w[1]}, weights.lstm.losses[step],
+                                          weights.lstm.p, weights.exp_p, std::numeric_limits<T>::max());
+    }
+  }
+
   int64_t blocks_;  // of kLanes vectors
   T* vectors_;
   T* totals_;
@@ -161,7 +212,7 @@ void layer_weights(const Lstm<T>& lstm, const SlotRuns<T>& over, WeightGradient<
   const Slot<T> rows{lstm};
   const int64_t next = rows.rows();  // what comes after a step is the next slot's
   for (int l = 0; l < lstm.layers; ++l) {
-    const int64_t I = lstm.layer_inputs(l), H = lstm.hidden;
+    const int64_t I = lstm.own_layer_inputs(l), H = lstm.hidden;
     const int64_t inputs = l == 0 ? rows.inputs() : next + lstm.h_row(l - 1);
     weight_columns(over, rows.gates(l), inputs, I, H, sums.layer[l]);
     weight_columns(over, rows.gates(l), lstm.h_row(l), H, H, sums.layer[l] + I * 4 * H * kLanes<T>);
@@ -172,14 +223,14 @@ void layer_weights(const Lstm<T>& lstm, const SlotRuns<T>& over, WeightGradient<
 template <typename T>
 struct Adjoint {
   T* carried;   // of what goes from step to step (Slot); of theta with params, else of the update
-  T* top;       // [H or I] of the head's inputs
+  T* top;       // [H or I] of the head's own inputs
   T* inputs;    // [I] of a layer's inputs
   T* gradient;  // [1] of the given gradient
 
   Adjoint(Arena<T>& arena, const Lstm<T>& lstm)
       : carried(arena.take(Slot<T>{lstm}.carried() * kVecs)),
-        top(arena.take(lstm.top() * kVecs)),
-        inputs(arena.take(std::max(lstm.inputs(), lstm.hidden) * kVecs)),
+        top(arena.take(lstm.own_layer_inputs(lstm.layers) * kVecs)),
+        inputs(arena.take(std::max(lstm.own_inputs(), lstm.hidden) * kVecs)),
         gradient(arena.take(kVecs)) {}
 };
 
@@ -189,10 +240,10 @@ template <typename T>
 void head_backward(const Weights<T>& weights, int64_t step, const T* slot, const T* after, const T* top,
                    Adjoint<T>& adjoint, WeightGradient<T>* sums) {
   const Lstm<T>& lstm = weights.lstm;
-  const int64_t columns = lstm.head_columns(), inputs = lstm.top();
+  const int64_t columns = lstm.head_columns(), inputs = lstm.top(), own = lstm.own_layer_inputs(lstm.layers);
   const int64_t theta = lstm.state_rows() * kGroup<T>;
   const Slot<T> rows{lstm};
-  const int64_t bias = lstm.layers == 0 && lstm.bias_per_step ? step * lstm.head_rows() : 0;
+  const int64_t bias = lstm.sees_losses(lstm.layers) ? step * lstm.head_rows() : 0;
   for (int v = 0; v < kVecs; ++v) {
     const int64_t at = v * kLanes<T>;
     Vec<T> d[2] = {};  // of the head's sums
@@ -205,9 +256,9 @@ void head_backward(const Weights<T>& weights, int64_t step, const T* slot, const
       Vec<T> before = Vec<T>{};
       for (int row = 0; row < 2; ++row) {
         const T* w = lstm.head_weight + row * columns + inputs;
-        const int64_t own = (lstm.gate_row() + row) * kGroup<T> + at;
-        const Vec<T> gate = load(after + own);
-        const Vec<T> grad = load(adjoint.carried + own) + (row == 0 ? -g : old) * grad_theta;
+        const int64_t gate_at = (lstm.gate_row() + row) * kGroup<T> + at;
+        const Vec<T> gate = load(after + gate_at);
+        const Vec<T> grad = load(adjoint.carried + gate_at) + (row == 0 ? -g : old) * grad_theta;
         d[row] = grad * gate * (1 - gate);
         before += w[0] * d[row];
         if (row == 0) {
@@ -215,15 +266,15 @@ void head_backward(const Weights<T>& weights, int64_t step, const T* slot, const
         } else {
           before += gate * grad_theta;
         }
-        store(adjoint.carried + own, w[1] * d[row]);
+        store(adjoint.carried + gate_at, w[1] * d[row]);
         if (sums == nullptr) continue;
         T* total = sums->head + (row * columns + inputs) * kLanes<T>;
         add_to(total, d[row] * old);
-        add_to(total + kLanes<T>, d[row] * load(slot + own));
+        add_to(total + kLanes<T>, d[row] * load(slot + gate_at));
       }
       store(adjoint.carried + theta + at, before);
     }
-    for (int64_t k = 0; k < inputs; ++k) {
+    for (int64_t k = 0; k < own; ++k) {
       const Vec<T> x = load(top + k * kGroup<T> + at);
       Vec<T> grad = Vec<T>{};
       for (int row = 0; row < lstm.head_rows(); ++row) {
@@ -245,12 +296,11 @@ template <typename T>
 void layer_backward(const Weights<T>& weights, int l, int64_t step, T* slot, const T* after, const T* above,
                     Adjoint<T>& adjoint, bool wants_h, bool wants_inputs, WeightGradient<T>* sums) {
   const Lstm<T>& lstm = weights.lstm;
-  const int64_t H = lstm.hidden, I = lstm.layer_inputs(l);
+  const int64_t H = lstm.hidden, I = lstm.own_layer_inputs(l);
   T* gates = slot + Slot<T>{lstm}.gates(l) * kGroup<T>;
   T* grad_h = adjoint.carried + lstm.h_row(l) * kGroup<T>;
   T* grad_c = adjoint.carried + lstm.c_row(l) * kGroup<T>;
-  T* bias = sums == nullptr ? nullptr
-                            : sums->bias[l] + (l == 0 && lstm.bias_per_step ? step * 4 * H : 0) * kLanes<T>;
+  T* bias = sums == nullptr ? nullptr : sums->bias[l] + (lstm.sees_losses(l) ? step * 4 * H : 0) * kLanes<T>;
   for (int64_t u = 0; u < H; ++u) {
     Vec<T> totals[4] = {};
     for (int v = 0; v < kVecs; ++v) {

@@ -30,8 +30,9 @@ inline Preprocess preprocess_of(std::string_view name) {
 // The checked, dense arguments that all ops share, and the part of the kernel's struct that they fill.
 class Problem {
  public:
-  Problem(at::TensorList grads, at::TensorList params, const Tensor& state, at::TensorList weights,
-          std::string_view head, std::string_view preprocess, double p, double scale, bool unrolled)
+  Problem(at::TensorList grads, at::TensorList params, const OptionalTensor& losses, const Tensor& state,
+          at::TensorList weights, std::string_view head, std::string_view preprocess, double p, double scale,
+          bool unrolled)
       : head_(head_of(head)),
         preprocess_(preprocess_of(preprocess)),
         p_(p),
@@ -47,6 +48,7 @@ class Problem {
       steps_ = grads[0].size(0);
     }
     load_tensors(grads, params);
+    load_losses(losses);
     load_weights(weights);
     load_state(state);
   }
@@ -54,6 +56,7 @@ class Problem {
   const std::vector<Tensor>& grads() const { return grads_; }
   const std::vector<Tensor>& params() const { return params_; }
   const std::vector<Tensor>& weights() const { return weights_; }
+  const OptionalTensor& losses() const { return losses_; }
   const Tensor& state() const { return state_; }
   int64_t steps() const { return steps_; }
   at::TensorOptions options() const { return grads_[0].options(); }
@@ -88,8 +91,8 @@ class Problem {
   double p_, scale_;
   bool unrolled_;
   int64_t steps_ = 1, layers_ = 0, hidden_ = 0;
-  bool bias_per_step_ = false;
   std::vector<Tensor> grads_, params_, weights_;
+  OptionalTensor losses_;
   Tensor state_;
 
   void load_tensors(at::TensorList grads, at::TensorList params) {
@@ -116,7 +119,20 @@ class Problem {
     }
   }
 
-  int64_t inputs() const { return preprocess_ == Preprocess::log_sign ? 2 : 1; }
+  void load_losses(const OptionalTensor& losses) {
+    if (!losses) return;
+    const Arg like{grads_[0], "grads[0]"}, arg{*losses, unrolled_ ? "losses" : "loss"};
+    check_same_dtype(like, {arg});
+    check_same_device(like, {arg});
+    if (unrolled_) {
+      check_sizes(arg, {steps_}, "[K]");
+    } else {
+      check_sizes(arg, {}, "[]");
+    }
+    losses_ = losses->contiguous();
+  }
+
+  int64_t inputs() const { return (preprocess_ == Preprocess::log_sign ? 2 : 1) + (losses_ ? 2 : 0); }
 
   void load_weights(at::TensorList weights) {
     const bool gates = head_ == Head::gates;
@@ -140,24 +156,17 @@ class Problem {
       check_sizes(arg, sizes, shape);
       weights_.push_back(weights[i].contiguous());
     };
-    // Of what comes first, the bias may be one for each step.
-    const auto load_bias = [&](int64_t i, int64_t size, bool first, const char* shape) {
-      const bool per_step = first && unrolled_ && weights[i].dim() == 2;
-      bias_per_step_ |= per_step;
-      if (per_step) {
-        load(i, {steps_, size}, "of a bias for each step");
-      } else {
-        load(i, {size}, shape);
-      }
-    };
     for (int64_t l = 0; l < layers_; ++l) {
       load(3 * l, {4 * hidden_, l == 0 ? inputs() : hidden_}, l == 0 ? "[4H, I]" : "[4H, H]");
       load(3 * l + 1, {4 * hidden_, hidden_}, "[4H, H]");
-      load_bias(3 * l + 2, 4 * hidden_, l == 0, "[4H]");
+      load(3 * l + 2, {4 * hidden_}, "[4H]");
     }
     const int64_t top = layers_ == 0 ? inputs() : hidden_;
-    load(count - 2, {gates ? 2 : 1, gates ? top + 2 : top}, gates ? "[2, H + 2]" : "[1, H]");
-    load_bias(count - 1, gates ? 2 : 1, layers_ == 0, gates ? "[2]" : "[1]");
+    load(count - 2, {gates ? 2 : 1, gates ? top + 2 : top},
+         !gates         ? "[1, H]"
+         : layers_ == 0 ? "[2, I + 2]"
+                        : "[2, H + 2]");
+    load(count - 1, {gates ? 2 : 1}, gates ? "[2]" : "[1]");
   }
 
   void load_state(const Tensor& state) {
@@ -189,7 +198,8 @@ class Problem {
     lstm.preprocess = preprocess_;
     lstm.p = static_cast<T>(p_);
     lstm.scale = static_cast<T>(scale_);
-    lstm.bias_per_step = bias_per_step_;
+    lstm.has_losses = losses_.has_value();
+    if (losses_) lstm.losses = losses_->const_data_ptr<T>();
     return lstm;
   }
 };

@@ -15,24 +15,27 @@ namespace metafast {
   return handle.call(__VA_ARGS__)
 
 std::tuple<std::vector<Tensor>, Tensor> lstm_unroll(at::TensorList grads, at::TensorList params,
-                                                    const Tensor& state, at::TensorList weights,
-                                                    std::string_view head, std::string_view preprocess,
-                                                    double p, double scale, bool unrolled) {
-  METAFAST_CALL(lstm_unroll, grads, params, state, weights, head, preprocess, p, scale, unrolled);
+                                                    const OptionalTensor& losses, const Tensor& state,
+                                                    at::TensorList weights, std::string_view head,
+                                                    std::string_view preprocess, double p, double scale,
+                                                    bool unrolled) {
+  METAFAST_CALL(lstm_unroll, grads, params, losses, state, weights, head, preprocess, p, scale, unrolled);
 }
 
 std::vector<Tensor> lstm_unroll_backward(at::TensorList grad_out, const OptionalTensor& grad_state,
-                                         at::TensorList grads, at::TensorList params, const Tensor& state,
+                                         at::TensorList grads, at::TensorList params,
+                                         const OptionalTensor& losses, const Tensor& state,
                                          at::TensorList weights, std::string_view head,
                                          std::string_view preprocess, double p, double scale, bool unrolled,
-                                         std::array<bool, 4> wanted) {
-  METAFAST_CALL(lstm_unroll_backward, grad_out, grad_state, grads, params, state, weights, head, preprocess,
-                p, scale, unrolled, wanted);
+                                         std::array<bool, 5> wanted) {
+  METAFAST_CALL(lstm_unroll_backward, grad_out, grad_state, grads, params, losses, state, weights, head,
+                preprocess, p, scale, unrolled, wanted);
 }
 
-void lstm_step_(at::TensorList params, at::TensorList grads, const Tensor& state, at::TensorList weights,
-                std::string_view head, std::string_view preprocess, double p, double scale) {
-  METAFAST_CALL(lstm_step_, params, grads, state, weights, head, preprocess, p, scale);
+void lstm_step_(at::TensorList params, at::TensorList grads, const OptionalTensor& loss, const Tensor& state,
+                at::TensorList weights, std::string_view head, std::string_view preprocess, double p,
+                double scale) {
+  METAFAST_CALL(lstm_step_, params, grads, loss, state, weights, head, preprocess, p, scale);
 }
 
 namespace {
@@ -47,17 +50,22 @@ struct Options {
   bool unrolled;
 };
 
-// What a graph keeps of a call besides its tensors: grads, params, state and weights in one list.
+// What a graph keeps of a call besides its tensors, which are in one list: grads, params, losses (none or
+// one), state and weights.
 struct Call : torch::CustomClassHolder {
   Options options;
-  size_t grads, params;
+  size_t grads, params, losses;
 
-  Call(Options options, size_t grads, size_t params)
-      : options(std::move(options)), grads(grads), params(params) {}
+  Call(Options options, size_t grads, size_t params, size_t losses)
+      : options(std::move(options)), grads(grads), params(params), losses(losses) {}
 
-  // Which of the four groups an input belongs to.
+  size_t state() const { return grads + params + losses; }  // where it is
+  // Which of the five groups an input belongs to.
   size_t group(size_t i) const {
-    return i < grads ? 0 : (i < grads + params ? 1 : (i == grads + params ? 2 : 3));
+    return i < grads ? 0 : i < grads + params ? 1 : i < state() ? 2 : i == state() ? 3 : 4;
+  }
+  OptionalTensor losses_of(at::TensorList inputs) const {
+    return losses > 0 ? OptionalTensor(inputs[grads + params]) : std::nullopt;
   }
 };
 
@@ -68,10 +76,10 @@ struct LstmUnrollFunction : Function<LstmUnrollFunction> {
     ctx->save_for_backward(inputs.vec());
     ctx->set_materialize_grads(false);
     const Options& o = call->options;
-    const size_t state = call->grads + call->params;
-    auto [out, new_state] =
-        lstm_unroll(inputs.slice(0, call->grads), inputs.slice(call->grads, call->params), inputs[state],
-                    inputs.slice(state + 1), o.head, o.preprocess, o.p, o.scale, o.unrolled);
+    const size_t state = call->state();
+    auto [out, new_state] = lstm_unroll(inputs.slice(0, call->grads), inputs.slice(call->grads, call->params),
+                                        call->losses_of(inputs), inputs[state], inputs.slice(state + 1),
+                                        o.head, o.preprocess, o.p, o.scale, o.unrolled);
     ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
     out.push_back(new_state);
     return out;
@@ -82,17 +90,18 @@ struct LstmUnrollFunction : Function<LstmUnrollFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const at::TensorList inputs(saved);
     const Options& o = call.options;
-    std::array<bool, 4> wanted{};
+    std::array<bool, 5> wanted{};
     for (size_t i = 0; i < inputs.size(); ++i) wanted[call.group(i)] |= ctx->needs_input_grad(i);
     const OptionalTensor grad_state = optional_of(grad_out.back());
     grad_out.pop_back();
     for (size_t i = 0; i < grad_out.size(); ++i) {
       if (!grad_out[i].defined()) grad_out[i] = at::zeros_like(inputs[i]);
     }
-    const size_t state = call.grads + call.params;
-    variable_list found = lstm_unroll_backward(
-        grad_out, grad_state, inputs.slice(0, call.grads), inputs.slice(call.grads, call.params),
-        inputs[state], inputs.slice(state + 1), o.head, o.preprocess, o.p, o.scale, o.unrolled, wanted);
+    const size_t state = call.state();
+    variable_list found =
+        lstm_unroll_backward(grad_out, grad_state, inputs.slice(0, call.grads),
+                             inputs.slice(call.grads, call.params), call.losses_of(inputs), inputs[state],
+                             inputs.slice(state + 1), o.head, o.preprocess, o.p, o.scale, o.unrolled, wanted);
     for (size_t i = 0; i < found.size(); ++i) {
       if (!wanted[call.group(i)]) found[i] = Tensor();
     }
@@ -101,46 +110,48 @@ struct LstmUnrollFunction : Function<LstmUnrollFunction> {
   }
 };
 
-variable_list joined(at::TensorList grads, at::TensorList params, const Tensor& state,
-                     at::TensorList weights) {
+variable_list joined(at::TensorList grads, at::TensorList params, const OptionalTensor& losses,
+                     const Tensor& state, at::TensorList weights) {
   variable_list inputs = grads.vec();
   inputs.insert(inputs.end(), params.begin(), params.end());
+  if (losses) inputs.push_back(*losses);
   inputs.push_back(state);
   inputs.insert(inputs.end(), weights.begin(), weights.end());
   return inputs;
 }
 
 std::tuple<std::vector<Tensor>, Tensor> lstm_unroll_autograd(at::TensorList grads, at::TensorList params,
+                                                             const OptionalTensor& losses,
                                                              const Tensor& state, at::TensorList weights,
                                                              std::string_view head,
                                                              std::string_view preprocess, double p,
                                                              double scale, bool unrolled) {
-  const variable_list inputs = joined(grads, params, state, weights);
+  const variable_list inputs = joined(grads, params, losses, state, weights);
   if (needs_graph_of("lstm_unroll", inputs)) {
     variable_list results = LstmUnrollFunction::apply(
         at::TensorList(inputs),
         c10::make_intrusive<Call>(Options{std::string(head), std::string(preprocess), p, scale, unrolled},
-                                  grads.size(), params.size()));
+                                  grads.size(), params.size(), losses.has_value()));
     const Tensor new_state = results.back();
     results.pop_back();
     return {results, new_state};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return lstm_unroll(grads, params, state, weights, head, preprocess, p, scale, unrolled);
+  return lstm_unroll(grads, params, losses, state, weights, head, preprocess, p, scale, unrolled);
 }
 
 std::vector<Tensor> lstm_unroll_backward_autograd(at::TensorList grad_out, const OptionalTensor& grad_state,
                                                   at::TensorList grads, at::TensorList params,
-                                                  const Tensor& state, at::TensorList weights,
-                                                  std::string_view head, std::string_view preprocess,
-                                                  double p, double scale, bool unrolled,
-                                                  std::array<bool, 4> wanted) {
+                                                  const OptionalTensor& losses, const Tensor& state,
+                                                  at::TensorList weights, std::string_view head,
+                                                  std::string_view preprocess, double p, double scale,
+                                                  bool unrolled, std::array<bool, 5> wanted) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return lstm_unroll_backward(grad_out, grad_state, grads, params, state, weights, head, preprocess, p,
-                                scale, unrolled, wanted);
+    return lstm_unroll_backward(grad_out, grad_state, grads, params, losses, state, weights, head, preprocess,
+                                p, scale, unrolled, wanted);
   };
-  variable_list inputs = joined(grads, params, state, weights);
+  variable_list inputs = joined(grads, params, losses, state, weights);
   inputs.insert(inputs.end(), grad_out.begin(), grad_out.end());
   if (grad_state) inputs.push_back(*grad_state);
   if (!needs_graph_of("lstm_unroll_backward", inputs)) return compute();
@@ -148,16 +159,16 @@ std::vector<Tensor> lstm_unroll_backward_autograd(at::TensorList grad_out, const
                                "lstm_unroll");
 }
 
-void lstm_step_autograd(at::TensorList params, at::TensorList grads, const Tensor& state,
-                        at::TensorList weights, std::string_view head, std::string_view preprocess, double p,
-                        double scale) {
-  const variable_list inputs = joined(grads, params, state, weights);
+void lstm_step_autograd(at::TensorList params, at::TensorList grads, const OptionalTensor& loss,
+                        const Tensor& state, at::TensorList weights, std::string_view head,
+                        std::string_view preprocess, double p, double scale) {
+  const variable_list inputs = joined(grads, params, loss, state, weights);
   TORCH_CHECK(
       !needs_graph_of("lstm_step_", inputs),
       "lstm_optimizer_step_: works in place, so it has no derivative; call it under torch.no_grad(), or "
       "lstm_optimizer_step");
   at::AutoDispatchBelowADInplaceOrView guard;
-  lstm_step_(params, grads, state, weights, head, preprocess, p, scale);
+  lstm_step_(params, grads, loss, state, weights, head, preprocess, p, scale);
   for (const Tensor& param : params) param.unsafeGetTensorImpl()->bump_version();
   state.unsafeGetTensorImpl()->bump_version();
 }

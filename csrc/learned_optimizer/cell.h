@@ -15,43 +15,68 @@ constexpr int kUnits = 3;  // units of a register tile: 4 gates x kUnits x kVecs
 constexpr int kUnits = 1;
 #endif
 
-// The LSTM's weights, the four gates of a unit side by side: layer l is [H, I + H, 4], its bias [H, 4], of
-// the first layer perhaps for every step.
+// The LSTM's weights, the four gates of a unit side by side: layer l is [H, I + H, 4], its bias [H, 4]. The
+// inputs of a loss are alike for all coordinates: with losses they are no more than another bias of the first
+// layer (without layers, of the head) in every step, and I counts a coordinate's own inputs alone.
 template <typename T>
 struct Weights {
   const Lstm<T>& lstm;
   T exp_p;
   T* layer[kMaxLstmLayers];
   T* bias[kMaxLstmLayers];
+  T* head_biases;
 
   Weights(Arena<T>& arena, const Lstm<T>& lstm, int64_t steps) : lstm(lstm), exp_p(std::exp(lstm.p)) {
     const int64_t H = lstm.hidden;
     for (int l = 0; l < lstm.layers; ++l) {
-      const int64_t biases = lstm.bias_size(4 * H, l == 0, steps), depth = lstm.layer_inputs(l) + H;
+      const int64_t columns = lstm.layer_inputs(l), I = lstm.own_layer_inputs(l), depth = I + H;
+      const int64_t biases = lstm.sees_losses(l) ? steps : 1;
       layer[l] = arena.take(div_up(4 * H * depth, kLanes<T>));
-      bias[l] = arena.take(div_up(biases, kLanes<T>));
+      bias[l] = arena.take(div_up(biases * 4 * H, kLanes<T>));
       if (arena.counts()) continue;
       const LstmLayer<T>& given = lstm.layer[l];
       for (int64_t u = 0; u < H; ++u) {
         for (int64_t q = 0; q < 4; ++q) {
-          const int64_t I = depth - H, row = q * H + u;
+          const int64_t row = q * H + u;
           T* out = layer[l] + u * depth * 4 + q;
-          for (int64_t k = 0; k < I; ++k) out[k * 4] = given.weight_ih[row * I + k];
+          for (int64_t k = 0; k < I; ++k) out[k * 4] = given.weight_ih[row * columns + k];
           for (int64_t k = 0; k < H; ++k) out[(I + k) * 4] = given.weight_hh[row * H + k];
+          for (int64_t step = 0; step < biases; ++step) {
+            bias[l][step * 4 * H + u * 4 + q] =
+                given.bias[row] + of_loss(l, step, given.weight_ih + row * columns + I);
+          }
         }
       }
-      for (int64_t i = 0; i < biases; ++i) {
-        const int64_t step = i / (4 * H), u = i / 4 % H, q = i % 4;
-        bias[l][i] = given.bias[step * 4 * H + q * H + u];
+    }
+    const int64_t rows = lstm.head_rows(), biases = lstm.sees_losses(lstm.layers) ? steps : 1;
+    head_biases = arena.take(div_up(biases * rows, kLanes<T>));
+    if (arena.counts()) return;
+    for (int64_t step = 0; step < biases; ++step) {
+      for (int64_t row = 0; row < rows; ++row) {
+        head_biases[step * rows + row] =
+            lstm.head_bias[row] +
+            of_loss(lstm.layers, step, lstm.head_weight + row * lstm.head_columns() + lstm.own_inputs());
       }
     }
   }
 
+  LogSign<T> loss_inputs(int64_t step) const {
+    return log_sign(lstm.losses[step], lstm.p, exp_p, std::numeric_limits<T>::max());
+  }
+
   const T* bias_of(int l, int64_t step) const {
-    return bias[l] + (l == 0 && lstm.bias_per_step ? step * 4 * lstm.hidden : 0);
+    return bias[l] + (lstm.sees_losses(l) ? step * 4 * lstm.hidden : 0);
   }
   const T* head_bias(int64_t step) const {
-    return lstm.head_bias + (lstm.layers == 0 && lstm.bias_per_step ? step * lstm.head_rows() : 0);
+    return head_biases + (lstm.sees_losses(lstm.layers) ? step * lstm.head_rows() : 0);
+  }
+
+ private:
+  // What a step's loss adds to a bias, `w` its two columns of the weights.
+  T of_loss(int l, int64_t step, const T* w) const {
+    if (!lstm.sees_losses(l)) return 0;
+    const LogSign<T> inputs = loss_inputs(step);
+    return w[0] * inputs.size + w[1] * inputs.sign;
   }
 };
 
@@ -144,7 +169,7 @@ METAFAST_HD void lstm_layer(const Weights<T>& weights, int l, int64_t step, cons
   const T* bias = weights.bias_of(l, step);
   for_tiles<kUnits>(0, lstm.hidden, [&]<int kCount>(int64_t u) __attribute__((always_inline)) {
     before_units(u, kCount);
-    lstm_units<kCount, kRecord>(weights.layer[l], bias, lstm.layer_inputs(l), lstm.hidden, u, rows);
+    lstm_units<kCount, kRecord>(weights.layer[l], bias, lstm.own_layer_inputs(l), lstm.hidden, u, rows);
   });
 }
 
@@ -170,7 +195,8 @@ METAFAST_HD Vec<T> head_sum(const Weights<T>& weights, int row, int64_t step, co
   const Lstm<T>& lstm = weights.lstm;
   const T* w = lstm.head_weight + row * lstm.head_columns();
   Vec<T> sum = broadcast(weights.head_bias(step)[row]);
-  for (int64_t k = 0; k < lstm.top(); ++k) sum += w[k] * load(top + k * kGroup<T> + at);
+  for (int64_t k = 0; k < lstm.own_layer_inputs(lstm.layers); ++k)
+    sum += w[k] * load(top + k * kGroup<T> + at);
   return sum;
 }
 

@@ -108,7 +108,7 @@ class Backward {
                  [&](const Span& span) { run_group(span); });
       if (!wants_weights()) continue;
       finish_runs();
-      sums_.finish(lstm_, forward_.steps, p_.sums + item * p_.columns());
+      sums_.finish(weights_, forward_.steps, p_.sums + item * p_.columns());
     }
   }
 

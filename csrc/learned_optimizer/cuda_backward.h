@@ -172,7 +172,7 @@ class UnrollBackward {
     const auto cells = [&](int unit, int c, const Place&) {
       return load_quad<T>(kept + unit * at_.width + c);
     };
-    chunk_.template layer<kBackwardUnits>(l, k, shift, cells, consume);
+    chunk_.template layer<kBackwardUnits>(l, shift, cells, consume);
   }
 
   // ---- a step back ----
@@ -208,8 +208,9 @@ class UnrollBackward {
       __syncthreads();
     }
     if (sums_ != nullptr) {
-      add_layer_gradients(k);
-      add_head_gradient(k);
+      add_layer_gradients();
+      add_head_gradient();
+      add_loss_gradient(k);
     }
     chunk_.for_each(at_.width, [&](int c) { store_grad_of_gradient(c, k); });
     __syncthreads();
@@ -229,7 +230,7 @@ class UnrollBackward {
       chunk_.row(at_.grad_direct)[c] = 0;
     } else {
       T sums[2];
-      chunk_.head_sums(k, c, 0, sums);
+      chunk_.head_sums(c, 0, sums);
       const T in = sigmoid(sums[0]), forget = sigmoid(sums[1]);
       const T grads[2] = {chunk_.row(at_.grad_gates, 0)[c] - grad * chunk_.gradient(where, k),
                           chunk_.row(at_.grad_gates, 1)[c] + grad * chunk_.row(at_.theta)[c]};
@@ -292,7 +293,7 @@ class UnrollBackward {
   // is there already) and to its own h before. A thread to a tile of 4 x 4 columns and coordinates.
   __device__ __forceinline__ void inputs_back(int l) const {
     constexpr int kColumns = 4;
-    const int inputs = l == 0 && !plan_.wants_grads ? 0 : chunk_.layer_inputs(l);
+    const int inputs = l == 0 && !plan_.wants_inputs ? 0 : chunk_.layer_inputs(l);
     const int input_tiles = div_up(inputs, kColumns), tiles = input_tiles + div_up(at_.hidden, kColumns);
     chunk_.for_each(tiles << at_.quad_bits, [&](int i) {
       const int c = chunk_.quad_of(i), tile = i >> at_.quad_bits;
@@ -341,7 +342,7 @@ class UnrollBackward {
   }
 
   // Where the gradient of a weight lies in a row of sums.
-  __device__ __forceinline__ int64_t place_of(int l, int unit, int gate, int column, int64_t k) const {
+  __device__ __forceinline__ int64_t place_of(int l, int unit, int gate, int column) const {
     const int inputs = chunk_.layer_inputs(l), row = gate * at_.hidden + unit, rows = kGates * at_.hidden;
     const int64_t first = plan_.columns[l];
     if (column < inputs) return first + static_cast<int64_t>(row) * inputs + column;
@@ -349,13 +350,12 @@ class UnrollBackward {
     if (column < inputs + at_.hidden) {
       return hidden_first + static_cast<int64_t>(row) * at_.hidden + column - inputs;
     }
-    const int64_t step = l == 0 && lstm().bias_per_step ? k : 0;
-    return hidden_first + static_cast<int64_t>(rows) * at_.hidden + step * rows + row;
+    return hidden_first + static_cast<int64_t>(rows) * at_.hidden + row;
   }
 
   // A thread to a tile of the 4 gates of a unit and 5 columns, for all coordinates: with two layers of 20
   // units these are 280 tiles.
-  __device__ __forceinline__ void add_layer_gradients(int64_t k) const {
+  __device__ __forceinline__ void add_layer_gradients() const {
     constexpr int kColumns = 5;
     int first_tile = 0;
     for (int l = 0; l < at_.layers; ++l) {
@@ -391,16 +391,15 @@ class UnrollBackward {
         for (int j = 0; j < kColumns; ++j) {
           if (first + j >= columns) continue;
 #pragma unroll
-          for (int q = 0; q < kGates; ++q) sums_[place_of(l, unit, q, first + j, k)] += sums[q][j];
+          for (int q = 0; q < kGates; ++q) sums_[place_of(l, unit, q, first + j)] += sums[q][j];
         }
       }
     }
   }
 
   // A warp to a weight.
-  __device__ __forceinline__ void add_head_gradient(int64_t k) const {
+  __device__ __forceinline__ void add_head_gradient() const {
     const int columns = static_cast<int>(lstm().head_columns()), lane = threadIdx.x % kWarpSize;
-    const int64_t step = at_.layers == 0 && lstm().bias_per_step ? k : 0;
     for (int i = threadIdx.x / kWarpSize; i < at_.head_rows * (columns + 1); i += blockDim.x / kWarpSize) {
       const int r = i / (columns + 1), column = i % (columns + 1);
       const T* inputs = chunk_.row(at_.ones);
@@ -416,9 +415,25 @@ class UnrollBackward {
       sum = warp_sum(sum);
       if (lane != 0) continue;
       const int64_t weights = static_cast<int64_t>(at_.head_rows) * columns;
-      sums_[plan_.columns[at_.layers] + (column < columns ? static_cast<int64_t>(r) * columns + column
-                                                          : weights + step * at_.head_rows + r)] += sum;
+      sums_[plan_.columns[at_.layers] +
+            (column < columns ? static_cast<int64_t>(r) * columns + column : weights + r)] += sum;
     }
+  }
+
+  // From the gradients of the inputs that step k's loss gives to all coordinates; by the first warp.
+  __device__ __forceinline__ void add_loss_gradient(int64_t k) const {
+    if (!lstm().has_losses || threadIdx.x >= kWarpSize) return;
+    T sums[2] = {};
+    for (int c = threadIdx.x; c < at_.width; c += kWarpSize) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        sums[j] += chunk_.row(at_.grad_x, at_.inputs - 2 + j)[c];
+      }
+    }
+    const LogSign<T> grad{warp_sum(sums[0]), warp_sum(sums[1])};
+    if (threadIdx.x != 0) return;
+    sums_[lstm().loss_column() + k] +=
+        log_sign_backward(grad, lstm().losses[k], lstm().p, plan_.exp_p, std::numeric_limits<T>::max());
   }
 
   // ---- results ----

@@ -10,68 +10,7 @@
 namespace metafast::cuda {
 namespace {
 
-// ---- four coordinates at once ----
-
-template <typename T>
-struct Quad {
-  T values[kQuad];
-};
-
-template <typename T, typename S>
-__device__ __forceinline__ T converted(S value) {
-  return static_cast<T>(to_accumulate(value));
-}
-
-template <typename T, typename S>
-__device__ __forceinline__ void convert(T value, S& out) {
-  from_accumulate(static_cast<accumulate_t<S>>(value), out);
-}
-
-template <typename T>
-constexpr int kQuadLength = kVectorLength<T> < kQuad ? kVectorLength<T> : kQuad;  // of one load
-
-// `aligned`: to 16 bytes, or less for numbers of less than 4 bytes.
-template <typename T, typename S>
-__device__ __forceinline__ Quad<T> load_quad(const S* address, bool aligned = true) {
-  constexpr int kLength = kQuadLength<S>;
-  Quad<T> quad;
-  if (!aligned) {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) quad.values[i] = converted<T>(address[i]);
-    return quad;
-  }
-#pragma unroll
-  for (int i = 0; i < kQuad; i += kLength) {
-    const Vector<S, kLength> vector = load_vector<kLength>(address + i);
-#pragma unroll
-    for (int v = 0; v < kLength; ++v) quad.values[i + v] = converted<T>(vector.values[v]);
-  }
-  return quad;
-}
-
-template <typename T, typename S>
-__device__ __forceinline__ void store_quad(S* address, const Quad<T>& quad, bool aligned = true) {
-  constexpr int kLength = kQuadLength<S>;
-  if (!aligned) {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) convert(quad.values[i], address[i]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kQuad; i += kLength) {
-    Vector<S, kLength> vector;
-#pragma unroll
-    for (int v = 0; v < kLength; ++v) convert(quad.values[i + v], vector.values[v]);
-    store_vector(address + i, vector);
-  }
-}
-
-// ---- nonlinearities ----
-
-// In float the argument of the exponential is rounded once, a relative error of |x| 2^-24 that the sum before
-// has already; two further operations are good to 2 units in the last place.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-__device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + ::exp(-x)); }
+// ---- a unit ----
 
 // A unit of four coordinates: its gates, its cell, and what comes out.
 template <typename T>
@@ -323,9 +262,13 @@ class Chunk {
     T* const x = row(at_.x) + c;
     if (p_.lstm.preprocess == Preprocess::none) {
       x[0] = g;
-      return;
+    } else {
+      store_log_sign(g, x);
     }
-    const LogSign<T> inputs = log_sign(g, p_.lstm.p, plan_.exp_p, std::numeric_limits<T>::max());
+    if (p_.lstm.has_losses) store_log_sign(p_.lstm.losses[k], x + p_.lstm.own_inputs() * at_.pitch);
+  }
+  __device__ __forceinline__ void store_log_sign(T value, T* x) const {
+    const LogSign<T> inputs = log_sign(value, p_.lstm.p, plan_.exp_p, std::numeric_limits<T>::max());
     x[0] = inputs.size;
     x[at_.pitch] = inputs.sign;
   }
@@ -336,13 +279,11 @@ class Chunk {
     return item.grads[k * item.size + coordinate.index];
   }
 
-  // Layer l of step k. cells(unit, c, place) gives c before; consume(unit, c, place, Unit) takes what it
+  // Layer l of a step. cells(unit, c, place) gives c before; consume(unit, c, place, Unit) takes what it
   // becomes.
   template <int kUnits, class Cells, class Consume>
-  __device__ __forceinline__ void layer(int l, int64_t k, int shift, const Cells& cells,
-                                        const Consume& consume) const {
-    const LstmLayer<T>& layer = p_.lstm.layer[l];
-    const T* const bias = layer.bias + (l == 0 && p_.lstm.bias_per_step ? k * kGates * at_.hidden : 0);
+  __device__ __forceinline__ void layer(int l, int shift, const Cells& cells, const Consume& consume) const {
+    const T* const bias = p_.lstm.layer[l].bias;
     const T *const inputs = inputs_of(l, shift), *const before = h_before(l, shift);
     for_each(div_up(at_.hidden, kUnits) << at_.quad_bits, [&](int tile) {
       const int c = quad_of(tile), first = (tile >> at_.quad_bits) * kUnits;
@@ -368,16 +309,15 @@ class Chunk {
     });
   }
 
-  // What the head's rows say of a coordinate in step k, before their nonlinearities: the product with
-  // `inputs`, from theta and gates before.
-  __device__ __forceinline__ void head_sums(int64_t k, int c, int shift, T (&sums)[2]) const {
+  // What the head's rows say of a coordinate, before their nonlinearities: the product with `inputs`, from
+  // theta and gates before.
+  __device__ __forceinline__ void head_sums(int c, int shift, T (&sums)[2]) const {
     const Lstm<T>& lstm = p_.lstm;
     const T* const inputs = inputs_of(at_.layers, shift) + c;
     const int columns = static_cast<int>(lstm.head_columns());
     const bool has_gates = lstm.head == Head::gates;
-    const T* const bias = head_bias(k);
-    sums[0] = bias[0];
-    sums[1] = has_gates ? bias[1] : T(0);
+    sums[0] = lstm.head_bias[0];
+    sums[1] = has_gates ? lstm.head_bias[1] : T(0);
     for (int u = 0; u < at_.top; ++u) {
       const T input = inputs[u * at_.pitch];
       sums[0] += lstm.head_weight[u] * input;
@@ -391,14 +331,11 @@ class Chunk {
       sums[r] += own[0] * theta + own[1] * row(at_.gates, r)[c];
     }
   }
-  __device__ __forceinline__ const T* head_bias(int64_t k) const {
-    return p_.lstm.head_bias + (at_.layers == 0 && p_.lstm.bias_per_step ? k * at_.head_rows : 0);
-  }
 
   // Step k of a coordinate behind the layers: theta and gates become what they are after it.
   __device__ __forceinline__ HeadValues<T> head(int64_t k, int c, int shift, const Coordinate& where) const {
     T sums[2];
-    head_sums(k, c, shift, sums);
+    head_sums(c, shift, sums);
     HeadValues<T> values{};
     const T before = row(at_.theta)[c];
     if (p_.lstm.head == Head::update) {

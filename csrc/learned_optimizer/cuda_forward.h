@@ -71,7 +71,7 @@ class Unroll {
     const int64_t h_row = p_.lstm.h_row(l), c_row = p_.lstm.c_row(l);
     T *const h = chunk_.h_after(l, shift), *const kept = chunk_.row(at_.c, l * at_.hidden);
     chunk_.template layer<kForwardUnits<T>>(
-        l, k, shift,
+        l, shift,
         [&](int unit, int c, const Place& place) {
           return is_first ? chunk_.load_state(c_row + unit, place)
                           : load_quad<T>(kept + unit * at_.pitch + c);

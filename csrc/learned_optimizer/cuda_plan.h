@@ -11,14 +11,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda.h"
+#include "learned_optimizer/cuda_quad.h"
 #include "learned_optimizer/params.h"
 
 namespace metafast::cuda {
 namespace {
 
-constexpr int kGates = 4;
-constexpr int kQuad = 4;         // coordinates that a thread takes at once
 constexpr int kMostWidth = 128;  // coordinates of a chunk
 constexpr int kMostSlots = kMostWidth / kStateBlock;
 // Of a block. 320 are the tiles of 128 coordinates and 20 units, 2 x 4 of them each.
@@ -120,7 +118,6 @@ struct Layout {
 
 constexpr int64_t kSlotBytes = (kMostSlots * sizeof(Slot) + 15) / 16 * 16;
 
-constexpr int64_t kMultiprocessors = 132;          // of the largest GPU of today
 constexpr int64_t kThreadsOfMultiprocessor = 640;  // with the registers that they need
 constexpr int64_t kReservedBytes = 1 << 10;        // of shared memory, for each block
 
@@ -146,7 +143,7 @@ struct Plan {
   int64_t interval, intervals, snapshot_rows, snapshots;
   int64_t workspace;                    // elements of a block
   int64_t columns[kMaxLstmLayers + 1];  // where the gradients of a layer's weights, or the head's, begin
-  bool wants_grads;                     // the gradients of gradients
+  bool wants_inputs;                    // the gradients of the inputs
 
   // `sums`: elements of the gradient of the weights; backward alone.
   Plan(const LstmUnroll<T>& p, bool backward, int64_t sums)
@@ -186,12 +183,12 @@ struct Plan {
     chunks = div_up(p.blocks() * kStateBlock, static_cast<int64_t>(at.width));
     const int64_t resident = std::clamp<int64_t>(limit / (bytes + kReservedBytes), 1,
                                                  std::max<int64_t>(1, kThreadsOfMultiprocessor / threads));
-    grid = std::min(chunks, kMultiprocessors * resident);
+    grid = std::min(chunks, multiprocessors() * resident);
     aligned = is_aligned(static_cast<const T*>(p.state)) && is_aligned(static_cast<const T*>(p.new_state));
 
     interval = intervals = snapshot_rows = snapshots = workspace = 0;
-    wants_grads = false;
-    for (int l = 0; l <= at.layers; ++l) columns[l] = p.lstm.layer_column(l, p.steps);
+    wants_inputs = p.lstm.has_losses;
+    for (int l = 0; l <= at.layers; ++l) columns[l] = p.lstm.layer_column(l);
     if (!backward) return;
     interval = 1;
     while (interval * interval < p.steps) ++interval;
@@ -205,7 +202,7 @@ struct Plan {
   // Wide chunks where they are enough to fill the GPU.
   static int starting_width(const LstmUnroll<T>& p) {
     const int64_t wide = div_up(p.blocks() * kStateBlock, static_cast<int64_t>(kMostWidth));
-    return wide >= kMultiprocessors ? kMostWidth : static_cast<int>(kStateBlock);
+    return wide >= multiprocessors() ? kMostWidth : static_cast<int>(kStateBlock);
   }
 };
 

@@ -5,6 +5,19 @@
 
 namespace metafast {
 
+// On a GPU float's is within two units in the last place: the last half of them takes ten instructions more.
+template <typename V, typename W>
+METAFAST_HD V quotient(V x, W y) {
+  return x / y;
+}
+METAFAST_HD float quotient(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+
 // The two inputs that stand for a gradient: log(|g|) / p and its sign where |g| >= exp(-p), else -1 and
 // exp(p) g (Andrychowicz et al. 2016, appendix A). An infinite gradient counts as the largest finite number.
 template <typename V>
@@ -21,7 +34,7 @@ METAFAST_HD LogSign<V> log_sign(V g, T p, T exp_p, T largest) {
   const V scaled = magnitude * exp_p;
   const auto is_small = scaled < one;  // false for NaN, which the logarithm passes on
   const V sign = g < zero ? -one : one;
-  return {is_small ? -one : M::log(magnitude) / p, is_small ? g * exp_p : sign};
+  return {is_small ? -one : quotient(M::log(magnitude), p), is_small ? g * exp_p : sign};
 }
 
 // The gradient of <grad, log_sign(g)>. The sign, and the size of an infinite gradient, have none.
@@ -30,7 +43,7 @@ METAFAST_HD V log_sign_backward(LogSign<V> grad, V g, T p, T exp_p, T largest) {
   using M = Math<V>;
   const V zero = M::constant(0);
   const V magnitude = g < zero ? -g : g;
-  const V of_size = magnitude > M::constant(largest) ? zero : grad.size / (g * p);
+  const V of_size = magnitude > M::constant(largest) ? zero : quotient(grad.size, g * p);
   return magnitude * exp_p < M::constant(1) ? grad.sign * exp_p : of_size;
 }
 

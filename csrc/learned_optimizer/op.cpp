@@ -33,10 +33,11 @@ void run(const Problem& problem, const std::vector<Tensor>& out, const Tensor& n
 }
 
 std::tuple<std::vector<Tensor>, Tensor> lstm_unroll_op(at::TensorList grads, at::TensorList params,
-                                                       const Tensor& state, at::TensorList weights,
-                                                       std::string_view head, std::string_view preprocess,
-                                                       double p, double scale, bool unrolled) {
-  const Problem problem(grads, params, state, weights, head, preprocess, p, scale, unrolled);
+                                                       const OptionalTensor& losses, const Tensor& state,
+                                                       at::TensorList weights, std::string_view head,
+                                                       std::string_view preprocess, double p, double scale,
+                                                       bool unrolled) {
+  const Problem problem(grads, params, losses, state, weights, head, preprocess, p, scale, unrolled);
   std::vector<Tensor> out;
   for (const Tensor& grad : problem.grads()) out.push_back(empty(grad.sizes(), grad.options()));
   const Tensor new_state = empty(state.sizes(), state.options());
@@ -44,9 +45,10 @@ std::tuple<std::vector<Tensor>, Tensor> lstm_unroll_op(at::TensorList grads, at:
   return {out, new_state};
 }
 
-void lstm_step_op(at::TensorList params, at::TensorList grads, const Tensor& state, at::TensorList weights,
-                  std::string_view head, std::string_view preprocess, double p, double scale) {
-  const Problem problem(grads, params, state, weights, head, preprocess, p, scale, false);
+void lstm_step_op(at::TensorList params, at::TensorList grads, const OptionalTensor& loss,
+                  const Tensor& state, at::TensorList weights, std::string_view head,
+                  std::string_view preprocess, double p, double scale) {
+  const Problem problem(grads, params, loss, state, weights, head, preprocess, p, scale, false);
   TORCH_CHECK_VALUE(params.size() == grads.size(), "params: expected ", grads.size(),
                     " tensors, one for each of grads, got none");
   const char* name = head == "gates" ? "theta" : "params";
@@ -79,11 +81,14 @@ int64_t rows_of_sums(LstmUnrollBackward<T>& p, [[maybe_unused]] const Tensor& li
 
 // In the order of the arguments; of size 0 where not wanted.
 std::vector<Tensor> lstm_unroll_backward_op(at::TensorList grad_out, const OptionalTensor& grad_state,
-                                            at::TensorList grads, at::TensorList params, const Tensor& state,
+                                            at::TensorList grads, at::TensorList params,
+                                            const OptionalTensor& losses, const Tensor& state,
                                             at::TensorList weights, std::string_view head,
                                             std::string_view preprocess, double p, double scale,
-                                            bool unrolled, std::array<bool, 4> wanted) {
-  const Problem problem(grads, params, state, weights, head, preprocess, p, scale, unrolled);
+                                            bool unrolled, std::array<bool, 5> wanted) {
+  const Problem problem(grads, params, losses, state, weights, head, preprocess, p, scale, unrolled);
+  const bool wants_grads = wanted[0], wants_params = wanted[1], wants_losses = wanted[2],
+             wants_state = wanted[3], wants_weights = wanted[4];
   const Tensor& like = problem.grads()[0];
   TORCH_CHECK_VALUE(grad_out.size() == grads.size(), "grad_out: expected ", grads.size(), " tensors, got ",
                     grad_out.size());
@@ -107,9 +112,10 @@ std::vector<Tensor> lstm_unroll_backward_op(at::TensorList grad_out, const Optio
     return wants ? empty(tensor.sizes(), like.options()) : at::empty({0}, like.options());
   };
   std::vector<Tensor> grad_grads, grad_params, result;
-  for (const Tensor& grad : problem.grads()) grad_grads.push_back(like_where(wanted[0], grad));
-  for (const Tensor& param : problem.params()) grad_params.push_back(like_where(wanted[1], param));
-  Tensor grad_first = like_where(wanted[2], problem.state());
+  for (const Tensor& grad : problem.grads()) grad_grads.push_back(like_where(wants_grads, grad));
+  for (const Tensor& param : problem.params()) grad_params.push_back(like_where(wants_params, param));
+  Tensor grad_first = like_where(wants_state, problem.state());
+  const bool wants_sums = wants_weights || wants_losses;
 
   const Tensor sums = with_scalar(like, [&]<typename T>() {
     std::vector<LstmUnrollBackward<T>> launches;
@@ -124,24 +130,24 @@ std::vector<Tensor> lstm_unroll_backward_op(at::TensorList grad_out, const Optio
         const auto data = [&](bool wants, const std::vector<Tensor>& list) {
           return wants && !list.empty() ? list[tensor].template mutable_data_ptr<T>() : nullptr;
         };
-        p.list[i] = {dense_out[tensor].template const_data_ptr<T>(), data(wanted[1], grad_params),
-                     data(wanted[0], grad_grads)};
+        p.list[i] = {dense_out[tensor].template const_data_ptr<T>(), data(wants_params, grad_params),
+                     data(wants_grads, grad_grads)};
       }
       if (grad_state) p.grad_new_state = static_cast<const T*>(Problem::at(dense_state, block));
-      if (wanted[2]) p.grad_state = static_cast<T*>(Problem::at(grad_first, block));
+      if (wants_state) p.grad_state = static_cast<T*>(Problem::at(grad_first, block));
       first_row.push_back(first_row.back() + rows_of_sums(p, like, workspaces.emplace_back()));
       launches.push_back(p);
     });
-    int64_t columns = 0;
+    int64_t columns = problem.losses() ? problem.losses()->numel() : 0;
     for (const Tensor& weight : problem.weights()) columns += weight.numel();
-    columns *= wanted[3];
+    columns *= wants_sums;
     const Tensor rows = empty({first_row.back(), columns}, like.options());
     const Tensor total = empty({columns}, like.options());
     for (size_t i = 0; i < launches.size(); ++i) {
-      if (wanted[3]) launches[i].sums = rows.mutable_data_ptr<T>() + first_row[i] * columns;
+      if (wants_sums) launches[i].sums = rows.mutable_data_ptr<T>() + first_row[i] * columns;
       run_kernel(launches[i], like);
     }
-    if (wanted[3]) {
+    if (wants_sums) {
       run_kernel(SumPartials<T>{rows.mutable_data_ptr<T>(), total.mutable_data_ptr<T>(), 1, first_row.back(),
                                 columns},
                  like);
@@ -151,14 +157,18 @@ std::vector<Tensor> lstm_unroll_backward_op(at::TensorList grad_out, const Optio
 
   result = std::move(grad_grads);
   result.insert(result.end(), grad_params.begin(), grad_params.end());
-  result.push_back(to_dtype(grad_first, state.scalar_type()));
   int64_t column = 0;
-  for (const Tensor& weight : problem.weights()) {
-    // Copies: results of an op may not share memory.
-    result.push_back(wanted[3] ? sums.narrow(0, column, weight.numel()).view(weight.sizes()).clone()
-                               : at::empty({0}, like.options()));
-    column += weight.numel();
-  }
+  const auto next_sums = [&](bool wants, const Tensor& tensor) {
+    // A copy: results of an op may not share memory.
+    const int64_t first = std::exchange(column, column + tensor.numel());
+    return wants ? sums.narrow(0, first, tensor.numel()).view(tensor.sizes()).clone()
+                 : at::empty({0}, like.options());
+  };
+  std::vector<Tensor> of_weights;
+  for (const Tensor& weight : problem.weights()) of_weights.push_back(next_sums(wants_weights, weight));
+  if (problem.losses()) result.push_back(next_sums(wants_losses, *problem.losses()));
+  result.push_back(to_dtype(grad_first, state.scalar_type()));
+  result.insert(result.end(), of_weights.begin(), of_weights.end());
   return result;
 }
 

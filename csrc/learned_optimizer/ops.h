@@ -16,15 +16,18 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 std::tuple<std::vector<Tensor>, Tensor> lstm_unroll(at::TensorList grads, at::TensorList params,
-                                                    const Tensor& state, at::TensorList weights,
-                                                    std::string_view head, std::string_view preprocess,
-                                                    double p, double scale, bool unrolled);
+                                                    const OptionalTensor& losses, const Tensor& state,
+                                                    at::TensorList weights, std::string_view head,
+                                                    std::string_view preprocess, double p, double scale,
+                                                    bool unrolled);
 std::vector<Tensor> lstm_unroll_backward(at::TensorList grad_out, const OptionalTensor& grad_state,
-                                         at::TensorList grads, at::TensorList params, const Tensor& state,
+                                         at::TensorList grads, at::TensorList params,
+                                         const OptionalTensor& losses, const Tensor& state,
                                          at::TensorList weights, std::string_view head,
                                          std::string_view preprocess, double p, double scale, bool unrolled,
-                                         std::array<bool, 4> wanted);
-void lstm_step_(at::TensorList params, at::TensorList grads, const Tensor& state, at::TensorList weights,
-                std::string_view head, std::string_view preprocess, double p, double scale);
+                                         std::array<bool, 5> wanted);
+void lstm_step_(at::TensorList params, at::TensorList grads, const OptionalTensor& loss, const Tensor& state,
+                at::TensorList weights, std::string_view head, std::string_view preprocess, double p,
+                double scale);
 
 }  // namespace metafast

@@ -26,7 +26,7 @@ template <typename T>
 struct LstmLayer {
   const T* weight_ih;  // [4H, I], I = H or, of the first layer, the number of inputs
   const T* weight_hh;  // [4H, H]
-  const T* bias;       // [4H]; of the first layer [K, 4H] if bias_per_step
+  const T* bias;       // [4H]
 };
 
 template <typename T>
@@ -35,15 +35,20 @@ struct Lstm {
   int64_t hidden;  // H
   LstmLayer<T> layer[kMaxLstmLayers];
   // update: [1, H], [1]. gates: [2, H + 2] (without layers [2, I + 2]), rows i and f, the last two columns of
-  // theta and of the gate in the step before; and [2], or [K, 2] without layers if bias_per_step.
+  // theta and of the gate in the step before; and [2].
   const T *head_weight, *head_bias;
   Head head;
   Preprocess preprocess;
   T p, scale;
-  bool bias_per_step;  // of what comes first: the first layer or, without layers, the head
+  bool has_losses;  // a loss's log-sign inputs follow those of the gradient, alike for all coordinates
+  const T* losses;  // [K]
 
-  METAFAST_HD int64_t inputs() const { return preprocess == Preprocess::log_sign ? 2 : 1; }
+  METAFAST_HD int64_t own_inputs() const { return preprocess == Preprocess::log_sign ? 2 : 1; }
+  METAFAST_HD int64_t inputs() const { return own_inputs() + (has_losses ? 2 : 0); }
   METAFAST_HD int64_t layer_inputs(int l) const { return l == 0 ? inputs() : hidden; }
+  // Of these, those that differ from coordinate to coordinate; l = layers is the head.
+  METAFAST_HD int64_t own_layer_inputs(int l) const { return l == 0 ? own_inputs() : hidden; }
+  METAFAST_HD bool sees_losses(int l) const { return l == 0 && has_losses; }
   METAFAST_HD int64_t top() const { return layers == 0 ? inputs() : hidden; }  // the head's inputs
   METAFAST_HD int64_t head_rows() const { return head == Head::gates ? 2 : 1; }
   METAFAST_HD int64_t head_columns() const { return top() + (head == Head::gates ? 2 : 0); }
@@ -55,22 +60,16 @@ struct Lstm {
   METAFAST_HD int64_t state_rows() const { return gate_row() + (head == Head::gates ? 2 : 0); }
 
   // Where the gradient of each weight begins in a row of sums, which has them in the order of `layer`, then
-  // of the head: weight_ih, weight_hh, bias, ..., head_weight, head_bias.
-  METAFAST_HD int64_t bias_size(int64_t size, bool first, int64_t steps) const {
-    return first && bias_per_step ? steps * size : size;
-  }
-  METAFAST_HD int64_t layer_columns(int l, int64_t steps) const {
-    return 4 * hidden * (layer_inputs(l) + hidden) + bias_size(4 * hidden, l == 0, steps);
-  }
-  METAFAST_HD int64_t layer_column(int l, int64_t steps) const {
+  // of the head, then of the losses: weight_ih, weight_hh, bias, ..., head_weight, head_bias, losses.
+  METAFAST_HD int64_t layer_column(int l) const {
     int64_t sum = 0;
-    for (int k = 0; k < l; ++k) sum += layer_columns(k, steps);
+    for (int k = 0; k < l; ++k) sum += 4 * hidden * (layer_inputs(k) + hidden + 1);
     return sum;
   }
-  METAFAST_HD int64_t columns(int64_t steps) const {
-    return layer_column(layers, steps) + head_rows() * head_columns() +
-           bias_size(head_rows(), layers == 0, steps);
+  METAFAST_HD int64_t loss_column() const {
+    return layer_column(layers) + head_rows() * (head_columns() + 1);
   }
+  METAFAST_HD int64_t columns(int64_t steps) const { return loss_column() + (has_losses ? steps : 0); }
   METAFAST_HD int64_t multiply_adds() const {  // of a coordinate and step
     int64_t sum = head_rows() * head_columns();
     for (int l = 0; l < layers; ++l) sum += 4 * hidden * (layer_inputs(l) + hidden);
@@ -132,8 +131,8 @@ struct LstmUnrollBackward {
   Item list[kMaxTensors];
   const T* grad_new_state;  // [blocks, R, kStateBlock] or null: 0; float for a bfloat16 state
   T* grad_state;            // or null, not wanted
-  // The gradient of the weights: each work item leaves its partial sum in a row of its own, so that they are
-  // always added in the same order.
+  // The gradient of the weights and losses: each work item leaves its partial sum in a row of its own, so
+  // that they are always added in the same order.
   T* sums;       // [items, columns], or null, not wanted
   T* workspace;  // scratch memory of the CUDA kernel (cuda::needs below)
 

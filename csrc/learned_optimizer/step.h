@@ -13,7 +13,7 @@ class Stepper {
       : gradient(arena.take(kVecs)),
         update(arena.take(kVecs)),
         weights_(weights),
-        inputs_(arena.take(weights.lstm.inputs() * kVecs)),
+        inputs_(arena.take(weights.lstm.own_inputs() * kVecs)),
         old_h_(arena.take(weights.lstm.hidden * kVecs)),
         new_h_{arena.take(weights.lstm.hidden * kVecs), arena.take(weights.lstm.hidden * kVecs)} {}
 
@@ -66,7 +66,7 @@ struct Slot {
   int64_t theta() const { return lstm.state_rows(); }
   int64_t carried() const { return theta() + 1; }  // rows that go from step to step
   int64_t inputs() const { return carried(); }
-  int64_t gradient() const { return inputs() + lstm.inputs(); }
+  int64_t gradient() const { return inputs() + lstm.own_inputs(); }
   int64_t gates(int l) const { return gradient() + 1 + l * 4 * lstm.hidden; }
   int64_t rows() const { return gates(lstm.layers); }
   int64_t vectors() const { return rows() * kVecs; }

@@ -147,7 +147,7 @@ def _sgd_update(
 
 
 def _lstm_unroll(
-    grads: Sequence[Tensor], params: Sequence[Tensor], state: Tensor, *args: Any
+    grads: Sequence[Tensor], params: Sequence[Tensor], losses: Tensor | None, state: Tensor, *args: Any
 ) -> tuple[list[Tensor], Tensor]:
     return [_gradient(g) for g in grads], _gradient(state)
 
@@ -157,12 +157,13 @@ def _lstm_unroll_backward(
     grad_state: Tensor | None,
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
+    losses: Tensor | None,
     state: Tensor,
     weights: Sequence[Tensor],
     *args: Any,
 ) -> list[Tensor]:
     *_, wanted = args
-    groups = (grads, params, [state], weights)
+    groups = (grads, params, [] if losses is None else [losses], [state], weights)
     return [
         tensor.new_empty(tensor.shape if flag else 0)
         for group, flag in zip(groups, wanted, strict=True)

@@ -1,8 +1,9 @@
 """The second door (doors.py) of the learned optimizers: a vmapped dimension becomes more tensors.
 
 A `_Derivative` knows tensors only, so here the op's lists are spelled out, as grads0, ..., params0, ...,
-state, weights0, .... Each vmapped example has its own tensors in the lists, and its own blocks of state.
-Weights of each example's own, or their gradients, are beyond the kernels: the reference takes these.
+losses (where there are any), state, weights0, .... Each vmapped example has its own tensors in the lists, and
+its own blocks of state. Losses and weights of each example's own, or their gradients, are beyond the kernels:
+the reference takes these.
 """
 
 from __future__ import annotations
@@ -27,23 +28,28 @@ _OPTIONS = ("head", "preprocess", "p", "scale", "unrolled")
 class UnrollChain(Chain):
     """The unroll of lists of so many tensors, and its derivative."""
 
-    lists: tuple[int, int, int] = (0, 0, 0)  # grads, params, weights
+    lists: tuple[int, int, int, int] = (0, 0, 0, 0)  # grads, params, losses, weights
 
     @staticmethod
     def spell(
-        grads: Sequence[Tensor], params: Sequence[Tensor], state: Tensor, weights: Sequence[Tensor]
+        grads: Sequence[Tensor],
+        params: Sequence[Tensor],
+        losses: Tensor | None,
+        state: Tensor,
+        weights: Sequence[Tensor],
     ) -> list[Tensor]:
         """The op's tensors one by one."""
-        return [*grads, *params, state, *weights]
+        return [*grads, *params, *([] if losses is None else [losses]), state, *weights]
 
     def pack(self, args: Sequence[Any]) -> list[Any]:
         """The op's arguments, with its lists."""
-        grads, params, weights = self.lists
-        state = grads + params
+        grads, params, losses, weights = self.lists
+        state = grads + params + losses
         end = state + 1 + weights
         return [
             list(args[:grads]),
-            list(args[grads:state]),
+            list(args[grads : grads + params]),
+            args[grads + params] if losses else None,
             args[state],
             list(args[state + 1 : end]),
             *args[end:],
@@ -61,7 +67,7 @@ class UnrollChain(Chain):
             out, state = op(*self.pack(args))
             return *out, state
         *out, state = args[: self.results]
-        groups = ("grads", "params", "state", "weights")
+        groups = ("grads", "params", "losses", "state", "weights")
         flags = [any(name.startswith(group) for name in wanted) for group in groups]
         return tuple(op(out, state, *self.pack(args[self.results :]), flags))
 
@@ -70,15 +76,15 @@ class UnrollChain(Chain):
     ) -> Folding | None:
         op = self.ops[order]
         dims = dict(zip(op.names, in_dims, strict=True))
-        weights = {name for name in self.ops[0].inputs if name.startswith("weights")}
-        if any(dims[name] is not None for name in weights) or not weights.isdisjoint(wanted):
+        shared = {name for name in self.ops[0].inputs if name.startswith(("losses", "weights"))}
+        if any(dims[name] is not None for name in shared) or not shared.isdisjoint(wanted):
             return None
         of_examples = [
-            arg if dim is None or name in weights else arg.movedim(dim, 0)  # [V, ...]
+            arg if dim is None or name in shared else arg.movedim(dim, 0)  # [V, ...]
             for name, arg, dim in zip(op.names, args, in_dims, strict=True)
         ]
-        grads, params, _ = self.lists
-        chain = unroll_chain(size * grads, size * params, self.lists[2])
+        grads, params, losses, weights = self.lists
+        chain = unroll_chain(size * grads, size * params, losses, weights)
 
         def each(begin: int, count: int) -> list[Tensor]:
             """Tensors [begin, begin + count) of one example after the other."""
@@ -95,24 +101,27 @@ class UnrollChain(Chain):
 
         results = [*each(0, grads), blocks(grads)] if order == 1 else []
         first = self.results if order == 1 else 0
-        state = first + grads + params
+        state = first + grads + params + losses
         folded = [
             *results,
             *each(first, grads),
             *each(first + grads, params),
+            *of_examples[state - losses : state],
             blocks(state),
             *of_examples[state + 1 :],
         ]
 
         def split(found: Results) -> tuple[Results, Dims]:
             """The examples' tensors, stacked again. What was not wanted is of size 0, and one for all."""
-            groups = [("grads", grads), ("params", params), ("state", 1)] if order else [("", grads), ("", 1)]
+            groups = [("grads", grads), ("params", params), ("losses", losses), ("state", 1)]
+            if order == 0:
+                groups = [("out", grads), ("state", 1)]
             tensors: list[Tensor] = []
             places: list[int | None] = []
             begin = 0
-            for n, (name, count) in enumerate(groups):
-                packed = n == len(groups) - 1
-                given = found[begin : begin + (1 if packed else size * count)]
+            for name, count in groups:
+                packed = name == "state"
+                given = found[begin : begin + (count if packed or name == "losses" else size * count)]
                 begin += len(given)
                 if order and not any(one.startswith(name) for one in wanted):
                     tensors += given[:count]
@@ -131,11 +140,12 @@ class UnrollChain(Chain):
 
 
 @functools.lru_cache(maxsize=64)
-def unroll_chain(grads: int, params: int, weights: int) -> UnrollChain:
+def unroll_chain(grads: int, params: int, losses: int, weights: int) -> UnrollChain:
     """lstm_unroll of lists of so many tensors, as a function of tensors: the results, then the new state."""
     tensors = (
         *(f"grads{i}" for i in range(grads)),
         *(f"params{i}" for i in range(params)),
+        *(["losses"] if losses else []),
         "state",
         *(f"weights{i}" for i in range(weights)),
     )
@@ -159,6 +169,6 @@ def unroll_chain(grads: int, params: int, weights: int) -> UnrollChain:
         event_dims={},
         wrap=float32_under_autocast,
         results=len(outputs),
-        lists=(grads, params, weights),
+        lists=(grads, params, losses, weights),
     )
     return chain

@@ -48,9 +48,7 @@ from torch import Tensor
 from metafast._dispatch import doors
 from metafast._dispatch.unroll_chain import unroll_chain
 from metafast.reference import learned_optimizer as reference
-from metafast.reference.inner_loop import float32_under_autocast
-from metafast.reference.learned_optimizer import BLOCK, StateViews, blocks, log_sign
-from metafast.reference.pairwise import outside_autocast
+from metafast.reference.learned_optimizer import BLOCK, StateViews, blocks
 
 
 def lstm_optimizer_step(
@@ -96,7 +94,7 @@ def lstm_optimizer_step(
     """
     if not len(grads):
         return [], state  # no tensor says for which device
-    return _unroll(grads, params, state, weights, "update", preprocess, p, scale, False)
+    return _unroll(grads, params, None, state, weights, "update", preprocess, p, scale, False)
 
 
 def lstm_optimizer_unroll(
@@ -140,7 +138,7 @@ def lstm_optimizer_unroll(
     """
     if not len(grads):
         return [], state
-    return _unroll(grads, params, state, weights, "update", preprocess, p, scale, True)
+    return _unroll(grads, params, None, state, weights, "update", preprocess, p, scale, True)
 
 
 @torch.no_grad()
@@ -175,11 +173,10 @@ def lstm_optimizer_step_(
     """
     if len(params) or len(grads):
         doors.ops.lstm_step_.default(
-            list(params), list(grads), state, list(weights), "update", preprocess, p, scale
+            list(params), list(grads), None, state, list(weights), "update", preprocess, p, scale
         )
 
 
-@float32_under_autocast
 def meta_lstm_step(
     theta: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -221,14 +218,9 @@ def meta_lstm_step(
     """
     if not len(theta) and not len(grads):
         return [], state
-    _check_scalar(loss, theta)
-    unrolled, state = meta_lstm_unroll(
-        theta, [g.unsqueeze(0) for g in grads], loss.unsqueeze(0), state, weights, p=p
-    )
-    return [t.squeeze(0) for t in unrolled], state
+    return _unroll(grads, theta, loss, state, weights, "gates", "log_sign", p, 1.0, False)
 
 
-@float32_under_autocast
 def meta_lstm_unroll(
     theta: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -264,8 +256,7 @@ def meta_lstm_unroll(
     """
     if not len(theta) and not len(grads):
         return [], state
-    folded = _with_losses(theta, losses, weights, p)
-    return _unroll(grads, theta, state, folded, "gates", "log_sign", p, 1.0, True)
+    return _unroll(grads, theta, losses, state, weights, "gates", "log_sign", p, 1.0, True)
 
 
 @torch.no_grad()
@@ -298,13 +289,10 @@ def meta_lstm_step_(
             parameter.copy_(value)
         state.copy_(new_state)
     """
-    if not len(theta) and not len(grads):
-        return
-    _check_scalar(loss, theta)
-    folded = _with_losses(theta, loss.unsqueeze(0), weights, p)
-    first = 2 if len(weights) > 2 else 1
-    folded[first] = folded[first].squeeze(0)
-    doors.ops.lstm_step_.default(list(theta), list(grads), state, folded, "gates", "log_sign", p, 1.0)
+    if len(theta) or len(grads):
+        doors.ops.lstm_step_.default(
+            list(theta), list(grads), loss, state, list(weights), "gates", "log_sign", p, 1.0
+        )
 
 
 def lstm_optimizer_state(
@@ -361,59 +349,10 @@ def _zeros(params: Sequence[Tensor], rows: int, dtype: torch.dtype | None) -> Te
     return torch.zeros(count, rows, BLOCK, dtype=dtype or params[0].dtype, device=params[0].device)
 
 
-def _check_scalar(loss: Tensor, theta: Sequence[Tensor]) -> None:
-    if loss.dim() != 0:
-        raise ValueError(f"loss: expected shape [], got {list(loss.shape)}")
-    _check_like("loss", loss, theta[0] if len(theta) else loss)
-
-
-def _check_like(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{name}: expected the dtype of theta[0], {like.dtype}, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(
-            f"{name}: expected a tensor on the device of theta[0], {like.device}, got one on {tensor.device}"
-        )
-
-
-@outside_autocast
-def _with_losses(
-    theta: Sequence[Tensor], losses: Tensor, weights: Sequence[Tensor], p: float
-) -> list[Tensor]:
-    """A meta-LSTM's weights as the op takes them: a loss is the same for all coordinates, so its inputs are
-    no more than another first bias [K, 4H] (without layers [K, 2]) in each step."""
-    place = 2 if len(weights) > 2 else 1  # of the first bias
-    _check_loss_inputs(theta, losses, weights, place)
-    own, of_losses, *rest = weights[0].split((2, 2) if place == 2 else (2, 2, 2), 1)
-    per_coordinate = torch.cat((own, *rest), 1) if rest else own
-    bias = torch.addmm(weights[place], log_sign(losses, p), of_losses.mT)
-    return [per_coordinate, *weights[1:place], bias, *weights[place + 1 :]]
-
-
-def _check_loss_inputs(
-    theta: Sequence[Tensor], losses: Tensor, weights: Sequence[Tensor], place: int
-) -> None:
-    """What is computed of the losses before the op sees its arguments. `place` is that of the first bias."""
-    layers = place == 2
-    if len(weights) <= place:
-        raise ValueError(f"weights: expected at least W and b of the head, got {len(weights)} tensors")
-    columns = 4 if layers else 6
-    rows = weights[0].shape[0] if layers and weights[0].dim() else 2
-    checks = (
-        ("losses", losses, (losses.numel(),), "[K]"),
-        ("weights[0]", weights[0], (rows, columns), "[4H, 4]" if layers else "[2, 6]"),
-        (f"weights[{place}]", weights[place], (rows,), "[4H]" if layers else "[2]"),
-    )
-    like = theta[0] if len(theta) else losses
-    for name, tensor, shape, meaning in checks:
-        _check_like(name, tensor, like)
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {meaning} = {list(shape)}, got {list(tensor.shape)}")
-
-
 def _unroll(
     grads: Sequence[Tensor],
     params: Sequence[Tensor] | None,
+    losses: Tensor | None,
     state: Tensor,
     weights: Sequence[Tensor],
     head: str,
@@ -422,10 +361,10 @@ def _unroll(
     if params is not None and len(params) != len(grads):
         name = "theta" if head == "gates" else "params"
         raise ValueError(f"{name}: expected {len(grads)} tensors, one for each of grads, got {len(params)}")
-    lists = (list(grads), [] if params is None else list(params), state, list(weights))
+    lists = (list(grads), [] if params is None else list(params), losses, state, list(weights))
 
     def second_door():
-        chain = unroll_chain(len(lists[0]), len(lists[1]), len(lists[3]))
+        chain = unroll_chain(len(lists[0]), len(lists[1]), losses is not None, len(lists[4]))
         return chain, lambda op: chain.split(op(*chain.spell(*lists), head, *options))
 
     return doors.call_listed(

@@ -91,6 +91,7 @@ def _unflat(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 def unroll(
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
+    losses: Tensor | None,
     state: Tensor,
     weights: Sequence[Tensor],
     head: str,
@@ -107,19 +108,19 @@ def unroll(
     sizes = [g.shape[1:].numel() for g in stacked]
     rows = _unpack(state.to(grads[0].dtype), sizes)
     theta = _flat(params, 1)[0] if len(params) else None
-    first = 2 if len(weights) > 2 else 1  # the bias that may be one for each step
     results = []
     for k, g in enumerate(_flat(stacked, steps)):
-        w = list(weights)
-        w[first] = w[first][k] if w[first].dim() == 2 else w[first]
         x = log_sign(g, p) if preprocess == "log_sign" else g.unsqueeze(1)
+        if losses is not None:
+            seen = log_sign(losses[k] if unrolled else losses, p)
+            x = torch.cat((x, seen.expand(g.shape[0], 2)), 1)
         if head == "update":
-            h, rows = _lstm(x, rows, w[:-2])
-            update = scale * F.linear(h, w[-2], w[-1])[:, 0]
+            h, rows = _lstm(x, rows, weights[:-2])
+            update = scale * F.linear(h, weights[-2], weights[-1])[:, 0]
             theta = None if theta is None else theta + update
             results.append(update if theta is None else theta)
         else:
-            theta, rows = _meta_step(theta, g, x, rows, w)
+            theta, rows = _meta_step(theta, g, x, rows, weights)
             results.append(theta)
     found = torch.stack(results) if results else _flat(stacked, steps)
     out = _unflat(found, stacked)
@@ -136,7 +137,7 @@ def lstm_optimizer_unroll(
     p: float = 10.0,
     scale: float = 0.1,
 ) -> tuple[list[Tensor], Tensor]:
-    return unroll(grads, params or [], state, weights, "update", preprocess, p, scale, True)
+    return unroll(grads, params or [], None, state, weights, "update", preprocess, p, scale, True)
 
 
 def lstm_optimizer_step(
@@ -149,7 +150,7 @@ def lstm_optimizer_step(
     p: float = 10.0,
     scale: float = 0.1,
 ) -> tuple[list[Tensor], Tensor]:
-    return unroll(grads, params or [], state, weights, "update", preprocess, p, scale, False)
+    return unroll(grads, params or [], None, state, weights, "update", preprocess, p, scale, False)
 
 
 @torch.no_grad()
@@ -163,7 +164,7 @@ def lstm_optimizer_step_(
     p: float = 10.0,
     scale: float = 0.1,
 ) -> None:
-    new, new_state = unroll(grads, params, state, weights, "update", preprocess, p, scale, False)
+    new, new_state = unroll(grads, params, None, state, weights, "update", preprocess, p, scale, False)
     for param, value in zip(params, new, strict=True):
         param.copy_(value)
     state.copy_(new_state)
@@ -181,7 +182,6 @@ def _meta_step(
     return gates[:, 1] * theta - gates[:, 0] * grad, torch.cat((lstm, gates), 1)
 
 
-@float32_under_autocast
 def meta_lstm_unroll(
     theta: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -191,16 +191,7 @@ def meta_lstm_unroll(
     *,
     p: float = 10.0,
 ) -> tuple[list[Tensor], Tensor]:
-    sizes = [t.numel() for t in theta]
-    rows = _unpack(state.to(theta[0].dtype), sizes)
-    flat = _flat(theta, 1)[0]
-    results = []
-    for g, loss in zip(_flat(grads, losses.shape[0]), losses, strict=True):
-        x = torch.cat((log_sign(g, p), log_sign(loss, p).expand(g.shape[0], 2)), 1)
-        flat, rows = _meta_step(flat, g, x, rows, weights)
-        results.append(flat)
-    found = torch.stack(results) if results else _flat(grads, 0)
-    return _unflat(found, grads), _pack(rows, sizes).to(state.dtype)
+    return unroll(grads, theta, losses, state, weights, "gates", "log_sign", p, 1.0, True)
 
 
 def meta_lstm_step(
@@ -212,10 +203,7 @@ def meta_lstm_step(
     *,
     p: float = 10.0,
 ) -> tuple[list[Tensor], Tensor]:
-    results, state = meta_lstm_unroll(
-        theta, [g.unsqueeze(0) for g in grads], loss.unsqueeze(0), state, weights, p=p
-    )
-    return [r[0] for r in results], state
+    return unroll(grads, theta, loss, state, weights, "gates", "log_sign", p, 1.0, False)
 
 
 @torch.no_grad()

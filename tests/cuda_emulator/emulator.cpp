@@ -115,7 +115,7 @@ class Stacks {
 };
 
 enum class State { ready, at_block_barrier, at_warp_operation, exited };
-enum class WarpOperation { barrier, ballot, shuffle };
+enum class WarpOperation { barrier, ballot, shuffle, collective };
 
 struct Copy {
   void* shared;
@@ -133,7 +133,8 @@ struct Thread {
   WarpOperation operation;
   unsigned mask;
   int source_lane;
-  std::uint64_t value;
+  std::uint64_t value;  // of a collective, where the operands are
+  void (*collective)(void* const* operands);
   std::uint64_t result;
   // copies that have not arrived: the batches, and what will be the next one
   std::deque<std::vector<Copy>> batches;
@@ -143,8 +144,10 @@ struct Thread {
   int warp() const { return number / kWarpSize; }
 };
 
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool same_site(const CallSite& a, const CallSite& b) {
-  return a.line == b.line && std::strcmp(a.file, b.file) == 0 && std::strcmp(a.operation, b.operation) == 0;
+  return a.line == b.line && same_text(a.file, b.file) && same_text(a.operation, b.operation);
 }
 
 void thread_entry();
@@ -193,7 +196,8 @@ class Block {
   }
 
   std::uint64_t warp_operation(const CallSite& site, WarpOperation operation, unsigned mask,
-                               std::uint64_t value, int source_lane) {
+                               std::uint64_t value, int source_lane,
+                               void (*collective)(void* const*) = nullptr) {
     Thread& self = *current_;
     self.state = State::at_warp_operation;
     self.site = site;
@@ -201,6 +205,7 @@ class Block {
     self.mask = mask;
     self.value = value;
     self.source_lane = source_lane;
+    self.collective = collective;
     unsigned& waiting = waiting_lanes_[self.warp()];
     waiting |= 1u << self.lane();
     if (!(mask >> self.lane() & 1)) fail(self, "the mask does not name the calling lane");
@@ -259,6 +264,12 @@ class Block {
       if (lanes[lane].mask != self.mask || !same_site(lanes[lane].site, self.site)) return;
       ballot |= static_cast<unsigned>(lanes[lane].value & 1) << lane;
       released_.push_back(&lanes[lane]);
+    }
+    if (self.operation == WarpOperation::collective) {
+      void* operands[kWarpSize];
+      for (int lane = 0; lane < kWarpSize; ++lane)
+        operands[lane] = reinterpret_cast<void*>(lanes[lane].value);
+      self.collective(operands);
     }
     for (Thread* thread : released_) {
       thread->state = State::ready;
@@ -395,6 +406,11 @@ void wait_for_copies(std::size_t batches_that_may_remain) {
       std::memset(static_cast<char*>(copy.shared) + copy.bytes - copy.zeros, 0, copy.zeros);
     }
   }
+}
+
+void warp_collective(CallSite site, void* operands, void (*function)(void* const* operands)) {
+  current_block->warp_operation(site, WarpOperation::collective, ~0u,
+                                reinterpret_cast<std::uintptr_t>(operands), 0, function);
 }
 
 }  // namespace metafast::emulator

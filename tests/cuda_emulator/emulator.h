@@ -39,6 +39,9 @@ unsigned warp_ballot(CallSite site, unsigned mask, bool predicate);  // bit i: l
 std::uint64_t warp_shuffle(CallSite site, unsigned mask, std::uint64_t value,
                            int source_lane);  // that lane's value
 
+// All 32 lanes come together: `function` runs once, with what each of them has brought.
+void warp_collective(CallSite site, void* operands, void (*function)(void* const* operands));
+
 int current_lane();
 
 // The thread's copies into shared memory, which arrive when it waits for them (cuda_pipeline.h).

@@ -1,0 +1,65 @@
+// Instructions that CUDA C++ has no name for: no other file holds inline PTX. The emulator has a header of
+// this name, tests/cuda_emulator/common/ptx.h, which says the same in plain C++.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace metafast::cuda {
+
+// ---- the special function unit: 2^x and 1 / x, within two units in the last place; denormal is 0 ----
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// threadIdx.x, read anew at every call. What follows from threadIdx.x itself the compiler finds once and keeps in
+// registers through all loops; a kernel that needs those for its numbers begins with this one.
+__device__ __forceinline__ int fresh_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// ---- tensor cores: float32's accuracy from three products of TF32, whose numbers have 11 bits ----
+
+// A number as the nearest of 11 bits and what is left of it: to 2^-22 of it, for tensor cores take no more than
+// 11 bits of that either. Of numbers beyond 3.4e38 the first part may be infinite.
+struct Tf32Pair {
+  float high, low;
+};
+
+__device__ __forceinline__ Tf32Pair split_tf32(float x) {
+  const float high = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+  return {high, x - high};
+}
+
+// sums [16, 8] += a [16, 8] b [8, 8], by a warp. Lane 4 g + t has a at rows g, g + 8, g, g + 8 and columns t,
+// t, t + 4, t + 4; b at rows t, t + 4 of column g; sums at rows g, g, g + 8, g + 8 and columns 2t, 2t + 1,
+// 2t, 2t + 1.
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const Tf32Pair (&a)[4],
+                                             const Tf32Pair (&b)[2]) {
+  const float a_high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+  const float a_low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
+  const float b_high[2] = {b[0].high, b[1].high}, b_low[2] = {b[0].low, b[1].low};
+  multiply_add(sums, a_low, b_high);
+  multiply_add(sums, a_high, b_low);
+  multiply_add(sums, a_high, b_high);
+}
+
+}  // namespace metafast::cuda
