@@ -571,3 +571,80 @@ def test_states_of_parameters_that_stop_keep_no_memory_but_their_own() -> None:
     states = [optimizer.state[param]["lstm"] for param in params]
     held = {state.untyped_storage().data_ptr(): state.untyped_storage().nbytes() for state in states}
     assert sum(held.values()) == sum(state.nbytes for state in states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_capturable_step_reads_its_learning_rate_where_it_is(dtype: torch.dtype) -> None:
+    (plain, plain_steps), (capturable, capturable_steps) = (
+        (
+            model,
+            LSTMOptimizer(model.parameters(), cell(dtype=dtype), lr=lr, capturable=isinstance(lr, Tensor)),
+        )
+        for model, lr in ((network(dtype), 0.3), (network(dtype), torch.tensor(0.3)))
+    )
+    assert capturable_steps.param_groups[0]["capturable"]
+    steps(plain, plain_steps, 2)
+    steps(capturable, capturable_steps, 2)
+    plain_steps.param_groups[0]["lr"] = 0.1
+    capturable_steps.param_groups[0]["lr"].fill_(0.1)
+    steps(plain, plain_steps, 1)
+    steps(capturable, capturable_steps, 1)
+    for one, other in zip(weights(capturable), weights(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_dict_of_before_there_was_capturable() -> None:
+    model = network()
+    optimizer = LSTMOptimizer(model.parameters(), cell(), capturable=True)
+    steps(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["capturable"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["capturable"] is False
+    steps(model, optimizer, 1)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_the_plain_one() -> None:
+    """Replays go on from the states as they are, with the learning rate as it is."""
+    plain, captured = network().cuda(), network().cuda()
+    lr = torch.tensor(0.3, device="cuda")
+    optimizers = [
+        LSTMOptimizer(plain.parameters(), cell().cuda(), lr=0.3),
+        LSTMOptimizer(captured.parameters(), cell().cuda(), lr=lr, capturable=True),
+    ]
+    x, labels = (t.cuda() for t in batch())
+
+    def step(model: nn.Module, optimizer: LSTMOptimizer) -> None:
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(captured, optimizers[1])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(captured, optimizers[1])
+    for learning_rate in (0.3, 0.3, 0.1):
+        lr.fill_(learning_rate)
+        graph.replay()
+    for learning_rate in (0.3, 0.3, 0.3, 0.1):
+        optimizers[0].param_groups[0]["lr"] = learning_rate
+        step(plain, optimizers[0])
+    for one, other in zip(weights(captured), weights(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("capturable", "message"), [(False, "capturable=True"), (True, "before the capture")]
+)
+def test_a_step_that_may_not_be_captured_says_so(capturable: bool, message: str) -> None:
+    param = nn.Parameter(torch.zeros(3, device="cuda"))
+    param.grad = torch.ones_like(param)
+    optimizer = LSTMOptimizer([param], cell().cuda(), capturable=capturable)
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()

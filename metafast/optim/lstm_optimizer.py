@@ -40,10 +40,15 @@ class LSTMOptimizer(Optimizer):
             float32 or float64, dense.
         cell: what proposes the steps; on the parameters' device. ``CoordinatewiseLSTM.from_checkpoint`` has
             that of a run of ``metafast train l2l``.
-        lr: what its steps are multiplied by: 1 is as it was trained. Of each group.
+        lr: what its steps are multiplied by: 1 is as it was trained; a number, or a tensor of one element. Of
+            each group.
         state_dtype: of the state, 8H bytes a coordinate and layer in float32; ``torch.bfloat16`` halves it,
             with arithmetic as before, beside float32 parameters. Default: that of each parameter. Of each
             group.
+        capturable: may :meth:`step` be captured in a CUDA graph? As for `torch.optim.Adam`: the first step,
+            which makes the states, comes before the capture; a replay goes on from the states as they are and
+            with the cell's weights as they are. It has ``lr`` as it was captured, but as it is where that is
+            a tensor on the parameters' device. Of each group.
 
     Attributes:
         state: ``state[p]["lstm"]`` is parameter p's state, [ceil(numel / 64), 2LH, 64], from its first
@@ -52,6 +57,7 @@ class LSTMOptimizer(Optimizer):
 
     Raises:
         TypeError: a parameter or ``state_dtype`` of another dtype; a sparse gradient.
+        RuntimeError: a step is captured that may not be, or before the first one.
         ValueError: ``lr`` is negative; :meth:`load_state_dict` gets what another optimizer saved, or a state
             that does not fit its parameter.
     """
@@ -61,14 +67,15 @@ class LSTMOptimizer(Optimizer):
         params: Iterable[Any],
         cell: CoordinatewiseLSTM,
         *,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         state_dtype: torch.dtype | None = None,
+        capturable: bool = False,
     ) -> None:
         if not isinstance(cell, CoordinatewiseLSTM):
             raise TypeError(f"cell: expected a CoordinatewiseLSTM, got {type(cell).__name__}")
         self.cell = cell
         self._packs: list[tuple[list[Tensor], Tensor]] = []
-        super().__init__(params, {"lr": lr, "state_dtype": state_dtype})
+        super().__init__(params, {"lr": lr, "state_dtype": state_dtype, "capturable": capturable})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "cell": self.cell}
@@ -76,6 +83,8 @@ class LSTMOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._packs = []
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)  # of before there was one
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As :meth:`torch.optim.Optimizer.add_param_group`; the new group may have ``lr`` of its own."""
@@ -99,6 +108,10 @@ class LSTMOptimizer(Optimizer):
         Returns:
             What ``closure`` returned.
         """
+        if _is_capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                "step: a CUDA graph captures it, which takes LSTMOptimizer(..., capturable=True)"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,12 +123,18 @@ class LSTMOptimizer(Optimizer):
                         f"grad: expected a dense gradient, got {param.grad.layout} ({_name(group, index)})"
                     )
             for params in _alike([param for param in group["params"] if param.grad is not None]):
+                weights = [weight.to(params[0].dtype) for weight in self.cell.weights]
+                lr, options = group["lr"], self.cell.options
+                if group["capturable"] and isinstance(lr, Tensor):  # read where it is: the step is linear in
+                    weights[-2:] = [weight * lr for weight in weights[-2:]]  # the last layer's weights
+                else:
+                    options["scale"] *= float(lr)
                 lstm_optimizer_step_(
                     params,
                     [param.grad for param in params],
                     self._pack(params, group["state_dtype"]),
-                    [weight.to(params[0].dtype) for weight in self.cell.weights],
-                    **{**self.cell.options, "scale": float(group["lr"]) * self.cell.scale},
+                    weights,
+                    **options,
                 )
         return loss
 
@@ -169,6 +188,11 @@ class LSTMOptimizer(Optimizer):
         for parts, packed in self._packs:
             if len(parts) == len(states) and all(map(operator.is_, parts, states)):
                 return packed
+        if _is_capturing():
+            raise RuntimeError(
+                "step: expected one before the capture, with gradients of the same parameters, which makes "
+                "their states: a graph that makes them begins anew at every replay"
+            )
         new = [
             self.cell.initial_state([param], dtype) if state is None else state
             for param, state in zip(params, states, strict=True)
@@ -188,6 +212,10 @@ class LSTMOptimizer(Optimizer):
                 owners[id(part)][_STATE] = part.clone()
         self._packs = [*kept, (parts, packed)]
         return packed
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _alike(params: list[Tensor]) -> list[list[Tensor]]:
