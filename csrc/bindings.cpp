@@ -155,6 +155,13 @@ PYBIND11_MODULE(_C, m) {
         return lstm_unroll(grads, params, losses, state, weights, head, preprocess, p, scale, unrolled);
       },
       release);
+  m.def(
+      "lstm_step_",
+      [](const Tensors& params, const Tensors& grads, const OptionalTensor& loss, const Tensor& state,
+         const Tensors& weights, std::string_view head, std::string_view preprocess, double p, double scale) {
+        lstm_step_(params, grads, loss, state, weights, head, preprocess, p, scale);
+      },
+      release);
 }
 
 }  // namespace metafast

@@ -125,6 +125,7 @@ def sgd_update(
 def lstm_unroll(
     grads: list[Tensor],
     params: list[Tensor],
+    losses: Tensor | None,
     state: Tensor,
     weights: list[Tensor],
     head: str,
@@ -135,3 +136,17 @@ def lstm_unroll(
     /,
 ) -> tuple[list[Tensor], Tensor]:
     """`torch.ops.metafast.lstm_unroll`, typed."""
+
+def lstm_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    loss: Tensor | None,
+    state: Tensor,
+    weights: list[Tensor],
+    head: str,
+    preprocess: str,
+    p: float,
+    scale: float,
+    /,
+) -> None:
+    """`torch.ops.metafast.lstm_step_`, typed."""

@@ -67,6 +67,7 @@ def _typed(ops: Any) -> SimpleNamespace:
         "maml_loss_backward",
         "sgd_update",
         "lstm_unroll",
+        "lstm_step_",
     )
     return SimpleNamespace(**{name: entry(name) for name in names})
 

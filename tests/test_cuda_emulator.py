@@ -96,6 +96,14 @@ def test_shuffles_and_ballots(correct: ctypes.CDLL, seed: int) -> None:
     np.testing.assert_array_equal(positive, (x > 0).sum(axis=1))
 
 
+def test_tensor_cores_reach_the_accuracy_of_float32(correct: ctypes.CDLL) -> None:
+    generator = np.random.default_rng(0)
+    a, b, out = (generator.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    expected = out + a.astype(np.float64) @ b
+    correct.run_tensor_core_product(pointer(a), pointer(b), pointer(out))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
+
+
 def test_block_votes(correct: ctypes.CDLL) -> None:
     x = np.zeros((3, 128), np.int32)
     x[1, 5] = 1

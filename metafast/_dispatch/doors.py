@@ -181,6 +181,14 @@ def call_reference(name: str, reference: Callable[[], Result]) -> Result:
     return reference()
 
 
+def call_in_place(name: str, *args: Any) -> None:
+    """An op that changes its arguments and has no derivative, so no other door."""
+    if is_eager():
+        getattr(typed, name)(*args)
+    else:
+        getattr(ops, name).default(*args)
+
+
 def call_composed(name: str, *args: Any) -> Tensor:
     """The result of an op that is made of torch's own."""
     _record(name, "op")

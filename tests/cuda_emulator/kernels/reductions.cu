@@ -1,5 +1,6 @@
 // Correct kernels: a schedule must not change what they compute.
 #include "common/cuda.h"
+#include "common/ptx.h"
 
 namespace {
 
@@ -34,6 +35,25 @@ __global__ void __launch_bounds__(kThreads) row_sum(SumParams p) {
   }
   const float total = metafast::cuda::block_sum(sum, shared.warps);
   if (thread == 0) p.out[blockIdx.x] = total;
+}
+
+struct ProductParams {
+  const float *a, *b;  // [16, 8], [8, 8]
+  float* out;          // [16, 8], to which their product is added
+};
+
+__global__ void __launch_bounds__(metafast::cuda::kWarpSize) tensor_core_product(ProductParams p) {
+  using metafast::cuda::split_tf32;
+  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+  metafast::cuda::Tf32Pair a[4], b[2];
+  float sums[4];
+  for (int i = 0; i < 4; ++i) {
+    a[i] = split_tf32(p.a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
+    sums[i] = p.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  }
+  for (int i = 0; i < 2; ++i) b[i] = split_tf32(p.b[(t + i * 4) * 8 + g]);
+  metafast::cuda::multiply_add(sums, a, b);
+  for (int i = 0; i < 4; ++i) p.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 
 struct ScanParams {
@@ -180,6 +200,11 @@ void run_grid_sum(const float* x, float* partial, unsigned long long* counter, f
 void run_warp_scan(const double* x, double* out, int* positive, int n) {
   launch_kernel({"warp_scan", static_cast<unsigned>(n / kThreads), kThreads, 0, nullptr}, warp_scan,
                 ScanParams{x, out, positive});
+}
+
+void run_tensor_core_product(const float* a, const float* b, float* out) {
+  launch_kernel({"tensor_core_product", 1, metafast::cuda::kWarpSize, 0, nullptr}, tensor_core_product,
+                ProductParams{a, b, out});
 }
 
 void run_block_vote(const int* x, int* out, int blocks) {
