@@ -119,6 +119,23 @@ def test_a_budget_gives_the_first_most_and_the_last_the_rest(monkeypatch: pytest
     assert Budget(None, 1).share().left() == float("inf")
 
 
+def test_methods_run_by_the_reference_in_the_place_of_the_operations() -> None:
+    pytest.importorskip("pydantic", reason="runs need metafast[cli]")
+    pytest.importorskip("rich", reason="runs need metafast[cli]")
+    pytest.importorskip("safetensors", reason="runs need metafast[cli]")
+    from bench.methods import gradient, in_reference
+    from metafast.data import GaussianSampler
+    from metafast.methods import ProtoNet, protonet
+
+    method = ProtoNet(torch.nn.Linear(8, 3))
+    episodes = GaussianSampler(ways=3, shots=2, queries=2, tasks=2, features=8).batch(0)
+    fused, operation, used = gradient(method, episodes), protonet.prototypical_loss, []
+    with in_reference(used.append):
+        torch.testing.assert_close(gradient(method, episodes), fused)
+    assert used == ["prototypical_loss"]
+    assert protonet.prototypical_loss is operation
+
+
 def test_every_folder_is_a_family_with_cases_for_both_devices() -> None:
     folders = {path.parent.name for path in Path(bench.__file__).parent.glob("*/__main__.py")}
     assert folders | {"overhead"} == set(bench.FAMILIES)
