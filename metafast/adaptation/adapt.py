@@ -102,7 +102,8 @@ def adapt(
 
     ``"fused"``
         `metafast.inner_sgd`, for a linear chain of `torch.nn.Linear` with ReLU, Tanh or nothing between (1 to
-        8 layers, with biases), behind what does not adapt. No graph; differentiable once.
+        8 layers, with biases), behind what does not adapt; or a module whose forward runs such a chain, and
+        whose code refers to nothing else. No graph; differentiable once.
     ``"torch.func"``
         All tasks at once, by `vmap` over `grad`, for modules that these take: no branch on a value, no
         write in place into what is not the task's. The backward holds the graph of all steps. Differentiable
