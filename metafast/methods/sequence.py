@@ -60,6 +60,12 @@ class RecurrentLearner(SequenceLearner):
     def run(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """inputs [B, L, D + N] and a state, each [B, ...], -> outputs [B, L, N] and the state after."""
 
+    def embed(self, examples: Tensor) -> Tensor:
+        """[T, B, ...] -> [T, B, D], of one size whatever the backbone learns: before the network has learned to
+        read them, embeddings are noise to it, and training would make them vanish for good."""
+        embedded = super().embed(examples)
+        return F.layer_norm(embedded, embedded.shape[-1:])
+
     def sequence(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """All examples of each task in random order, and their labels: [T, L, ...], [T, L]."""
         examples = torch.cat([episodes.support, episodes.query], 1)
@@ -86,9 +92,8 @@ class RecurrentLearner(SequenceLearner):
         """
         examples, labels = self.sequence(episodes)
         right = self.outputs(examples, labels).argmax(-1) == labels
-        seen = (
-            self.one_hot(labels, examples).cumsum(1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        )  # 1, 2, ...
+        counts = self.one_hot(labels, examples).cumsum(1)  # of each class, up to each step
+        seen = counts.gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # 1, 2, ...
         instances = [(seen == m) for m in range(1, labels.shape[1] // self.ways + 1)]
         return torch.stack([(right & at).sum(1) / at.sum(1) for at in instances], 1)
 
