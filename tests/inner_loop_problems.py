@@ -132,7 +132,8 @@ CASES = [
     Case(steps=0, reduction="none"),
     Case(tasks=20, steps=0),
     Case(tasks=13, widths=(3, 300, 300, 2), steps=2),  # too large for many tasks at once
-    # For a GPU's blocks of 256 threads, for its global memory, and more tasks than it takes at once.
+    # For a GPU's blocks of 64 and of 256 threads, its global memory, and more tasks than it takes at once.
+    Case(widths=(2, 24, 1), support=3, steps=2, momentum=0.5, lr="element"),
     Case(widths=(2, 60, 60, 1), support=3, steps=2, momentum=0.5, lr="step and layer"),
     Case(tasks=2, widths=(30, 150, 150, 70), support=18, steps=2, loss="cross_entropy", lr="element"),
     Case(tasks=4300, widths=(1, 2, 1), support=2, query=1, steps=1, lr="element"),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/kernel.h"
+#include "common/math.h"
 
 namespace metafast {
 
@@ -18,8 +19,40 @@ struct SumPartials {
   int64_t blocks() const { return (inner + kBlock - 1) / kBlock; }
   int64_t items() const { return outer * blocks(); }
   int64_t item_cost() const { return chunks * (inner < kBlock ? inner : kBlock); }
+
+  METAFAST_HD T* result(int64_t index) const { return out + index; }
+};
+
+// The same for one outer element, whose inner ones are several results, one behind the other: each goes to
+// memory of its own, in the one launch.
+template <typename T>
+struct SumColumns {
+  static constexpr int kMaxParts = 40;
+  struct Part {
+    T* out;
+    int64_t begin, end;  // columns
+  };
+
+  const T* partial;  // [chunks, inner]
+  int64_t chunks, inner;
+  Part parts[kMaxParts];
+  int count;
+  static constexpr int64_t outer = 1;
+
+  // On the CPU a work item is a part.
+  int64_t items() const { return count; }
+  int64_t item_cost() const { return chunks * inner / (count > 0 ? count : 1); }
+
+  // Null: nobody asked for this column.
+  METAFAST_HD T* result(int64_t index) const {
+    for (int i = 0; i < count; ++i) {
+      if (index >= parts[i].begin && index < parts[i].end) return parts[i].out + (index - parts[i].begin);
+    }
+    return nullptr;
+  }
 };
 
 METAFAST_DECLARE_KERNEL(SumPartials)
+METAFAST_DECLARE_KERNEL(SumColumns)
 
 }  // namespace metafast

@@ -74,7 +74,7 @@ class Adaptation {
         buffers_(
             arena.take_if(keeps_buffers_ || p.sgd.momentum != 0, (keeps_buffers_ ? slots() : 1) * vectors_)),
         v_(arena.take_if(p.backward, vectors_)),
-        m_(arena.take_if(reverses_ && !m_is_v_scaled(p), vectors_)),
+        m_(arena.take_if(reverses_ && !p.m_is_v_scaled(), vectors_)),
         elements_(arena.take_if(p.sgd.rates == nullptr, vectors_)),
         grad_shared_(arena.take_if(p.sums.params >= 0 && p.tasks_per_item() > Layout::kTasks, vectors_)),
         grad_elements_(arena.take_if(p.lr_gradient() && p.sgd.rates == nullptr, vectors_)),
@@ -89,12 +89,6 @@ class Adaptation {
     if (elements_ == nullptr) return;
     clear(elements_, vectors_);
     parameters_.load_elements(p.sgd.elements, elements_);
-  }
-
-  // Whether M = -lr v with one number lr; the products with it that go to the examples need M itself.
-  static bool m_is_v_scaled(const InnerLoop<T>& p) {
-    return p.sgd.momentum == 0 && p.sgd.rates != nullptr && p.sgd.layer_stride == 0 &&
-           p.support.grad_x == nullptr && p.support.grad_y == nullptr;
   }
 
   // ---- what is kept of the trajectory ----

@@ -1,5 +1,4 @@
 // CUDA kernels of the inner loop family and their launchers.
-#include <algorithm>
 #include <cstdint>
 
 #include "inner_loop/cuda_adaptation.h"
@@ -7,17 +6,12 @@
 namespace metafast::cuda {
 namespace {
 
-// Blocks that a multiprocessor is to hold at once: a quarter of its 65,536 registers serves three of these
-// warps, or two of double.
-template <class Team, typename T>
-constexpr int kBlocks = std::max<int>(1, 4 * kWarpSize * (sizeof(T) == 4 ? 3 : 2) / Team::kBlockThreads);
-
 // ---- inner loop: a team of threads to a task, tasks dealt out in turn ----
 
 template <class Team, class Products, typename T>
-__global__ void __launch_bounds__(Team::kBlockThreads, kBlocks<Team, T>)
+__global__ void __launch_bounds__(Team::kBlockThreads, kBusyThreads / Team::kBlockThreads)
     adapt(const __grid_constant__ Plan<T> plan) {
-  const int64_t item = block_index() * Team::kTeams + Team::index();
+  const int64_t item = block_index() * plan.teams + Team::index();
   if (item >= plan.items) return;  // a whole team
   const Adaptation<Team, Products, T> adaptation(
       plan, item, &shared_memory<unsigned char>() + Team::index() * plan.team_bytes);
@@ -27,8 +21,9 @@ __global__ void __launch_bounds__(Team::kBlockThreads, kBlocks<Team, T>)
 
 template <class Team, class Products, typename T>
 void launch_adapt(const Plan<T>& plan, Stream stream) {
-  const auto bytes = static_cast<std::size_t>(plan.team_bytes * Team::kTeams);
-  launch_kernel({"inner_loop", grid_of(div_up(plan.items, Team::kTeams)), Team::kBlockThreads, bytes, stream},
+  const auto bytes = static_cast<std::size_t>(plan.team_bytes * plan.teams);
+  const auto threads = static_cast<unsigned>(Team::kThreads * plan.teams);
+  launch_kernel({"inner_loop", grid_of(div_up<int64_t>(plan.items, plan.teams)), threads, bytes, stream},
                 adapt<Team, Products, T>, plan);
 }
 

@@ -19,7 +19,7 @@ class Adaptation {
         at_(plan.at),
         wants_adapted_(plan.wants_adapted),
         steps_memory_(plan.workspace == 0 ? nullptr : plan.p.workspace + item * plan.workspace),
-        row_(plan.p.sums.rows == nullptr ? nullptr : plan.p.sums.rows + item * plan.p.sums.columns),
+        item_(static_cast<int>(item)),
         scratch_(reinterpret_cast<T*>(shared)),
         network_{plan.p.mlp, plan.at, nullptr, nullptr} {
     T* const behind = scratch_ + padded<T>(Team::kWarps);
@@ -28,7 +28,8 @@ class Adaptation {
     network_.stage = kResident ? nullptr : behind;
   }
 
-  // Before the first task: zeros in what pads matrices, the constant feature in activations.
+  // Before the first task: zeros in what pads matrices, the constant feature in activations, and where all
+  // tasks start from the same parameters and return to them, these.
   __device__ __forceinline__ void start() const {
     Team::for_each(at_.home, [&](int64_t i) { home_[i] = 0; });
     if constexpr (!kResident) {  // parameters of all steps are operands
@@ -37,24 +38,26 @@ class Adaptation {
         Team::for_each(size, [&](int64_t i) { steps_memory_[at_.slots + i] = 0; });
       }
     }
-    if (row_ != nullptr) Team::for_each(p_.sums.columns, [&](int64_t i) { row_[i] = 0; });
+    if (p_.sums.rows != nullptr) Team::for_each(p_.sums.columns, [&](int64_t i) { row()[i] = 0; });
     Team::sync();
+    if (start_stays()) load_set(p_.mlp.params, 0, slot(0));
+    if (at_.rates >= 0) load_set(p_.sgd.elements, 0, steps_memory_ + at_.rates);
     for (int l = 1; l < p_.mlp.layers; ++l) {
       Team::for_each(at_.samples,
                      [&](int64_t s) { home_[at_.out[l] + s * at_.pitch[l] + at_.width[l]] = 1; });
     }
+    Team::sync();
   }
 
   __device__ __forceinline__ void run(int64_t task) const {
-    const Batch<T> support = load_examples(p_.support, p_.dual.support, 0, task, at_.support_x);
-    const Batch<T> query =
-        load_examples(p_.query, p_.dual.query, static_cast<int>(p_.support.count), task, at_.query_x);
-    for_each_parameter([&](int l, int o, int c, int64_t i) {
-      theta(0)[i] = network_.is_dual(l) ? T(0) : *element(p_.mlp.params, l, p_.mlp.shared ? 0 : task, o, c);
-      if (!p_.backward) return;
-      const T* const given = element(p_.grad_adapted, l, task, o, c);
-      home_[at_.v + i] = given != nullptr ? *given : T(0);
-    });
+    const Batch<T> support = load_examples(task, false), query = load_examples(task, true);
+    if (network_.is_dual(0)) load_products(task);
+    if (!start_stays()) {
+      load_set(p_.mlp.params, p_.mlp.shared ? 0 : task, theta(0));
+    } else if (kResident) {
+      return_to(0);
+    }
+    if (p_.backward) load_v(task);
     Team::sync();
 
     const T task_weight =
@@ -66,19 +69,22 @@ class Adaptation {
     const bool returns = p_.keeps_trajectory();
     const bool adapts = returns || p_.has_query() || wants_adapted_;
     const int steps = adapts ? at_.step_count : 0, last = returns ? 2 * steps : steps;
-    Batch<T> constant_support = support;  // of the way there: its gradients are those of the way back
-    constant_support.has_grads = false;
     T loss = 0;
     for (int i = 0; i <= last; ++i) {
       const int k = i <= steps ? i : 2 * steps - i;
       if (i == steps && wants_adapted_) store_adapted(task);
-      if (!returns || i >= steps) loss += query_pass(query, k, task_weight);
-      if (i == last) break;
-      if (i < steps) {
-        pass(constant_support, k, T(1), true, /*updates=*/true);
-      } else {
-        step_back(support, k - 1);
+#pragma unroll 1
+      for (int of_query = !returns || i >= steps; of_query >= 0; --of_query) {
+        if (of_query ? !query_counts(k) : i >= steps) continue;
+        const T weight = of_query ? query_weight(k) : T(1);
+        Batch<T> batch = support;
+        batch.of_query = batch.has_grads = of_query;  // those of the support are of the way back
+        batch.share = of_query ? query.share : support.share;
+        const T part = pass(batch, k, of_query ? weight * task_weight : weight,
+                            of_query ? p_.backward && weight != T(0) : true, /*updates=*/!of_query);
+        if (of_query) loss += weigh_query_loss(part, query.empty, k, weight, task_weight);
       }
+      if (i >= steps && i < last) step_back(support, k - 1);
     }
     finish(task, Team::sum(loss, scratch_), task_weight);
   }
@@ -88,10 +94,13 @@ class Adaptation {
   const Layout<T>& at_;
   const bool wants_adapted_;
   T* steps_memory_;  // in the workspace
-  T* row_;           // of sums
+  int item_;         // among all teams
   T* scratch_;       // [Team::kWarps]
   T* home_;
   Network<Team, Products, T> network_;
+
+  // Of sums; found anew wherever it is used, since registers are few.
+  __device__ __forceinline__ T* row() const { return p_.sums.rows + item_ * p_.sums.columns; }
 
   // ---- parameters ----
 
@@ -99,7 +108,7 @@ class Adaptation {
     return steps_memory_ + at_.slots + k * at_.weights[p_.mlp.layers];
   }
   __device__ __forceinline__ T* theta(int64_t k) const {
-    return at_.theta >= 0 ? home_ + at_.theta : slot(k);
+    return kResident || at_.theta >= 0 ? home_ + at_.theta : slot(k);
   }
   // m_k, k >= 1
   __device__ __forceinline__ T* buffer(int64_t k) const {
@@ -131,55 +140,113 @@ class Adaptation {
     }
   }
 
-  // lr of a layer in a step.
+  // lr of a layer in a step, at element i of a set of parameters and those behind it.
   struct Rate {
-    const Adaptation& owner;
-    int l;
+    const T* elements;  // a set, or null
     T value;
-    __device__ __forceinline__ T of(int o, int c) const {
-      const Sgd<T>& sgd = owner.p_.sgd;
-      return sgd.rates == nullptr ? *owner.element(sgd.elements, l, 0, o, c) : value;
+    template <int kLength>
+    __device__ __forceinline__ Vector<T, kLength> of(int64_t i) const {
+      if (elements != nullptr) return load_row<kLength>(elements + i);
+      Vector<T, kLength> same;
+#pragma unroll
+      for (int e = 0; e < kLength; ++e) same.values[e] = value;
+      return same;
     }
   };
   __device__ __forceinline__ Rate rate(int64_t k, int l) const {
     const Sgd<T>& sgd = p_.sgd;
-    return {*this, l, sgd.rates == nullptr ? T(0) : sgd.rates[k * sgd.step_stride + l * sgd.layer_stride]};
+    if (at_.rates >= 0) return {steps_memory_ + at_.rates, T(0)};
+    return {nullptr, sgd.rates[k * sgd.step_stride + l * sgd.layer_stride]};
+  }
+
+  // ---- the start, and what a step has kept ----
+
+  // Whether slot(0) holds what all tasks start from.
+  __device__ __forceinline__ bool start_stays() const { return p_.mlp.shared && at_.slots >= 0; }
+
+  // A set from arrays of the shapes of parameters, and zeros in the padding of its rows, and for a layer in
+  // dual form.
+  __device__ __forceinline__ void load_set(const T* const* arrays, int64_t task, T* to) const {
+    for (int l = 0; l < p_.mlp.layers; ++l) {
+      const int columns = at_.columns[l], rows = at_.width[l + 1];
+      Team::copy_each(
+          rows, static_cast<int>(padded<T>(columns)),
+          [&](int o, int c) {
+            const bool zero = network_.is_dual(l) || c >= columns;
+            return zero ? T(0) : *element(arrays, l, task, o, c);
+          },
+          [&](int o, int c, T value) { to[at_.weights[l] + o * at_.pitch[l] + c] = value; });
+    }
+  }
+
+  // theta = theta_k.
+  __device__ __forceinline__ void return_to(int k) const {
+    constexpr int kLength = kVectorLength<T>;
+    const T* const from = slot(k);
+    T* const theta = home_ + at_.theta;
+    for (int l = 0; l < p_.mlp.layers; ++l) {
+      if (network_.is_dual(l)) {  // of queries it stays 0
+        Team::for_each(at_.width[l + 1], static_cast<int>(p_.support.count), [&](int o, int c) {
+          const int64_t i = at_.weights[l] + o * at_.pitch[l] + c;
+          theta[i] = from[i];
+        });
+        continue;
+      }
+      Team::copy_each(
+          at_.width[l + 1], div_up(at_.columns[l], kLength),
+          [&](int o, int c) {
+            return load_vector<kLength>(from + (at_.weights[l] + o * at_.pitch[l] + c * kLength));
+          },
+          [&](int o, int c, const Vector<T, kLength>& vector) {
+            store_vector(theta + (at_.weights[l] + o * at_.pitch[l] + c * kLength), vector);
+          });
+    }
+  }
+
+  // What the gradient begins with: that of theta_K.
+  __device__ __forceinline__ void load_v(int64_t task) const {
+    bool given = false;
+    for (int i = 0; i < 2 * p_.mlp.layers; ++i) given |= p_.grad_adapted[i] != nullptr;
+    if (!given) {
+      constexpr int kLength = kVectorLength<T>;
+      Team::for_each(at_.weights[p_.mlp.layers] / kLength,
+                     [&](int64_t i) { store_vector(home_ + at_.v + i * kLength, Vector<T, kLength>{}); });
+      return;
+    }
+    for_each_parameter([&](int l, int o, int c, int64_t i) {
+      const T* const grad = element(p_.grad_adapted, l, task, o, c);
+      home_[at_.v + i] = grad != nullptr ? *grad : T(0);
+    });
   }
 
   // ---- examples ----
 
-  // `first` of the task's examples: the query's come behind the support's.
-  __device__ __forceinline__ Batch<T> load_examples(const Examples<T>& from, const T* start,
-                                                    int first_example, int64_t task, int64_t at) const {
-    const int count = static_cast<int>(from.count), features = at_.width[0],
-              outputs = at_.width[p_.mlp.layers];
-    Batch<T> batch{
-        from, task * from.count, at < 0 ? nullptr : home_ + at, start, first_example, T(0), count == 0, true};
-    if (at < 0) return batch;  // no query
-    if (network_.is_dual(0)) {
-      for (int other = 0; other < 2; ++other) {  // products with the support and with the query
-        const Examples<T>& with = other == 0 ? p_.support : p_.query;
-        load_products(from.x + batch.row * features, count, with.x + task * with.count * features,
-                      static_cast<int>(with.count), home_ + at + (other == 0 ? 0 : p_.support.count));
-      }
-    } else {
+  __device__ __forceinline__ Batch<T> load_examples(int64_t task, bool of_query) const {
+    Batch<T> batch{p_, at_, task, of_query, T(0), true, true};
+    if (of_query && !p_.has_query()) return batch;
+    const Examples<T>& from = of_query ? p_.query : p_.support;
+    const int count = batch.count(), features = at_.width[0], outputs = at_.width[p_.mlp.layers];
+    const int64_t row = batch.row();
+    T* const x = home_ + batch.x();
+    if (!network_.is_dual(0)) {
       Team::for_each(count, features + 1, [&](int s, int i) {
-        home_[at + s * at_.pitch[0] + i] = i < features ? from.x[(batch.row + s) * features + i] : T(1);
+        x[s * at_.pitch[0] + i] = i < features ? from.x[(row + s) * features + i] : T(1);
       });
     }
-    if (T* const grad_x = batch.grad_x(features)) {
-      Team::for_each(from.count * features, [&](int64_t i) { grad_x[i] = 0; });
+    if (T* const grad_x = batch.grad_x()) {
+      Team::for_each(static_cast<int64_t>(count) * features, [&](int64_t i) { grad_x[i] = 0; });
     }
-    if (T* const grad_y = batch.grad_y(outputs)) {
-      Team::for_each(from.count * outputs, [&](int64_t i) { grad_y[i] = 0; });
+    if (T* const grad_y = batch.grad_y()) {
+      Team::for_each(static_cast<int64_t>(count) * outputs, [&](int64_t i) { grad_y[i] = 0; });
     }
     if (from.labels == nullptr) {
       batch.share = T(1) / static_cast<T>(from.count * outputs);
+      batch.empty = count == 0;
       return batch;
     }
     T valid = 0;
     Team::for_each(from.count, [&](int64_t s) {
-      const int64_t label = from.labels[batch.row + s];
+      const int64_t label = from.labels[row + s];
       METAFAST_DEVICE_CHECK(label == kIgnoreLabel || (label >= 0 && label < outputs),
                             "labels: expected classes in [0, O) or -100 (ignored)");
       valid += label != kIgnoreLabel;
@@ -190,75 +257,173 @@ class Adaptation {
     return batch;
   }
 
-  // out [rows, pitch[0]] = x y^T + 1, for inputs x [rows, D] and y [cols, D]: a warp to an element.
-  __device__ __forceinline__ void load_products(const T* x, int rows, const T* y, int cols, T* out) const {
-    const int64_t features = at_.width[0];
-    for (int64_t i = Team::warp(); i < static_cast<int64_t>(rows) * cols; i += Team::kWarps) {
-      const int64_t row = i / cols, col = i % cols;
-      T sum = 0;
-      for (int64_t d = Team::lane(); d < features; d += kWarpSize)
-        sum += x[row * features + d] * y[col * features + d];
-      sum = warp_sum(sum);
-      if (Team::lane() == 0) out[row * at_.pitch[0] + col] = sum + 1;
+  // In dual form the inner products of all examples with those of the support, the 1 of the bias included. A
+  // warp takes one example and some of the support at a time.
+  __device__ __forceinline__ void load_products(int64_t task) const {
+    constexpr int kAtOnce = 4, kLength = kVectorLength<T>;
+    const int support = at_.support, features = at_.width[0];
+    const int examples = support + static_cast<int>(p_.query.count), groups = div_up(support, kAtOnce);
+    const T* const of_support = p_.support.x + task * support * features;
+    const T* const of_query = p_.query.x + task * p_.query.count * features;
+    const bool in_vectors =
+        features % kLength == 0 &&
+        (reinterpret_cast<std::uintptr_t>(of_support) | reinterpret_cast<std::uintptr_t>(of_query)) % 16 == 0;
+    for (int i = Team::warp(); i < examples * groups; i += Team::kWarps) {
+      const int e = i / groups, first = i % groups * kAtOnce;
+      const T* const x = e < support ? of_support + static_cast<int64_t>(e) * features
+                                     : of_query + static_cast<int64_t>(e - support) * features;
+      const T* y[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        y[j] = of_support + static_cast<int64_t>(min(first + j, support - 1)) * features;
+      }
+      T sums[kAtOnce] = {};
+      if (in_vectors) {
+#pragma unroll 1
+        for (int d = Team::lane() * kLength; d < features; d += kWarpSize * kLength) {
+          const auto a = load_vector<kLength>(x + d);
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const auto b = load_vector<kLength>(y[j] + d);
+#pragma unroll
+            for (int v = 0; v < kLength; ++v) sums[j] += a.values[v] * b.values[v];
+          }
+        }
+      } else {
+#pragma unroll 1
+        for (int d = Team::lane(); d < features; d += kWarpSize) {
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) sums[j] += x[d] * y[j][d];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const T product = warp_sum(sums[j]) + 1;
+        const int s = first + j;
+        if (Team::lane() != 0 || s >= support) continue;
+        T* const own = home_ + (e < support ? at_.support_x + e * at_.pitch[0]
+                                            : at_.query_x + (e - support) * at_.pitch[0]);
+        own[s] = product;
+        if (e >= support) home_[at_.support_x + s * at_.pitch[0] + e] = product;
+      }
     }
   }
 
   // ---- steps ----
+
+  // What a gradient of layer l does: it is added to v, or updates the parameters.
+  struct Update {
+    const Adaptation& owner;
+    int l;
+    bool updates;
+    T momentum;
+    const T* from;        // theta_k, or v
+    T* to;                // theta_{k+1}, or v
+    T* saved;             // where theta_k is kept, or null
+    const T* old_buffer;  // m_k, or null: 0
+    T* new_buffer;        // m_{k+1}, or null: not needed
+    Rate lr;
+
+    __device__ __forceinline__ int64_t index(int o, int c) const {
+      return owner.at_.weights[l] + o * owner.network_.pitch(l) + c;
+    }
+    template <int kCount>
+    __device__ __forceinline__ Vector<T, kCount> load(int o, int c) const {
+      return load_row<kCount>(from + index(o, c));
+    }
+    template <int kCount>
+    __device__ __forceinline__ void store(int o, int c, const T (&grads)[kCount],
+                                          Vector<T, kCount> row) const {
+      const int64_t i = index(o, c);
+      if (!updates) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) row.values[j] += grads[j];
+        return store_row(to + i, row);
+      }
+      if (saved != nullptr) store_row(saved + i, row);
+      Vector<T, kCount> step;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) step.values[j] = grads[j];
+      if (old_buffer != nullptr) {
+        const auto old = load_row<kCount>(old_buffer + i);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) step.values[j] += momentum * old.values[j];
+      }
+      if (new_buffer != nullptr) store_row(new_buffer + i, step);
+      const auto rates = lr.template of<kCount>(i);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) row.values[j] -= rates.values[j] * step.values[j];
+      store_row(to + i, row);
+    }
+  };
 
   // Forward and, where it `differentiates`, backward of a batch at theta_k. The gradient updates the
   // parameters, or, times `weight`, is added to v. Returns a thread's part of the loss.
   __device__ __forceinline__ T pass(const Batch<T>& batch, int k, T weight, bool differentiates,
                                     bool updates) const {
     network_.forward(theta(k), batch);
+    const bool saves = kResident && p_.keeps_trajectory() && !(k == 0 && start_stays());
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);
-    T* const saved = kResident && p_.keeps_trajectory() ? slot(k) : nullptr;
-    const T *const theta = this->theta(k), *const old_buffer = momentum != 0 ? buffer(k) : nullptr;
-    T *const next = updates ? this->theta(k + 1) : nullptr, *const new_buffer = buffer(k + 1);
-    return network_.backward(theta, batch, weight, differentiates, [&](int l) {
-      return [=, this, lr = rate(updates ? k : 0, l)](int o, int c, T grad) {
-        const int64_t i = at_.weights[l] + o * at_.pitch[l] + c;
-        if (!updates) {
-          home_[at_.v + i] += grad;
-          return;
-        }
-        if (old_buffer != nullptr) grad += momentum * old_buffer[i];
-        if (new_buffer != nullptr) new_buffer[i] = grad;
-        const T before = theta[i];
-        if (saved != nullptr) saved[i] = before;
-        next[i] = before - lr.of(o, c) * grad;
-      };
-    });
+    const auto consumer_of = [&](int l) {
+      return Update{*this,
+                    l,
+                    updates,
+                    momentum,
+                    updates ? theta(k) : home_ + at_.v,
+                    updates ? theta(k + 1) : home_ + at_.v,
+                    saves ? slot(k) : nullptr,
+                    momentum != 0 ? buffer(k) : nullptr,
+                    buffer(k + 1),
+                    rate(updates ? k : 0, l)};
+    };
+    const auto consume_coordinates = [&](const T* grads) {
+      const int pitch = network_.pitch(0), first = batch.first();
+      if (!updates) {
+        T* const v = home_ + at_.v;
+        Team::copy_each(
+            batch.count(), at_.width[1], [&](int s, int o) { return v[o * pitch + first + s]; },
+            [&](int s, int o, T sum) { v[o * pitch + first + s] = sum + grads[s * network_.pitch(1) + o]; });
+        return;
+      }
+      Team::for_each(batch.count(), at_.width[1], [&, consumer = consumer_of(0)](int s, int o) {
+        const T grad[1] = {grads[s * network_.pitch(1) + o]};
+        consumer.store(o, first + s, grad, consumer.template load<1>(o, first + s));
+      });
+    };
+    return network_.backward(theta(k), batch, weight, differentiates, consumer_of, consume_coordinates);
   }
 
-  // The query loss after k steps, where it counts; a thread's part of it.
-  __device__ __forceinline__ T query_pass(const Batch<T>& query, int k, T task_weight) const {
-    T weight = T(k == p_.sgd.steps);
-    if (p_.step_weights != nullptr) weight = k == 0 ? T(0) : p_.step_weights[k - 1];
-    const bool wanted = p_.sums.step_weights >= 0 && k > 0;  // the gradient of the weight
-    if (!p_.has_query() || (weight == T(0) && !wanted)) return 0;
-    T loss = pass(query, k, weight * task_weight, p_.backward && weight != T(0), /*updates=*/false);
-    if (query.empty) loss = std::numeric_limits<T>::quiet_NaN();
-    if (wanted) {
+  // The weight of the query loss after k steps, and whether anything depends on that loss.
+  __device__ __forceinline__ T query_weight(int k) const {
+    if (p_.step_weights == nullptr) return T(k == p_.sgd.steps);
+    return k == 0 ? T(0) : p_.step_weights[k - 1];
+  }
+  __device__ __forceinline__ bool wants_step_weight(int k) const {
+    return p_.sums.step_weights >= 0 && k > 0;
+  }
+  __device__ __forceinline__ bool query_counts(int k) const {
+    return p_.has_query() && (query_weight(k) != T(0) || wants_step_weight(k));
+  }
+
+  // A thread's part of the loss, from its part of the query loss after k steps.
+  __device__ __forceinline__ T weigh_query_loss(T loss, bool undefined, int k, T weight,
+                                                T task_weight) const {
+    if (undefined) loss = std::numeric_limits<T>::quiet_NaN();
+    if (wants_step_weight(k)) {
       const T sum = Team::sum(loss, scratch_);
-      if (Team::rank() == 0) row_[p_.sums.step_weights + k - 1] += task_weight * sum;
+      if (Team::rank() == 0) row()[p_.sums.step_weights + k - 1] += task_weight * sum;
     }
     return weight == T(0) ? T(0) : weight * loss;
   }
 
   // v becomes dL/dtheta_k; it was dL/dtheta_{k+1}.
   __device__ __forceinline__ void step_back(const Batch<T>& support, int k) const {
-    if (at_.theta >= 0) {
-      const T* const from = slot(k);
-      for_each_parameter([&](int l, int, int c, int64_t i) {
-        if (!network_.is_dual(l) || c < support.count())
-          home_[at_.theta + i] = from[i];  // of queries it stays 0
-      });
-    }
+    if (kResident || at_.theta >= 0) return_to(k);
     const T momentum = k + 1 < p_.sgd.steps ? p_.sgd.momentum : T(0);
     const bool wants_rates = p_.lr_gradient(), wants_elements = wants_rates && p_.sgd.rates == nullptr;
     const T *const v = home_ + at_.v, *const used = wants_rates ? buffer(k + 1) : nullptr;
     T* const m = at_.m >= 0 ? home_ + at_.m : nullptr;
-    for (int l = 0; l < p_.mlp.layers; ++l) {
+    for (int l = 0; l < p_.mlp.layers && (wants_rates || m != nullptr); ++l) {
       const Rate lr = rate(k, l);
       T sum = 0;
       Team::for_each(at_.width[l + 1], at_.columns[l], [&](int o, int c) {
@@ -270,23 +435,26 @@ class Adaptation {
           product = v[i] * used[i];
         }
         sum -= product;
-        if (wants_elements) row_[p_.sums.lr + flat(l, o, c)] -= product;
+        if (wants_elements) row()[p_.sums.lr + flat(l, o, c)] -= product;
         if (m == nullptr) return;
-        const T own = -lr.of(o, c) * v[i];
+        const T own = -lr.template of<1>(i).values[0] * v[i];
         m[i] = momentum != 0 ? own + momentum * m[i] : own;
       });
       if (!wants_rates || wants_elements) continue;
       sum = Team::sum(sum, scratch_);
-      if (Team::rank() == 0) row_[p_.sums.lr + k * p_.mlp.layers + l] += sum;
+      if (Team::rank() == 0) row()[p_.sums.lr + k * p_.mlp.layers + l] += sum;
     }
     Team::sync();
-    if (m != nullptr) network_.add_hessian_product(theta(k), m, support, home_ + at_.v);
+    if (p_.sgd.first_order) return;
+    network_.add_hessian_product(theta(k), home_ + (at_.m >= 0 ? at_.m : at_.v), support,
+                                 at_.m >= 0 ? T(1) : -rate(k, 0).value, home_ + at_.v);
   }
 
   // The inner product of example s of the support with the row of the first layer that has coordinates v [E].
   __device__ __forceinline__ T dual_product(const Batch<T>& support, int s, const T* v) const {
     T sum = 0;
-    for (int e = 0; e < at_.columns[0]; ++e) sum += support.x[s * at_.pitch[0] + e] * v[e];
+    const T* const products = home_ + support.x() + s * at_.pitch[0];
+    for (int e = 0; e < at_.columns[0]; ++e) sum += products[e] * v[e];
     return sum;
   }
 
@@ -299,26 +467,40 @@ class Adaptation {
     });
   }
 
+  // Where the gradient of a coordinate of the dual form goes, or null.
+  __device__ __forceinline__ T* coordinate(int64_t task, int o, int c) const {
+    const int64_t support = p_.support.count;
+    T* const to = c < support ? p_.dual.grad_support : p_.dual.grad_query;
+    const int64_t row = c < support ? task * support + c : task * p_.query.count + c - support;
+    return to == nullptr ? nullptr : to + row * at_.width[1] + o;
+  }
+
   // `loss` of the task, in every thread.
   __device__ __forceinline__ void finish(int64_t task, T loss, T task_weight) const {
     if (Team::rank() == 0) {
       if (p_.losses != nullptr) p_.losses[task] = loss;
-      if (p_.sums.loss >= 0) row_[p_.sums.loss] += loss * task_weight;
+      if (p_.sums.loss >= 0) row()[p_.sums.loss] += loss * task_weight;
     }
     if (p_.backward) {
-      for_each_parameter([&](int l, int o, int c, int64_t i) {
-        const T grad = home_[at_.v + i];
-        if (network_.is_dual(l)) {
-          const bool of_query = c >= p_.support.count;
-          T* const to = of_query ? p_.dual.grad_query : p_.dual.grad_support;
-          const int64_t row =
-              of_query ? task * p_.query.count + c - p_.support.count : task * p_.support.count + c;
-          if (to != nullptr) to[row * at_.width[1] + o] = grad;
-          return;
-        }
-        if (T* const to = element(p_.grad_params, l, task, o, c)) *to = grad;
-        if (p_.sums.params >= 0) row_[p_.sums.params + flat(l, o, c)] += grad;
-      });
+      for (int l = 0; l < p_.mlp.layers; ++l) {
+        const T* const v = home_ + at_.v + at_.weights[l];
+        const bool dual = network_.is_dual(l);
+        if (!dual && p_.grad_params[2 * l] == nullptr && p_.grad_params[2 * l + 1] == nullptr) continue;
+        Team::copy_each(
+            at_.width[l + 1], at_.columns[l], [&](int o, int c) { return v[o * at_.pitch[l] + c]; },
+            [&](int o, int c, T grad) {
+              T* const to = dual ? coordinate(task, o, c) : element(p_.grad_params, l, task, o, c);
+              if (to != nullptr) *to = grad;
+            });
+      }
+      for (int l = network_.is_dual(0); l < p_.mlp.layers && p_.sums.params >= 0; ++l) {
+        T* const sums = row() + p_.sums.params;
+        Team::copy_each(
+            at_.width[l + 1], at_.columns[l], [&](int o, int c) { return sums[flat(l, o, c)]; },
+            [&](int o, int c, T sum) {
+              sums[flat(l, o, c)] = sum + home_[at_.v + at_.weights[l] + o * at_.pitch[l] + c];
+            });
+      }
     }
     Team::sync();  // the next task overwrites all this
   }

@@ -6,6 +6,12 @@
 namespace metafast::cuda {
 namespace {
 
+// a / b for 0 <= a < 2^20, in four instructions: the quotient's error is below half of 1 / b.
+__device__ __forceinline__ int small_quotient(int a, int b) {
+  return static_cast<int>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
+}
+
+// Up to kTeamsPerBlock of them share a block.
 template <int kTeamThreads, int kTeamsPerBlock>
 struct Team {
   static constexpr int kThreads = kTeamThreads, kTeams = kTeamsPerBlock;
@@ -32,20 +38,30 @@ struct Team {
     for (int64_t i = rank(); i < count; i += kThreads) f(i);
   }
 
-  // f(row, col) for every element of a matrix, neighbours in a row by neighbouring threads. One division for
-  // each loop, none for each element.
+  // f(row, col) for every element of a matrix, neighbours in a row by neighbouring threads.
   template <class F>
   static __device__ __forceinline__ void for_each(int rows, int cols, F f) {
     if (cols == 0) return;
-    const int row_step = kThreads / cols, col_step = kThreads % cols;
-    int row = rank() / cols, col = rank() % cols;
-    while (row < rows) {
-      f(row, col);
-      row += row_step;
-      col += col_step;
-      if (col >= cols) {
-        col -= cols;
-        ++row;
+    for (Walk at(cols); at.row < rows; at.advance()) f(at.row, at.col);
+  }
+
+  // The same for store(row, col, load(row, col)), where the loads take long: several are under way at once.
+  template <class Load, class Store>
+  static __device__ __forceinline__ void copy_each(int rows, int cols, Load load, Store store) {
+    constexpr int kAtOnce = 4;
+    if (cols == 0) return;
+    for (Walk at(cols); at.row < rows;) {
+      int row[kAtOnce], col[kAtOnce];
+      decltype(load(0, 0)) values[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i, at.advance()) {
+        row[i] = at.row;
+        col[i] = at.col;
+        if (row[i] < rows) values[i] = load(row[i], col[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (row[i] < rows) store(row[i], col[i], values[i]);
       }
     }
   }
@@ -63,6 +79,25 @@ struct Team {
     for (int w = 1; w < kWarps; ++w) value += scratch[w];
     return value;
   }
+
+ private:
+  // From a thread's first element of a matrix to the next: divisions before the loop, none in it.
+  struct Walk {
+    int cols, row_step, col_step, row, col;
+    __device__ __forceinline__ explicit Walk(int cols)
+        : cols(cols),
+          row_step(small_quotient(kThreads, cols)),
+          col_step(kThreads - row_step * cols),
+          row(small_quotient(rank(), cols)),
+          col(rank() - row * cols) {}
+    __device__ __forceinline__ void advance() {
+      row += row_step;
+      col += col_step;
+      if (col < cols) return;
+      col -= cols;
+      ++row;
+    }
+  };
 };
 
 }  // namespace

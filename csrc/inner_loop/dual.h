@@ -62,6 +62,8 @@ class DualForm {
     const Tensor* const inputs[] = {&support_x, &query_x};
     for (int i = 0; i < 2; ++i) {
       Batch& batch = *batches[i];
+      batch.tasks = p.tasks;
+      batch.examples = inputs[i]->size(1);
       batch.x = weight.dim() == 2 ? inputs[i]->flatten(0, 1) : *inputs[i];
       at::DimVector sizes(batch.x.sizes());
       sizes.back() = weight.size(-2);
@@ -89,16 +91,24 @@ class DualForm {
 
  private:
   struct Batch {
-    Tensor x, start, grad;  // [T B, D], [T B, H], [T B, H] with shared parameters, else [T, B, ...]
+    Tensor x, start, grad;    // [T B, D], [T B, H], [T B, H] with shared parameters, else [T, B, ...]
+    int64_t tasks, examples;  // examples of a task
 
+    // Over the examples of each task, then over tasks if they share the parameters: few columns in one sum
+    // over many rows would leave most of a GPU idle.
     template <typename T>
     Tensor sum_of_grad() const {
-      const int64_t rows = grad.size(-2), width = grad.size(-1), tasks = grad.dim() == 3 ? grad.size(0) : 1;
-      const Tensor sum =
-          empty(grad.dim() == 3 ? at::DimVector{tasks, width} : at::DimVector{width}, grad.options());
-      run_kernel(SumPartials<T>{grad.const_data_ptr<T>(), sum.mutable_data_ptr<T>(), tasks, rows, width},
-                 grad);
-      return sum;
+      const Tensor of_tasks = sum<T>(grad, tasks, examples);
+      return grad.dim() == 3 ? of_tasks : sum<T>(of_tasks, 1, tasks).flatten();
+    }
+
+    // [outer, rows, H] to [outer, H].
+    template <typename T>
+    static Tensor sum(const Tensor& of, int64_t outer, int64_t rows) {
+      const Tensor out = empty({outer, of.size(-1)}, of.options());
+      run_kernel(SumPartials<T>{of.const_data_ptr<T>(), out.mutable_data_ptr<T>(), outer, rows, of.size(-1)},
+                 of);
+      return out;
     }
   };
   bool used_ = false;

@@ -15,15 +15,47 @@
 namespace metafast {
 namespace {
 
-// A copy of the numbers from `first` on: results of an op may not share memory. On the CPU without the three
-// calls of the library that this takes elsewhere, which cost a small network more than its numbers.
+// Runs the kernel where `like` lives. What its work items leave in rows of sums is then added up, in one more
+// launch, into results that share no memory.
 template <typename T>
-Tensor copy_of(const Tensor& numbers, int64_t first, at::IntArrayRef sizes) {
-  if (!numbers.is_cpu()) return numbers.narrow(0, first, c10::multiply_integers(sizes)).view(sizes).clone();
-  const Tensor copy = empty(sizes, numbers.options());
-  std::copy_n(numbers.const_data_ptr<T>() + first, copy.numel(), copy.mutable_data_ptr<T>());
-  return copy;
-}
+class Run {
+ public:
+  Run(InnerLoop<T>& p, const Tensor& like) : like_(like) {
+    int64_t items = p.items();
+    Tensor workspace;
+#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
+    if (runs_cuda(like)) {
+      const c10::DeviceGuard guard(like.device());
+      const cuda::Needs needs = cuda::needs(p);
+      items = needs.items;
+      workspace = empty({needs.workspace}, like.options());
+      p.workspace = workspace.mutable_data_ptr<T>();
+    }
+#endif
+    rows_ = empty({items * p.sums.columns}, like.options());
+    if (p.sums.columns > 0) p.sums.rows = rows_.template mutable_data_ptr<T>();
+    if (items > 0) run_kernel(p, like);
+    sums_.partial = rows_.template const_data_ptr<T>();
+    sums_.chunks = items;
+    sums_.inner = p.sums.columns;
+  }
+
+  // The sums from a column on, once finish() has been called.
+  Tensor take(int64_t column, at::IntArrayRef sizes) {
+    const Tensor out = empty(sizes, like_.options());
+    sums_.parts[sums_.count++] = {out.mutable_data_ptr<T>(), column, column + out.numel()};
+    return out;
+  }
+
+  void finish() {
+    if (sums_.count > 0) run_kernel(sums_, like_);
+  }
+
+ private:
+  const Tensor& like_;
+  Tensor rows_;
+  SumColumns<T> sums_{};
+};
 
 // What a backward returns: gradients of params, lr, support x and y, and of maml_loss query x and y and
 // step_weights; of size 0 where not wanted.
@@ -83,32 +115,33 @@ class Gradients {
     }
   }
 
-  // `sums` are the sums over all tasks, in the columns that fill() gave out.
+  // After the kernel, from the columns that fill() gave out.
   template <typename T>
-  std::vector<Tensor> finish(const InnerLoop<T>& p, const Tensor& sums) {
+  std::vector<Tensor> finish(const InnerLoop<T>& p, Run<T>& run) {
     const size_t first = dual_.used() ? 2 : 0;  // parameter that the kernel knows
-    if (p.sums.params >= 0) split<T>(sums, p.sums.params, params_, first);
+    if (p.sums.params >= 0) take(run, p.sums.params, params_, first);
+    std::vector<Tensor> lr;
+    for (size_t i = 0; i < problem_.lr().size(); ++i) lr.push_back(empty({0}, problem_.options()));
+    const bool of_one_rate = lr.size() == 1 && problem_.lr()[0].dim() == 0;
+    if (p.sums.lr >= 0 && lr.size() > 1) {
+      take(run, p.sums.lr, lr, 0);
+    } else if (p.sums.lr >= 0) {
+      const int64_t columns = problem_.lr_columns();
+      lr[0] = run.take(p.sums.lr, of_one_rate ? at::IntArrayRef(columns) : problem_.lr()[0].sizes());
+    }
+    const Tensor step_weights =
+        want_step_weights_ ? run.take(p.sums.step_weights, {p.sgd.steps}) : empty({0}, problem_.options());
+    run.finish();
+    if (p.sums.lr >= 0 && of_one_rate) lr[0] = lr[0].sum();
     if (want_params_ && dual_.used()) {
       auto [weight, bias] = dual_.template gradients<T>(problem_.params()[0]);
       params_[0] = weight;
       params_[1] = bias;
     }
-    std::vector<Tensor> lr;
-    for (size_t i = 0; i < problem_.lr().size(); ++i) lr.push_back(empty({0}, problem_.options()));
-    if (p.sums.lr >= 0 && lr.size() > 1) {
-      split<T>(sums, p.sums.lr, lr, 0);
-    } else if (p.sums.lr >= 0) {
-      lr[0] = problem_.lr()[0].dim() == 0 ? sums.narrow(0, p.sums.lr, problem_.lr_columns()).sum()
-                                          : copy_of<T>(sums, p.sums.lr, problem_.lr()[0].sizes());
-    }
     std::vector<Tensor> all = params_;
     all.insert(all.end(), lr.begin(), lr.end());
     all.insert(all.end(), {support_.x, support_.y});
-    if (query_.x.defined()) {
-      all.insert(all.end(), {query_.x, query_.y});
-      all.push_back(want_step_weights_ ? copy_of<T>(sums, p.sums.step_weights, {p.sgd.steps})
-                                       : empty({0}, problem_.options()));
-    }
+    if (query_.x.defined()) all.insert(all.end(), {query_.x, query_.y, step_weights});
     return all;
   }
 
@@ -119,40 +152,15 @@ class Gradients {
   Set support_, query_;
   DualForm dual_;
 
-  // The parts from `first` on, of the shapes of parameters, from columns one after the other.
+  // Results from `first` on, of the shapes of parameters, from columns one after the other.
   template <typename T>
-  void split(const Tensor& sums, int64_t column, std::vector<Tensor>& parts, size_t first) const {
-    for (size_t i = first; i < parts.size(); ++i) {
-      parts[i] = copy_of<T>(sums, column, problem_.shape(i));
-      column += parts[i].numel();
+  void take(Run<T>& run, int64_t column, std::vector<Tensor>& results, size_t first) const {
+    for (size_t i = first; i < results.size(); ++i) {
+      results[i] = run.take(column, problem_.shape(i));
+      column += results[i].numel();
     }
   }
 };
-
-// Runs the kernel where `like` lives and adds up what its work items left: [columns].
-template <typename T>
-Tensor run_and_sum(InnerLoop<T>& p, const Tensor& like) {
-  int64_t items = p.items();
-  Tensor workspace;
-#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
-  if (runs_cuda(like)) {
-    const c10::DeviceGuard guard(like.device());
-    const cuda::Needs needs = cuda::needs(p);
-    items = needs.items;
-    workspace = empty({needs.workspace}, like.options());
-    p.workspace = workspace.mutable_data_ptr<T>();
-  }
-#endif
-  const Tensor rows = empty({items * p.sums.columns}, like.options());
-  if (p.sums.columns > 0) p.sums.rows = rows.mutable_data_ptr<T>();
-  if (items > 0) run_kernel(p, like);
-  if (items == 1) return rows;
-  const Tensor sums = empty({p.sums.columns}, like.options());
-  if (p.sums.columns > 0) {
-    run_kernel(SumPartials<T>{p.sums.rows, sums.mutable_data_ptr<T>(), 1, items, p.sums.columns}, like);
-  }
-  return sums;
-}
 
 // ---- inner_sgd ----
 
@@ -166,7 +174,7 @@ std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const T
   with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < adapted.size(); ++i) p.adapted[i] = present(adapted[i].mutable_data_ptr<T>());
-    run_and_sum(p, x);
+    Run<T>(p, x);
   });
   return adapted;
 }
@@ -193,7 +201,8 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
     for (size_t i = 0; i < dense_grads.size(); ++i)
       p.grad_adapted[i] = present(dense_grads[i].const_data_ptr<T>());
     gradients.fill(p);
-    return gradients.finish(p, run_and_sum(p, x));
+    Run<T> run(p, x);
+    return gradients.finish(p, run);
   });
 }
 
@@ -213,11 +222,11 @@ Tensor prepare_loss(InnerLoop<T>& p, const Problem& problem, bool mean) {
 }
 
 template <typename T>
-Tensor finish_loss(const InnerLoop<T>& p, const Tensor& losses, const Tensor& sums) {
+Tensor finish_loss(const InnerLoop<T>& p, const Tensor& losses, Run<T>& run, const Problem& problem) {
   if (p.sums.loss < 0) return losses;
   if (p.tasks == 0)
-    return at::full({}, std::numeric_limits<T>::quiet_NaN(), sums.options());  // as torch's mean
-  return copy_of<T>(sums, p.sums.loss, {});
+    return at::full({}, std::numeric_limits<T>::quiet_NaN(), problem.options());  // as torch's mean
+  return run.take(p.sums.loss, {});
 }
 
 Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
@@ -232,7 +241,10 @@ Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor
     const Tensor losses = prepare_loss(p, problem, mean);
     DualForm dual;
     dual.prepare(p, problem.support().x, problem.query().x, problem.params()[0], problem.params()[1], false);
-    return finish_loss(p, losses, run_and_sum(p, support_x));
+    Run<T> run(p, support_x);
+    const Tensor result = finish_loss(p, losses, run, problem);
+    run.finish();
+    return result;
   });
 }
 
@@ -260,8 +272,9 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
     p.task_weight_stride = mean ? 0 : 1;
     gradients.fill(p);
     const Tensor losses = prepare_loss(p, problem, mean);
-    const Tensor sums = run_and_sum(p, support_x);
-    return {finish_loss(p, losses, sums), gradients.finish(p, sums)};
+    Run<T> run(p, support_x);
+    const Tensor result = finish_loss(p, losses, run, problem);
+    return {result, gradients.finish(p, run)};
   });
 }
 

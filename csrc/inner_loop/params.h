@@ -115,6 +115,13 @@ struct InnerLoop {
     return backward && sgd.steps > 0 && (!sgd.first_order || lr_gradient());
   }
 
+  // Whether the gradient M of the momentum buffer is -lr v with one number lr, so that v serves as M (on the
+  // CPU adaptation.h has the formulas); the products with it that go to the examples need M itself.
+  METAFAST_HD bool m_is_v_scaled() const {
+    return sgd.momentum == 0 && sgd.rates != nullptr && sgd.layer_stride == 0 && support.grad_x == nullptr &&
+           support.grad_y == nullptr;
+  }
+
   // What follows holds for the CPU kernel. It is decided by the shapes alone, never by the number of threads,
   // so the order of every sum is too.
 
