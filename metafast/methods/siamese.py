@@ -40,7 +40,7 @@ class Siamese(MetricLearner):
         "images": {
             "ways": 40,
             "queries": 2,
-            "steps": 600,
+            "steps": 1200,
             "lr": 2e-3,
             "schedule": "cosine",
             "log_every": 20,
