@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,6 +17,9 @@ from emulated_build import EMULATED_BACKEND, ROOT
 from hypothesis import settings
 
 from metafast._dispatch import doors
+
+# A shell that starts the tests in the background has them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.append(str(ROOT))  # for bench/, behind an installed metafast
 

@@ -120,6 +120,17 @@ def test_a_second_signal_ends_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with heard() as first:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert first() is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_a_reader_that_goes_away_does_not_end_the_training(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "metafast", "train", "maml", "--out", str(tmp_path), *WAVES.split()]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

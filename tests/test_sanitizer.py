@@ -15,6 +15,7 @@ from parity import ODD, assert_parity, assert_second_order_parity, make
 from record_ops import RecordOps
 from rows import ROWS, Row
 from test_emulated import INNER_LOOP_CASES, UNROLL_CASES, Unroll, unroll_with_gradients
+from torch.utils._pytree import tree_map_only
 
 import metafast
 from metafast import reference
@@ -55,7 +56,7 @@ def step_in_place(head: str, device: str) -> None:
     inputs, outputs = {"update": (2, 1), "gates": (2, 2)}[head]
     args = in_place.arguments(inputs, outputs, torch.float32, (130, 0, 1, 64, 33))
     expected = in_place.stepped(head, args)
-    on_device = [[t.to(device) for t in arg] if isinstance(arg, list) else arg.to(device) for arg in args]
+    on_device = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), args)
     torch.testing.assert_close([t.cpu() for t in in_place.stepped(head, on_device)], expected)
 
 

@@ -212,9 +212,11 @@ def _on_one_device(schema: torch.FunctionSchema, fake: Callable[..., Any]) -> Ca
     names = [argument.name for argument in schema.arguments]
 
     def checked(*args: Any) -> Any:
-        # With a meta-LSTM's gates, what the optimizers' ops call params is the caller's theta.
-        called = ["theta" if name == "params" and "gates" in args else name for name in names]
-        (first, like), *others = _tensors(called, args)
+        renamed = {}
+        if "gates" in args:  # the meta-LSTM, whose functions call two of the optimizers' arguments otherwise
+            given = dict(zip(names, args, strict=False))
+            renamed = {"params": "theta"} | ({} if given.get("unrolled", False) else {"losses": "loss"})
+        (first, like), *others = _tensors([renamed.get(name, name) for name in names], args)
         for name, tensor in others:
             if tensor.device != like.device:
                 raise ValueError(

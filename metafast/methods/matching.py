@@ -84,8 +84,8 @@ class MatchingNet(MetricLearner):
     Settings = MatchingNetSettings
     recipes: ClassVar[Recipes] = {
         "images": {
-            "ways": 20,
-            "steps": 600,
+            "tasks": 4,
+            "steps": 1000,
             "lr": 2e-3,
             "schedule": "cosine",
             "log_every": 20,

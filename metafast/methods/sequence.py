@@ -61,8 +61,11 @@ class RecurrentLearner(SequenceLearner):
         """inputs [B, L, D + N] and a state, each [B, ...], -> outputs [B, L, N] and the state after."""
 
     def embed(self, examples: Tensor) -> Tensor:
-        """[T, B, ...] -> [T, B, D], of one size whatever the backbone learns: before the network has learned to
-        read them, embeddings are noise to it, and training would make them vanish for good."""
+        """[T, B, ...] -> [T, B, D], of one size whatever the backbone learns.
+
+        Before the network has learned to read them, embeddings are noise to it, and training would make them
+        vanish for good.
+        """
         embedded = super().embed(examples)
         return F.layer_norm(embedded, embedded.shape[-1:])
 

@@ -23,20 +23,22 @@ class Stopped(Exception):
 def heard() -> Iterator[Callable[[], int | None]]:
     """Within it, SIGTERM (which schedulers send) and SIGINT (Ctrl-C) are taken down, and do nothing else.
 
-    The second ends the process at once, as signals do. Gives a function that says which was the first.
+    The second ends the process at once, as signals do. One that whoever started the process has it ignore, as
+    nohup does, stays ignored. Gives a function that says which was the first.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield lambda: None
         return
-    before = {number: signal.getsignal(number) for number in STATUS}
+    handlers = {number: signal.getsignal(number) for number in STATUS}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def hear(number: int, frame: object) -> None:
         came.append(number)
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in STATUS:
+    for number in before:
         signal.signal(number, hear)
     try:
         yield lambda: came[0] if came else None
