@@ -29,6 +29,9 @@ ARCHITECTURES = (80, 90)
 # Of a family the kernels, by the beginning of their names, none of whose loops with at least so many
 # arithmetic instructions has a generic load or store: the compiler knows where their operands lie.
 RESIDENT = {
+    "csrc/inner_loop/cuda.cu": tuple(
+        (f"adapt<Team<{team}>, Resident, float>", 16) for team in ("32, 4", "64, 1", "256, 1")
+    ),
     "csrc/learned_optimizer/cuda.cu": (("lstm_unroll_tiles", 16), ("lstm_unroll_tiles_backward", 16)),
     "csrc/pairwise/cuda.cu": (("classify<", 16), ("classify_backward<", 16)),
 }
