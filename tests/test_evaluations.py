@@ -121,6 +121,15 @@ def test_identifying_takes_an_image_and_a_folder(
     assert "expected an image or a folder of images, got absent" in capsys.readouterr().err
 
 
+def test_a_run_on_no_images_identifies_none(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(f"train imaginary --data gaussians --steps 1 --out {tmp_path / 'x'}".split()) == 0
+    one = str(images / "test" / "place1" / "0.png")
+    assert main(["eval", str(tmp_path / "x"), "--identify", one, "--among", str(images / "test")]) == 1
+    assert "--data: expected a run on images" in capsys.readouterr().err
+
+
 def test_sequences_are_scored_by_instance(
     runs: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

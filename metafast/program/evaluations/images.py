@@ -71,6 +71,8 @@ class OnImages(OfEpisodes):
 
     def read(self, trained: Config, path: Path) -> ImageClasses:
         """A folder of classes, or of images, each a class by itself, or one image; as the run's data are."""
+        if not isinstance(trained.data, Images):
+            raise ValueError(f"data: expected a run on images to read {path} for, got one on {trained.data}")
         data = trained.data.folder(path)
         files = [path] if path.is_file() else image_files(path, empty=True)
         if not files:
