@@ -11,6 +11,9 @@
 // two stand in either order. A linear layer is a convolution whose kernel is as large as the map. With
 // max-pooling a window gives its first largest pixel, in rows; NaN is largest.
 //
+// Maps of pitch(C) channels, weights, biases and the vectors of a norm begin at multiples of 16 bytes, with
+// strides that are multiples of kChannelBlock. Images of a dense C may lie anywhere.
+//
 // "Tangent" is the derivative along a direction in the parameters: a second set of maps beside the first.
 // With it the same kernels give products with the Hessian of a loss, forward over reverse.
 #pragma once
@@ -24,6 +27,12 @@ constexpr int64_t kChannelBlock = 16;  // what pitches are multiples of: a vecto
 
 METAFAST_HD int64_t pitch_of(int64_t channels) {
   return (channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
+}
+
+// `wanted`, or as many as there may be; at least one.
+METAFAST_HD int64_t few(int64_t wanted, int64_t most) {
+  const int64_t count = wanted < most ? wanted : most;
+  return count < 1 ? 1 : count;
 }
 
 // Images of all tasks: data points at the first channel of the first pixel of the first image of the first
@@ -62,7 +71,8 @@ struct Convolve {
   const T* bias;                       // [pitch] or null
   int64_t bias_task;
   Maps<T> out;
-  bool adds;  // to what is in out
+  bool adds;          // to what is in out
+  bool tf32 = false;  // float32 on CUDA: tensor cores may round to TF32
 
   METAFAST_HD int64_t pixels() const { return images * height * width; }  // of a task
   // On the CPU a work item is a run of a task's pixels.
@@ -94,7 +104,9 @@ struct ConvolveWeights {
   int64_t tap_row, tap_pixel;
   T* out;  // [T, taps_y, taps_x, depth, pitch], tasks `out_task` apart
   int64_t out_task;
-  T* out_bias;  // [T, pitch], tasks `out_task` apart, or null
+  T* out_bias;             // [T, pitch], tasks `out_task` apart, or null
+  bool tf32 = false;       // as in Convolve
+  T* workspace = nullptr;  // on CUDA: workspace_size() elements
 
   METAFAST_HD int64_t rows() const { return taps_y * taps_x * depth; }
   METAFAST_HD int64_t pixels() const { return images * height * width; }
@@ -102,6 +114,15 @@ struct ConvolveWeights {
   static constexpr int64_t kItemRows = 48;
   METAFAST_HD int64_t chunks() const { return (rows() + kItemRows - 1) / kItemRows; }
   int64_t items() const { return tasks * chunks(); }
+  // On CUDA the pixels of a task are taken in parts, where there are too few tiles of the results to keep a
+  // device busy; their sums are then added in order. The number follows from the shapes alone, so that every
+  // device gives the same bits.
+  METAFAST_HD int64_t parts() const {
+    constexpr int64_t kTile = 64, kTiles = 512, kLeastPixels = 256;
+    const int64_t tiles = tasks * ((rows() + kTile - 1) / kTile) * ((pitch + kTile - 1) / kTile);
+    return few(tiles < kTiles ? (kTiles + tiles - 1) / (tiles < 1 ? 1 : tiles) : 1, pixels() / kLeastPixels);
+  }
+  int64_t workspace_size() const { return parts() > 1 ? tasks * parts() * (rows() + 1) * pitch : 0; }
   int64_t item_cost() const {
     const int64_t most = rows() < kItemRows ? rows() : kItemRows;
     return count * most * pixels() * pitch / 8;
@@ -125,6 +146,13 @@ struct BlockShape {
 
   METAFAST_HD int64_t pixels() const { return images * height * width; }
   METAFAST_HD int64_t blocks() const { return pitch / kChannelBlock; }
+  // On CUDA the statistics are sums over parts of the pixels, kept in a workspace.
+  static constexpr int64_t kStatistics = 4;
+  METAFAST_HD int64_t parts() const {
+    constexpr int64_t kMostParts = 32, kLeastPixels = 64;
+    return few(kMostParts, pixels() / kLeastPixels);
+  }
+  int64_t workspace_size() const { return norm ? tasks * parts() * kStatistics * pitch : 0; }
 };
 
 // A block's result, with its statistics. With a tangent (z_tangent not null) that of the result as well, and
@@ -142,6 +170,7 @@ struct BlockForward {
   T *mean, *rstd, *var;
   T *mean_tangent, *scale_tangent;
   Maps<T> out, out_tangent;  // the border is not touched; out is not written where there is a tangent
+  T* workspace = nullptr;    // on CUDA: shape.workspace_size() elements
 
   // On the CPU a work item is a block of a task's channels.
   int64_t items() const { return shape.tasks * shape.blocks(); }
@@ -161,6 +190,7 @@ struct BlockBackward {
   Maps<T> grad_z, grad_z_tangent;    // the border is not touched
   T *grad_gamma, *grad_beta;         // [T, pitch], tasks `grad_task` apart, or null
   int64_t grad_task;
+  T* workspace = nullptr;  // on CUDA: shape.workspace_size() elements
 
   int64_t items() const { return shape.tasks * shape.blocks(); }
   int64_t item_cost() const { return shape.pixels() * kChannelBlock * (z_tangent.data ? 6 : 3); }
