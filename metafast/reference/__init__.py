@@ -7,6 +7,7 @@ the compiled operations do: no wrong one gives a number.
 
 from __future__ import annotations
 
+from .convolutional import ConvBlock, conv_forward, conv_inner_sgd
 from .inner_loop import inner_sgd, maml_loss, sgd_update, task_conv2d, task_linear
 from .learned_optimizer import (
     lstm_optimizer_step,
@@ -27,6 +28,9 @@ from .pairwise import (
 )
 
 __all__ = [
+    "ConvBlock",
+    "conv_forward",
+    "conv_inner_sgd",
     "inner_sgd",
     "lstm_optimizer_step",
     "lstm_optimizer_step_",

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .labels import IGNORED, checked_labels
 from .pairwise import autocast_enabled
@@ -37,7 +37,8 @@ def float32_under_autocast(function: Callable[..., Result]) -> Callable[..., Res
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs) -> Result:
-        first = args[0] if isinstance(args[0], Tensor) else next(iter(args[0]), None)
+        args = tuple(map(_listed, args))
+        first = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), None)
         if first is None or not autocast_enabled(first):
             return function(*args, **kwargs)
 
@@ -45,7 +46,7 @@ def float32_under_autocast(function: Callable[..., Result]) -> Callable[..., Res
             low = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
             return value.float() if low else value
 
-        args, kwargs = tree_map(cast, (tuple(map(_listed, args)), {k: _listed(v) for k, v in kwargs.items()}))
+        args, kwargs = tree_map(cast, (args, {k: _listed(v) for k, v in kwargs.items()}))
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
@@ -115,6 +116,11 @@ def _task_losses(
         return torch.where(
             total == 0, torch.nan, (losses * weights).sum(1) / torch.where(total == 0, 1, total)
         )
+    return losses_of(out, y, loss)
+
+
+def losses_of(out: Tensor, y: Tensor, loss: str) -> Tensor:
+    """The loss of each task: outputs [T, S, O], y [T, S, O] or [T, S] -> [T]."""
     if loss == "mse":
         return (out - y).square().mean((1, 2))
     if loss != "cross_entropy":
@@ -134,11 +140,37 @@ def _per_task(params: Sequence[Tensor], tasks: int) -> list[Tensor]:
     return [p.expand(tasks, *p.shape) if s else p for p, s in zip(params, shared, strict=True)]
 
 
-def _rate(lr: LearningRate, step: int, parameter: int) -> float | Tensor:
-    """The learning rate of parameter number `parameter` (W and b of a layer are two) in step `step`."""
+def _rate(lr: LearningRate, step: int, layer: int, parameter: int) -> float | Tensor:
+    """The learning rate of a parameter of a layer, both by their numbers."""
     if isinstance(lr, Tensor):
-        return lr if lr.dim() == 0 else lr[step, parameter // 2]
+        return lr if lr.dim() == 0 else lr[step, layer]
     return lr[parameter] if isinstance(lr, Iterable) else lr
+
+
+def descend(
+    theta: Sequence[Tensor],
+    gradient: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
+    layers: Sequence[int],
+    lr: LearningRate,
+    steps: int,
+    momentum: float,
+    first_order: bool,
+) -> list[tuple[Tensor, ...]]:
+    """theta_0, ..., theta_K of SGD; `layers` are the numbers of the layers that the parameters are in."""
+    theta = tuple(theta)
+    thetas = [theta]
+    buffers: Sequence[Tensor] | None = None
+    for step in range(steps):
+        grads = gradient(theta)
+        if first_order:
+            grads = [g.detach() for g in grads]
+        buffers = (
+            grads if buffers is None else [momentum * b + g for b, g in zip(buffers, grads, strict=True)]
+        )
+        rates = (_rate(lr, step, layer, i) for i, layer in enumerate(layers))
+        theta = tuple(p - rate * b for p, rate, b in zip(theta, rates, buffers, strict=True))
+        thetas.append(theta)
+    return thetas
 
 
 def _trajectory(
@@ -154,20 +186,10 @@ def _trajectory(
     weights: Tensor | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """theta_0, ..., theta_K, each [T, ...]."""
-    theta = tuple(_per_task(params, x.shape[0]))
-    thetas = [theta]
     gradient = torch.func.grad(lambda theta: _task_losses(theta, x, y, loss, activation, weights).sum())
-    buffers: list[Tensor] | None = None
-    for step in range(steps):
-        grads = gradient(theta)
-        if first_order:
-            grads = [g.detach() for g in grads]
-        buffers = (
-            grads if buffers is None else [momentum * b + g for b, g in zip(buffers, grads, strict=True)]
-        )
-        theta = tuple(p - _rate(lr, step, i) * b for i, (p, b) in enumerate(zip(theta, buffers, strict=True)))
-        thetas.append(theta)
-    return thetas
+    layers = [i // 2 for i in range(len(params))]
+    theta = _per_task(params, x.shape[0])
+    return descend(theta, gradient, layers, lr, steps, momentum, first_order)
 
 
 @float32_under_autocast
