@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Episodes:
         ways: int64 [T], how many classes each task has, the first of the N; default: all have N. Tasks with
             fewer classes or examples than others are filled up with examples that are labelled -100. The
             methods that compare embeddings and those that adapt predict no class that a task does not have.
+        classes: N, where whoever drew the episodes knows it; default: the largest support label plus one,
+            which the host then waits for where the labels are on a GPU.
     """
 
     support: Tensor
@@ -43,6 +45,7 @@ class Episodes:
     query: Tensor
     query_labels: Tensor
     ways: Tensor | None = None
+    classes: int | None = None
 
     def __len__(self) -> int:
         """T, the number of tasks."""
@@ -55,10 +58,10 @@ class Episodes:
 
     @property
     def num_classes(self) -> int:
-        """N, the number of classes in an episode (the largest support label plus one)."""
+        """N, the number of classes in an episode."""
         if self.regression:
             raise ValueError("num_classes: a regression has no classes")
-        return int(self.support_labels.max()) + 1
+        return int(self.support_labels.max()) + 1 if self.classes is None else self.classes
 
     @property
     def problem(self) -> Problem:
@@ -75,4 +78,5 @@ class Episodes:
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Episodes:
-        return Episodes(*(tensor if tensor is None else change(tensor) for tensor in vars(self).values()))
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})

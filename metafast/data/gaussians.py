@@ -72,7 +72,11 @@ class GaussianSampler:
         examples = drawn[:, :, :1] + drawn[:, :, 1:] @ self.shape
         support, query = examples.split([self.shots, self.queries], 2)
         return Episodes(
-            support.flatten(1, 2), self._labels(self.shots), query.flatten(1, 2), self._labels(self.queries)
+            support.flatten(1, 2),
+            self._labels(self.shots),
+            query.flatten(1, 2),
+            self._labels(self.queries),
+            classes=self.ways,
         )
 
     def _labels(self, per_class: int) -> Tensor:

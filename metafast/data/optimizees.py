@@ -222,7 +222,7 @@ class TrainingSampler:
         self.network = network
         self.classes = classes
         self.ways = ways
-        self._all = _examples(classes) if ways is None else None
+        self._all = _examples(classes.images, classes.counts) if ways is None else None
         self.batch_size = batch_size
         self.tasks = tasks
         self.steps = steps
@@ -243,8 +243,10 @@ class TrainingSampler:
         return Trainings(start, self.steps, self.network, images, labels, rows)
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor]:
-        bits = random_bits(_stream(self.seed, "classes"), step, (self.ways,), self.classes.images.device)
-        return _examples(self.classes.subset(sample_without_replacement(bits, len(self.classes))))
+        images, counts = self.classes.images, self.classes.counts
+        bits = random_bits(_stream(self.seed, "classes"), step, (self.ways,), images.device)
+        drawn = sample_without_replacement(bits, len(self.classes))
+        return _examples(images[drawn], None if counts is None else counts[drawn])
 
 
 class ScaledSampler:
@@ -272,14 +274,14 @@ class ScaledSampler:
         return Scaled(start, problems.steps, problems, scales)
 
 
-def _examples(classes: ImageClasses) -> tuple[Tensor, Tensor]:
-    """All images [N, ...] and their labels, int64 [N]."""
-    images, device = classes.images, classes.images.device
-    labels = torch.arange(len(classes), device=device).repeat_interleave(images.shape[1])
+def _examples(images: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All images [N, ...] of classes [C, M, ...] and their labels, int64 [N]."""
+    classes, most, device = *images.shape[:2], images.device
+    labels = torch.arange(classes, device=device).repeat_interleave(most)
     images = images.flatten(0, 1)
-    if classes.counts is None:
+    if counts is None:
         return images, labels
-    there = (torch.arange(classes.images.shape[1], device=device) < classes.counts[:, None]).flatten()
+    there = (torch.arange(most, device=device) < counts[:, None]).flatten()
     return images[there], labels[there]
 
 

@@ -12,12 +12,16 @@ from .classes import ImageClasses
 from .episodes import Episodes
 from .sampling import check_sizes, random_bits, sample_without_replacement
 
+_BLOCK = 64  # steps that are drawn together, if they are small: a step alone would cost 60 calls of torch
+_PAIRS = 2**18  # of drawn numbers, which drawing compares in one call
+
 
 class EpisodeSampler:
     """Draws ``tasks`` episodes of ``ways`` classes at a time from ``classes``.
 
-    The sampler has no state: ``batch(step)`` is a pure function of (seed, step), the same bits every time and
-    on every device, so a run resumes by continuing at its step. Task t of a batch does not depend on T.
+    ``batch(step)`` is a pure function of (seed, step), the same bits every time and on every device, so a run
+    resumes by continuing at its step. Task t of a batch does not depend on T. On a GPU nothing is copied to
+    it or waited for.
 
     Within an episode the classes are distinct, the examples of a class are distinct, and so support and query
     are disjoint; every such episode is equally likely. Examples come class by class, as is the custom: the
@@ -65,6 +69,10 @@ class EpisodeSampler:
         self.queries = queries
         self.tasks = tasks
         self.seed = seed
+        pairs = tasks * ways * (ways + (shots + queries) ** 2)  # which drawing a step compares
+        self._length = max(1, min(_BLOCK, _PAIRS // pairs))
+        self._block = -1
+        self._rows = torch.empty(0)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset[Any], **sizes: Any) -> EpisodeSampler:
@@ -82,24 +90,35 @@ class EpisodeSampler:
         return cls(ImageClasses.from_dataset(dataset), **sizes)
 
     def batch(self, step: int) -> Episodes:
-        """The episodes of ``step`` >= 0: support [T, N*shots, ch, H, W], query [T, N*queries, ch, H, W]."""
+        """The episodes of ``step`` >= 0: support [T, N*shots, ch, H, W], query [T, N*queries, ch, H, W].
+
+        The tensors are the caller's own: what is done to them changes no other batch.
+        """
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
-        images, counts = self.classes.images, self.classes.counts
-        draws = self.shots + self.queries
-        bits = random_bits(self.seed, step, (self.tasks, self.ways * (1 + draws)), images.device)
-        chosen = sample_without_replacement(bits[:, : self.ways], len(self.classes))  # [T, N]
-        population = images.shape[1] if counts is None else counts[chosen].unsqueeze(-1)
-        bits = bits[:, self.ways :].unflatten(1, (self.ways, draws))
-        examples = sample_without_replacement(bits, population)  # [T, N, shots + queries]
-
-        rows = chosen.unsqueeze(-1) * images.shape[1] + examples  # into images as [C*M, ...]
+        block, index = divmod(step, self._length)
+        if block != self._block:
+            self._rows = self._draw(block)
+            self._block = block
+        support, query = self._rows[index].split([self.shots, self.queries], -1)
         return Episodes(
-            self._take(rows[..., : self.shots]),
+            self._take(support),
             self._labels(self.shots),
-            self._take(rows[..., self.shots :]),
+            self._take(query),
             self._labels(self.queries),
+            classes=self.ways,
         )
+
+    def _draw(self, block: int) -> Tensor:
+        """Of each step of a block the rows of the images as [C*M, ...]: [block, T, N, shots + queries]."""
+        images, counts = self.classes.images, self.classes.counts
+        steps = torch.arange(block * self._length, (block + 1) * self._length, device=images.device)
+        draws = self.shots + self.queries
+        bits = random_bits(self.seed, steps, (self.tasks, self.ways * (1 + draws)), images.device)
+        chosen = sample_without_replacement(bits[..., : self.ways], len(self.classes))  # [block, T, N]
+        population = images.shape[1] if counts is None else counts[chosen].unsqueeze(-1)
+        bits = bits[..., self.ways :].unflatten(-1, (self.ways, draws))
+        return chosen.unsqueeze(-1) * images.shape[1] + sample_without_replacement(bits, population)
 
     def _take(self, rows: Tensor) -> Tensor:
         """[T, N, K] rows of the flattened images -> [T, N*K, ch, H, W]."""

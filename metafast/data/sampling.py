@@ -29,11 +29,20 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _mixed(x: int) -> int:
+    """:func:`_mix` of a number that the host knows: as a tensor it would have to be copied to a device."""
+    x &= _MASK
+    x = (x ^ x >> 30) * _MIX_1 & _MASK
+    x = (x ^ x >> 27) * _MIX_2 & _MASK
+    return _signed(x ^ x >> 31)
+
+
 def random_bits(seed: int, step: int | Tensor, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
     """Uniform int64 in 0..2^63-1, a pure function of (seed, step, position): the same on every device.
 
     SplitMix64 (Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators"), whose state at
-    position i is start + i * golden, so that all positions are computed at once.
+    position i is start + i * golden, so that all positions are computed at once. Nothing is copied to the
+    device, or waits for it.
 
     Args:
         step: an int, or several, int64 [B] on ``device``.
@@ -43,11 +52,13 @@ def random_bits(seed: int, step: int | Tensor, shape: tuple[int, ...], device: t
         int64 ``shape``, or [B, *``shape``].
     """
     golden = _signed(_GOLDEN)
-    steps = step if isinstance(step, Tensor) else torch.tensor(step, device=device)
-    start = _mix(_mix(torch.tensor(_signed(seed), device=device) + golden) + (steps + 1) * golden)
+    stream = _mixed(seed + _GOLDEN)
     counter = torch.arange(1, torch.Size(shape).numel() + 1, device=device) * golden
-    bits = _shift_right(_mix(start.unsqueeze(-1) + counter), 1)
-    return bits.view(*start.shape, *shape)
+    if isinstance(step, Tensor):
+        start = _mix(stream + (step + 1) * golden)
+        return _shift_right(_mix(start.unsqueeze(-1) + counter), 1).view(*step.shape, *shape)
+    start = _mixed(stream + (step + 1) * _GOLDEN)
+    return _shift_right(_mix(counter + start), 1).view(shape)
 
 
 def unit(bits: Tensor) -> Tensor:

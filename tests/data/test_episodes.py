@@ -136,6 +136,45 @@ def test_random_bits_are_uniform_and_nonnegative():
     assert (ones - 0.5).abs().max() < 5 * 0.5 / 200_000**0.5
 
 
+@pytest.mark.parametrize("seed", [0, -5, 2**63 - 1])
+def test_random_bits_are_those_of_splitmix64_for_one_step_or_several(seed: int) -> None:
+    golden, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = ((x & mask) ^ ((x & mask) >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    steps = [0, 1, 2**40]
+    starts = [mix(mix(seed + golden) + (step + 1) * golden) for step in steps]
+    expected = torch.tensor([[mix(start + i * golden) >> 1 for i in range(1, 7)] for start in starts])
+    assert torch.equal(random_bits(seed, torch.tensor(steps), (2, 3), "cpu"), expected.view(3, 2, 3))
+    for step, bits in zip(steps, expected, strict=True):
+        assert torch.equal(random_bits(seed, step, (6,), "cpu"), bits)
+
+
+def test_a_batch_is_the_same_whatever_was_drawn_before_it() -> None:
+    """Steps are drawn in blocks, whose length goes by the size of a step."""
+
+    def sampler(tasks: int) -> EpisodeSampler:
+        return EpisodeSampler(numbered(6, 9), ways=4, shots=2, queries=3, tasks=tasks, seed=1)
+
+    few, many = sampler(3), sampler(3000)
+    for step in (70, 0, 63, 64, 5):
+        assert same(few.batch(step), sampler(3).batch(step))
+        assert same(few.batch(step), many.batch(step).take(slice(3)))
+
+
+def test_episodes_know_how_many_classes_they_were_drawn_with() -> None:
+    drawn = EpisodeSampler(numbered(6, 9), ways=4, shots=1, queries=1, tasks=2).batch(0)
+    assert (
+        drawn.classes == drawn.num_classes == drawn.take(slice(1)).num_classes == drawn.to("cpu").classes == 4
+    )
+    own = Episodes(drawn.support, drawn.support_labels, drawn.query, drawn.query_labels)
+    assert own.num_classes == 4
+    assert Episodes(*list(vars(own).values())[:4], classes=7).num_classes == 7
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
