@@ -119,7 +119,8 @@ class ImaginaryData(Method):
             device=seeds.device,
             dtype=seeds.dtype,
         )
-        labels = torch.where(present, classes.unsqueeze(-1), IGNORED).expand(-1, -1, self.imagined).flatten(1)
+        labels = classes.unsqueeze(-1).masked_fill(~present, IGNORED)
+        labels = labels.expand(-1, -1, self.imagined).flatten(1)
         return self.hallucinator(seeds, z), labels
 
     def augment(self, support: Tensor, support_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from metafast.settings import Count, setting
 
 from .backbones import BackboneSettings
 from .method import Recipes
-from .sequence import RecurrentLearner, State
+from .sequence import RecurrentLearner, State, one_hot
 
 _STRENGTH = 9.0  # to which softplus adds nothing, and the formula 1
 
@@ -115,7 +115,7 @@ class MANN(RecurrentLearner):
         key, strength, gate = interface.split([self.width, 1, 1], -1)
         key, strength, gate = key.tanh(), 1 + F.softplus(strength), gate.sigmoid()  # [B, heads, ...]
         least = usage.topk(self.heads, largest=False).indices  # [B, heads], which has no gradient
-        unused = F.one_hot(least, self.rows).to(memory.dtype)
+        unused = one_hot(least, self.rows).to(memory.dtype)
         write = gate * read + (1 - gate) * unused  # [B, heads, rows]
         memory = memory * (1 - unused[:, 0]).unsqueeze(-1) + write.mT @ key
         read = (strength * (1 - pairwise_distance(key, memory, "cosine"))).softmax(-1)

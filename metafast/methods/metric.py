@@ -72,3 +72,9 @@ class MetricLearner(Method):
         """log p(class | query): [T, Q, N]."""
         support, query = self.embed(episodes)
         return self.classify(support, episodes.support_labels, query, episodes.num_classes, episodes.ways)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the values where the mask is true, NaN where it is nowhere: of ``values[mask]``, whose size
+    the host would wait for."""
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from metafast._dispatch.arguments import check_count, check_instance
 from metafast.data import Problem
 from metafast.ops.pairwise import prototypes, relation_scores
-from metafast.reference.labels import IGNORED
+from metafast.reference.labels import IGNORED, checked_labels
 from metafast.settings import Count, setting
 
 from .backbones import BackboneSettings
 from .method import Recipes, Reported
-from .metric import MetricLearner
+from .metric import MetricLearner, masked_mean
 
 
 class LinearRelation(nn.Module):
@@ -158,7 +158,7 @@ class RelationNet(MetricLearner):
         examples = support.flatten(2)
         if ways is not None:  # every class has an example, zero where the task has none
             classes = torch.arange(num_classes, device=ways.device)
-            absent = torch.where(_present(num_classes, ways), IGNORED, classes)
+            absent = classes.masked_fill(_present(num_classes, ways), IGNORED)
             examples = torch.cat([examples, examples.new_zeros(*absent.shape, examples.shape[-1])], 1)
             support_labels = torch.cat([support_labels, absent], 1)
         classes = prototypes(examples, support_labels, num_classes)
@@ -174,12 +174,13 @@ class RelationNet(MetricLearner):
         ways: Tensor | None = None,
     ) -> Tensor:
         scores = self.scores(support, support_labels, query, num_classes, ways)
-        known = query_labels >= 0
-        wanted = F.one_hot(query_labels[known], num_classes).to(scores.dtype)
-        if ways is None:
-            return F.mse_loss(scores[known], wanted)
-        present = _present(num_classes, ways).unsqueeze(1).expand_as(scores)[known]
-        return F.mse_loss(scores[known][present], wanted[present])
+        labels = checked_labels("query_labels", query_labels, num_classes if ways is None else ways)
+        classes = torch.arange(num_classes, device=labels.device)
+        counted = (labels != IGNORED).unsqueeze(-1).expand_as(scores)
+        if ways is not None:
+            counted = counted & _present(num_classes, ways).unsqueeze(1)
+        wanted = (labels.unsqueeze(-1) == classes).to(scores.dtype)
+        return masked_mean(F.mse_loss(scores, wanted, reduction="none"), counted)
 
     def classify(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from metafast._dispatch.arguments import check_count, check_instance
 from metafast.data import Episodes
+from metafast.reference.labels import checked_classes
 
 from .method import Method
 
@@ -41,12 +42,13 @@ class SequenceLearner(Method):
 
     def one_hot(self, labels: Tensor, like: Tensor) -> Tensor:
         """[T, B] -> [T, B, N]."""
-        if not 0 <= int(labels.min()) <= int(labels.max()) < self.ways:
-            raise ValueError(
-                f"labels: expected classes 0 to {self.ways - 1}, as the network has {self.ways} outputs, "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
-        return F.one_hot(labels, self.ways).to(like.dtype)
+        labels = checked_classes("labels", labels, self.ways)
+        return one_hot(labels, self.ways).to(like.dtype)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """[...] -> bool [..., N]; unlike `F.one_hot` it asks nothing of the values, which may lie on a GPU."""
+    return labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)
 
 
 class RecurrentLearner(SequenceLearner):

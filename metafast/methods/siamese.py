@@ -15,7 +15,7 @@ from metafast.ops.pairwise import pairwise_distance
 
 from .backbones import BackboneSettings
 from .method import Recipes
-from .metric import MetricLearner
+from .metric import MetricLearner, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,7 @@ class Siamese(MetricLearner):
         losses = F.binary_cross_entropy_with_logits(
             self.logits(query, support), same.to(query.dtype), reduction="none"
         )
-        halves = [losses[known & kind] for kind in (same, ~same)]
-        return sum(half.mean() for half in halves) / 2
+        return sum(masked_mean(losses, known & kind) for kind in (same, ~same)) / 2
 
     def classify(
         self,

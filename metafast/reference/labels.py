@@ -21,20 +21,25 @@ IGNORED = -100  # torch's ignore_index: a label that takes no part
 
 def checked_labels(name: str, labels: Tensor, classes: int | Tensor) -> Tensor:
     """Labels [..., S] that are each in [0, classes), where classes is a number or [...], or ignored."""
+    return _checked(name, labels, classes, labels == IGNORED, f" or {IGNORED} (ignored)")
+
+
+def checked_classes(name: str, labels: Tensor, classes: int) -> Tensor:
+    """Labels [..., S] that are each in [0, classes)."""
+    return _checked(name, labels, classes, False, "")
+
+
+def _checked(name: str, labels: Tensor, classes: int | Tensor, also: Tensor | bool, said: str) -> Tensor:
     if labels.dtype != torch.int64:
         raise TypeError(f"{name}: expected a tensor of dtype int64, got {labels.dtype}")
     limit = classes.unsqueeze(-1) if isinstance(classes, Tensor) else classes
-    good = ((labels >= 0) & (labels < limit)) | (labels == IGNORED)
+    good = ((labels >= 0) & (labels < limit)) | also
 
     def message(found: int, limit: int, task: int, position: int) -> str:
-        return (
-            f"{name}: expected classes in [0, {limit}) or {IGNORED} (ignored), got {found} "
-            f"at position {position} of task {task}"
-        )
+        expected = f"{name}: expected classes in [0, {limit}){said}"
+        return f"{expected}, got {found} at position {position} of task {task}"
 
-    return _require(
-        labels, good, f"{name}: expected classes or {IGNORED} (ignored)", (labels, limit), message
-    )
+    return _require(labels, good, f"{name}: expected classes{said}", (labels, limit), message)
 
 
 def checked_support_labels(name: str, labels: Tensor, classes: int | Tensor, member: Tensor) -> Tensor:
