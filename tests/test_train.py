@@ -72,11 +72,14 @@ def run(
     steps: int = STEPS,
     resume: bool = False,
     pause: float = 0.0,
+    method: tuple[Learner, Callable[[int], Batch]] | None = None,
     **changes,
 ) -> Learner:
-    """A run with momentum and a schedule."""
-    torch.manual_seed(0)
-    method, draw = {"images": images, "waves": waves, "optimizees": optimizees}[problem]()
+    """A run with momentum and a schedule, of ``method`` and its batches, else by the name of a problem."""
+    if method is None:
+        torch.manual_seed(0)
+        method = {"images": images, "waves": waves, "optimizees": optimizees}[problem]()
+    method, draw = method
     if problem == "optimizees":
         changes = {"result": final_loss, **changes}
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-2, fused=True)

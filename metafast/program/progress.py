@@ -82,6 +82,10 @@ class Progress:
                 soft_wrap=True,
             )
 
+    def tell(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(line, soft_wrap=True, highlight=False)
+
     def _update(self) -> None:
         self._updated = time.perf_counter()
         if self._loss is not None:

@@ -85,6 +85,7 @@ def begin(
             observe=records.add,
             stop=lambda: signal() is not None,
             ranks=ranks,
+            graph=pace.graph,
         )
         stopped_by = ranks.largest(signal() or 0)
         if ranks.first:

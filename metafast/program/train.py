@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from metafast.data import Episodes, Optimizees
 from metafast.methods import Learner
-from metafast.program.distributed import Outcome, Ranks
+from metafast.program.distributed import Ranks
 from metafast.program.evaluate import mean_score
 from metafast.program.progress import Progress
+from metafast.program.steps import Batch, CapturedSteps, Graph, Steps, graphs_for
 from metafast.runs.checkpoint import Checkpoints
 from metafast.runs.log import Log
 from metafast.settings import Count, Positive, Seed, Settings, setting
-
-Batch = Episodes | Optimizees
 
 
 def available(device: str | None) -> str:
@@ -79,11 +76,14 @@ def _warm_up_and_cosine(step: int, *, steps: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace(Settings):
-    """How often a run writes: a resumed run may change it."""
+    """How a run goes, whatever comes of it: a resumed run may change it."""
 
     log_every: Count = setting(20, "steps between two records of the log")
     checkpoint_every: Count = setting(200, "steps between two checkpoints")
     keep: Count = setting(2, "latest checkpoints")
+    graph: Graph = setting(
+        "auto", "a step on a GPU is recorded as a CUDA graph and repeated: on, off, or where it can be"
+    )
 
 
 def autocast_dtype(precision: Precision, device: str) -> torch.dtype | None:
@@ -116,6 +116,7 @@ def train(
     observe: Callable[[Mapping[str, Any]], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
+    graph: Graph = "off",
 ) -> int:
     """Trains ``method`` in place for ``steps`` steps of ``optimizer``.
 
@@ -133,9 +134,14 @@ def train(
         result: the name and value of the figure in the log beside the loss, of the batch of that step: the
             accuracy, or in regression the mean squared error, in evaluation mode.
         observe: called with every record of the log.
-        stop: asked after each step; where it says so, the state is saved and training ends.
+        stop: asked after each step; once it says so, the state is saved and training ends.
         ranks: the processes that train together, each with the same arguments, as
             :func:`metafast.program.distributed.joined` gives them. The first alone writes and observes.
+        graph: ``"on"`` records a step as a CUDA graph, after a few that are taken as they are written, and
+            then repeats that: the device is waited for before a record, a checkpoint, and every 100 steps.
+            Batches are then all of one shape, and ``method.loss`` waits for no value of a tensor and keeps no
+            state in Python from step to step. ``"auto"`` does so on CUDA where it can, and says why where
+            not. The weights have the same bits as with ``"off"``.
 
     Returns:
         The steps that are done: ``steps``, or fewer where ``stop`` said so.
@@ -145,7 +151,8 @@ def train(
 
     Raises:
         ValueError: ``log`` is a file that is no such log, or damaged; it stays as it is. Or a batch has fewer
-            tasks than there are ranks.
+            tasks than there are ranks; or ``graph="on"``, and there is no GPU, there are several ranks, or a
+            step cannot be recorded.
         OSError: a checkpoint or a record could not be written. Of these, ConnectionError: another rank has
             ended.
         FloatingPointError: no task of a batch has a finite loss and gradient. The step is logged and not
@@ -164,10 +171,10 @@ def train(
     ranks.begin(method)
     journal = Log(log if ranks.first else None, keep_until=first)
 
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    device = optimizer.param_groups[0]["params"][0].device
     loss = method.loss
     if autocast is not None:
-        precision = torch.autocast(parameters[0].device.type, autocast)
+        precision = torch.autocast(device.type, autocast)
         loss, result = precision(loss), precision(result)
     method.train()
     clock = _Clock(journal.seconds)
@@ -180,31 +187,25 @@ def train(
                 progress.report(written)
                 observe(written)
 
-        for step in range(first, steps):
-            episodes = ranks.share(batches(step))
-            done = step + 1
-            ranks.seed(step)
-            outcome = ranks.combine(_gradient(loss, episodes, parameters), parameters)
-            if outcome.tasks == 0:
-                note(step=done, diverged=outcome.diverged, error="no task has a finite loss and gradient")
-                raise FloatingPointError(
-                    f"the loss of step {done} is {outcome.loss}: training stopped before it"
-                )
-            if outcome.diverged:
-                note(step=done, diverged=outcome.diverged)
-            lr = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            ranks.share_buffers(method)
-            clock.count(outcome.tasks + outcome.diverged)
-            progress.advance(done, outcome.loss)
+        graphs = graphs_for(graph, device, ranks, progress.tell)
+        rated = graphs is not None or device.type == "cuda"
+        taker = Steps(method, loss, batches, optimizer, scheduler, ranks, note, rated=rated)
+        if graphs is not None:
+            every = [log_every] if checkpoints is None else [log_every, checkpoints.every]
+            taker = CapturedSteps(
+                taker, graphs, every=every, last=steps, stop=stop, needed=graph == "on", tell=progress.tell
+            )
+        while done < steps:
+            taken = taker.take(done)
+            done = taken.done
+            clock.count(taken.tasks)
+            progress.advance(done, taken.loss)
 
             last = done == steps or ranks.largest(stop()) > 0
             if done % log_every == 0 or done == steps:
-                name, figure = result(method, episodes)
-                figure = ranks.mean(figure, len(episodes))
-                note(step=done, loss=outcome.loss, **{name: figure}, lr=lr, **clock.read())
+                name, figure = result(method, taken.batch)
+                figure = ranks.mean(figure, len(taken.batch))
+                note(step=done, loss=taken.loss, **{name: figure}, lr=taken.lr, **clock.read())
             if ranks.first and checkpoints is not None and (done % checkpoints.every == 0 or last):
                 checkpoints.save(done, method, optimizer, scheduler)
             if last:
@@ -228,27 +229,3 @@ class _Clock:
         rate = self._episodes / (now - self._read)
         self._read, self._episodes = now, 0
         return {"episodes_per_second": rate, "seconds": self._before + now - self._started}
-
-
-def _gradient(loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequence[Tensor]) -> Outcome:
-    """Leaves the gradient of the mean loss over the tasks that did not diverge."""
-    value, tasks = _backward(loss, episodes, parameters), len(episodes)
-    if math.isfinite(value):
-        return Outcome(value, tasks, 0)
-    singles = (episodes.take(slice(task, task + 1)) for task in range(tasks))
-    finite = [math.isfinite(_backward(loss, single, parameters)) for single in singles]
-    if any(finite):
-        value = _backward(loss, episodes.take(torch.tensor(finite)), parameters)
-    counted = sum(finite) if math.isfinite(value) else 0
-    return Outcome(value, counted, tasks - counted)
-
-
-def _backward(loss: Callable[[Batch], Tensor], episodes: Batch, parameters: Sequence[Tensor]) -> float:
-    """The loss, whose gradient it leaves in the parameters; not finite where either is not."""
-    for parameter in parameters:
-        parameter.grad = None
-    value = loss(episodes)
-    value.backward()
-    norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    figures = torch.stack([value.detach(), *norms]).tolist()  # one wait for the device
-    return figures[0] if all(map(math.isfinite, figures)) else math.nan
