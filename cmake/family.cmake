@@ -1,4 +1,4 @@
-# metafast_family(<name>): one family of ops, csrc/<name>/{cpu.cpp,cuda.cu,op.cpp,autograd.cpp}.
+# metafast_family(<name> [more sources]): one family of ops, csrc/<name>/{cpu.cpp,cuda.cu,op.cpp,autograd.cpp}.
 #
 # It adds to the interface library `metafast_ops`, which the Python module and, in the tests, metafast_emulated link:
 # op.cpp and autograd.cpp are compiled by each of them, the torch-free kernels here, once.
@@ -51,7 +51,8 @@ function(metafast_family family)
   metafast_cpu_kernels(${family})
   metafast_cuda_kernels(${family})
   set(folder "${PROJECT_SOURCE_DIR}/csrc/${family}")
-  target_sources(metafast_ops INTERFACE "${folder}/op.cpp" "${folder}/autograd.cpp")
+  list(TRANSFORM ARGN PREPEND "${folder}/" OUTPUT_VARIABLE others)
+  target_sources(metafast_ops INTERFACE "${folder}/op.cpp" "${folder}/autograd.cpp" ${others})
 endfunction()
 
 # csrc/common holds the kernels that families share, and no ops.

@@ -10,6 +10,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "convolutional/ops.h"
 #include "inner_loop/ops.h"
 #include "learned_optimizer/ops.h"
 #include "pairwise/ops.h"
@@ -140,6 +141,24 @@ PYBIND11_MODULE(_C, m) {
                                   loss, steps, activation, momentum, first_order, mean, wanted);
       },
       release);
+  using Numbers = std::vector<int64_t>;
+  using Epsilons = std::vector<double>;
+  m.def("conv_forward_kept", [](const Tensors& params, const Tensor& x, const Numbers& network,
+                                const Epsilons& eps) { return conv_forward_kept(params, x, network, eps); });
+  m.def(
+      "conv_inner_sgd",
+      [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr, const Numbers& network,
+         const Epsilons& eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+         bool keep) {
+        return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
+      },
+      release);
+  m.def(
+      "conv_forward",
+      [](const Tensors& params, const Tensor& x, const Numbers& network, const Epsilons& eps, bool keep) {
+        return conv_forward(params, x, network, eps, keep);
+      },
+      release);
   m.def(
       "sgd_update",
       [](const Tensors& params, const Tensors& grads, const Tensors& lr, const Tensors& momentum_buffers,
@@ -158,9 +177,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "lstm_step_",
       [](const Tensors& params, const Tensors& grads, const OptionalTensor& loss, const Tensor& state,
-         const Tensors& weights, std::string_view head, std::string_view preprocess, double p, double scale) {
-        lstm_step_(params, grads, loss, state, weights, head, preprocess, p, scale);
-      },
+         const Tensors& weights, std::string_view head, std::string_view preprocess, double p,
+         double scale) { lstm_step_(params, grads, loss, state, weights, head, preprocess, p, scale); },
       release);
 }
 

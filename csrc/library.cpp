@@ -115,6 +115,42 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   m.def(
       "task_conv2d(Tensor x, Tensor weight, Tensor bias, SymInt[2] stride=1, SymInt[2] padding=0) -> Tensor");
 
+  // ---- convolutional networks ----
+  //
+  // A chain of L blocks: convolution (or linear), batch norm, activation, pooling. network: 17 numbers a
+  // block,
+  //   kernel (height, width; 0, 0: linear, over all of the map), stride (2), padding (2), bias (0, 1),
+  //   norm (0 none, 1 without, 2 with gamma and beta), activation (0 none, 1 relu, 2 tanh),
+  //   pool (0 none, 1 max, 2 average), its kernel (2; 0, 0: the whole map), stride (2), padding (2),
+  //   whether it stands before the activation (0, 1)
+  // and eps, a number a block. params are, block by block, weight [O, C, kh, kw] (linear: [O, C H W]), bias
+  // [O] if any, gamma [O] and beta [O] if any, each shared by all tasks or of each task ([T, ...]). x [T, B,
+  // C, H, W]. Batch norm uses the statistics of the task's images. The last block is linear.
+
+  // K = steps steps of SGD on each task; y [T, B, O] for loss mse or int64 [T, B] for cross_entropy; lr as of
+  // inner_sgd, [K, L] by block. -> the adapted parameters, each [T, ...]; the mean and the variance (divided
+  // by the number of pixels) of each step's batch, [K, 2, T, channels of all blocks with norm]; and, if
+  // `keep`, what the backward needs of the steps, else size 0.
+  m.def(
+      "conv_inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, int[] network, float[] eps, str "
+      "loss, "
+      "int steps, float momentum, bool first_order, bool keep) -> (Tensor[], Tensor, Tensor)");
+  // grads: of the adapted parameters. -> gradients of params, lr, x, y, in one list; of size 0 where not
+  // wanted (wanted: params, lr, x, y). It cannot be differentiated.
+  m.def(
+      "conv_inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, Tensor "
+      "kept, "
+      "int[] network, float[] eps, str loss, int steps, float momentum, bool first_order, bool[4] wanted) -> "
+      "Tensor[]");
+  // The networks' outputs [T, B, O], and, if `keep`, what the backward needs, else size 0.
+  m.def("conv_forward(Tensor[] params, Tensor x, int[] network, float[] eps, bool keep) -> (Tensor, Tensor)");
+  // grad: of the outputs. -> gradients of params and x, in one list; of size 0 where not wanted (wanted:
+  // params, x). It cannot be differentiated.
+  m.def(
+      "conv_forward_backward(Tensor grad, Tensor[] params, Tensor x, Tensor kept, int[] network, float[] "
+      "eps, "
+      "bool[2] wanted) -> Tensor[]");
+
   // ---- learned optimizer ----
   //
   // An LSTM that all coordinates (elements) of a list of tensors share. weights = [W_ih [4H, I], W_hh [4H,

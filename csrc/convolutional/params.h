@@ -110,10 +110,14 @@ struct ConvolveWeights {
 
   METAFAST_HD int64_t rows() const { return taps_y * taps_x * depth; }
   METAFAST_HD int64_t pixels() const { return images * height * width; }
-  // On the CPU a work item is a few rows of a task's gradient.
-  static constexpr int64_t kItemRows = 48;
-  METAFAST_HD int64_t chunks() const { return (rows() + kItemRows - 1) / kItemRows; }
+  // On the CPU a work item is some rows of a task's gradient: many where there are tasks enough for all
+  // threads, since each goes through all pixels.
+  METAFAST_HD int64_t chunks() const {
+    constexpr int64_t kItems = 16, kFewRows = 48;
+    return few((kItems + tasks - 1) / (tasks < 1 ? 1 : tasks), (rows() + kFewRows - 1) / kFewRows);
+  }
   int64_t items() const { return tasks * chunks(); }
+  int64_t item_cost() const { return count * rows() / chunks() * pixels() * pitch / 8; }
   // On CUDA the pixels of a task are taken in parts, where there are too few tiles of the results to keep a
   // device busy; their sums are then added in order. The number follows from the shapes alone, so that every
   // device gives the same bits.
@@ -123,10 +127,6 @@ struct ConvolveWeights {
     return few(tiles < kTiles ? (kTiles + tiles - 1) / (tiles < 1 ? 1 : tiles) : 1, pixels() / kLeastPixels);
   }
   int64_t workspace_size() const { return parts() > 1 ? tasks * parts() * (rows() + 1) * pitch : 0; }
-  int64_t item_cost() const {
-    const int64_t most = rows() < kItemRows ? rows() : kItemRows;
-    return count * most * pixels() * pitch / 8;
-  }
 };
 
 enum class MapActivation { none, relu, tanh };
@@ -197,8 +197,8 @@ struct BlockBackward {
 };
 
 // The loss of a task from the last block's results: mse, the mean over examples and outputs, or cross
-// entropy, the mean over examples that are not left out; times `weight`. Its gradient; or, with a tangent,
-// that of the gradient. A task without an example has gradient 0.
+// entropy, the mean over examples that are not left out. Its gradient; or, with a tangent, that of the
+// gradient. A task without an example has gradient 0.
 template <typename T>
 struct LossGradient {
   int64_t tasks, images, outputs;
@@ -213,8 +213,8 @@ struct LossGradient {
   int64_t item_cost() const { return images * outputs * 16; }
 };
 
-// Copies between layouts: out[a, b, c, d] = in[...] for d < size[3], strides of both given; 0 for size[3] <=
-// d < pad. Parameters and images come from torch's layouts so, and weights are transposed for the way back.
+// Copies between layouts, given the strides of both; 0 for size[4] <= e < pad. Parameters and images come
+// from torch's layouts so, and weights are transposed for the way back.
 template <typename T>
 struct Permute {
   static constexpr int kDims = 5;

@@ -1,0 +1,236 @@
+// The arguments of the convolutional ops: checked, dense, and packed as the kernels want them.
+#pragma once
+
+#include <limits>
+#include <string>
+#include <string_view>
+
+#include "common/dispatch.h"
+#include "common/sums.h"
+#include "convolutional/pass.h"
+
+namespace metafast {
+namespace {
+
+template <typename T>
+Packed<T> packed_view(const Tensor& tensor) {  // [T, P], or [1, P] for all tasks
+  if constexpr (std::is_const_v<T>) {
+    return {tensor.const_data_ptr<std::remove_const_t<T>>(), tensor.size(0) == 1 ? 0 : tensor.stride(0)};
+  } else {
+    return {tensor.mutable_data_ptr<T>(), tensor.stride(0)};
+  }
+}
+
+// ---- between torch's layouts and the kernels' ----
+
+template <typename T>
+void permute(const Tensor& like, const T* in, T* out, std::array<int64_t, 5> size,
+             std::array<int64_t, 5> in_stride, std::array<int64_t, 5> out_stride, int64_t pad = 0) {
+  Permute<T> p{};
+  std::copy(size.begin(), size.end(), p.size);
+  std::copy(in_stride.begin(), in_stride.end(), p.in_stride);
+  std::copy(out_stride.begin(), out_stride.end(), p.out_stride);
+  p.pad = pad;
+  p.in = in;
+  p.out = out;
+  run_kernel(p, like);
+}
+
+// Calls f(size, strides of the parameter, strides of the packed one) for parameter i of `tasks` tasks.
+template <class F>
+void with_layouts(const Network& network, size_t i, int64_t tasks, const F& f) {
+  const NetworkBlock& b = network.block_of(i);
+  const int64_t P = network.size(), O = b.outputs, C = b.channels, kh = b.kernel_y, kw = b.kernel_x;
+  if (static_cast<int64_t>(i) == b.first_param) {
+    const int64_t pitch = b.pitch();
+    f(std::array<int64_t, 5>{tasks, kh, kw, C, O},
+      std::array<int64_t, 5>{O * C * kh * kw, kw, 1, kh * kw, C * kh * kw},
+      std::array<int64_t, 5>{P, kw * C * pitch, C * pitch, pitch, 1});
+  } else {
+    f(std::array<int64_t, 5>{tasks, 1, 1, 1, O}, std::array<int64_t, 5>{O, 0, 0, 0, 1},
+      std::array<int64_t, 5>{P, 0, 0, 0, 1});
+  }
+}
+
+// Tensors of the parameters' shapes, with T or without, as one [T, P] or [1, P].
+template <typename T>
+Tensor pack(const Network& network, at::TensorList tensors, int64_t tasks) {
+  const Tensor packed = empty({tasks, network.size()}, tensors[0].options().requires_grad(false));
+  for (size_t i = 0; i < tensors.size() && tasks > 0; ++i) {
+    const Tensor dense = tensors[i].contiguous();
+    with_layouts(network, i, tasks, [&](auto size, auto strides, auto packed_strides) {
+      permute<T>(packed, dense.const_data_ptr<T>(), packed.mutable_data_ptr<T>() + network.place_of(i), size,
+                 strides, packed_strides, network.block_of(i).pitch());
+    });
+  }
+  return packed;
+}
+
+// Back, [T, P] or [P], to tensors with T or without.
+template <typename T>
+std::vector<Tensor> unpack(const Network& network, const Tensor& packed) {
+  std::vector<Tensor> tensors;
+  const bool of_tasks = packed.dim() == 2;
+  const int64_t tasks = of_tasks ? packed.size(0) : 1;
+  for (size_t i = 0; i < network.params(); ++i) {
+    at::DimVector sizes;
+    if (of_tasks) sizes.push_back(tasks);
+    sizes.append(network.shape(i).begin(), network.shape(i).end());
+    tensors.push_back(empty(sizes, packed.options()));
+    if (tasks == 0) continue;
+    with_layouts(network, i, tasks, [&](auto size, auto strides, auto packed_strides) {
+      permute<T>(packed, packed.const_data_ptr<T>() + network.place_of(i), tensors[i].mutable_data_ptr<T>(),
+                 size, packed_strides, strides);
+    });
+  }
+  return tensors;
+}
+
+// Images [T, B, C, H, W] as maps with the border that the first block wants; `memory` holds them.
+template <typename T>
+Maps<const T> load_images(const Network& network, const Tensor& x, Tensor& memory) {
+  const NetworkBlock& b = network.blocks()[0];
+  const int64_t tasks = x.size(0), images = x.size(1), C = b.channels, H = b.height, W = b.width;
+  const auto take = [&](Workspace<T> space) {
+    const Maps<T> maps = space.take_maps(tasks, images, H, W, C, network.input_border(0));
+    return std::pair(maps, space.used());
+  };
+  memory = at::zeros({take(Workspace<T>()).second}, x.options().requires_grad(false));
+  const Maps<T> maps = take(Workspace<T>(memory.mutable_data_ptr<T>())).first;
+  if (x.numel() == 0) return as_const(maps);
+  const Tensor dense = x.contiguous();
+  const T* const in = dense.const_data_ptr<T>();
+  const int64_t image = C * H * W;
+  if (C == 1) {  // the longer rows
+    permute<T>(memory, in, maps.data, {tasks, images, 1, H, W}, {images * image, image, 0, W, 1},
+               {maps.task, maps.image, 0, maps.row, 1});
+  } else {
+    permute<T>(memory, in, maps.data, {tasks, images, H, W, C}, {images * image, image, W, 1, H * W},
+               {maps.task, maps.image, maps.row, maps.pixel, 1});
+  }
+  return as_const(maps);
+}
+
+// Gradients of images, whose pixels are pitch(C) apart, in torch's layout.
+template <typename T>
+void store_images(const Network& network, const Tensor& like, const Maps<T>& maps, int64_t tasks,
+                  int64_t images, T* out) {
+  const NetworkBlock& b = network.blocks()[0];
+  const int64_t C = b.channels, H = b.height, W = b.width, image = C * H * W;
+  permute<T>(like, maps.data, out, {tasks, images, C, H, W}, {maps.task, maps.image, 1, maps.row, maps.pixel},
+             {images * image, image, H * W, W, 1});
+}
+
+// ---- sums ----
+
+// The sum of the rows, in an order that depends on their number alone: [R, n] -> [n].
+template <typename T>
+Tensor sum_rows(const Tensor& rows) {
+  const Tensor dense = rows.contiguous(), out = empty({rows.size(1)}, rows.options());
+  if (out.numel() == 0) return out;
+  SumPartials<T> p{dense.const_data_ptr<T>(), out.mutable_data_ptr<T>(), 1, rows.size(0), rows.size(1)};
+  run_kernel(p, out);
+  return out;
+}
+
+// ---- arguments ----
+
+inline void check_params(at::TensorList params, const Tensor& x) {
+  check_real({x, "x"});
+  for (size_t i = 0; i < params.size(); ++i) {
+    const std::string name = indexed("params", i);
+    check_same_dtype({x, "x"}, {{params[i], name.c_str()}});
+    check_same_device({x, "x"}, {{params[i], name.c_str()}});
+  }
+}
+
+// What conv_inner_sgd and its backward have in common.
+struct Problem {
+  const Network network;
+  const Tensor x, y;
+  const std::vector<Tensor> lr;
+  const bool labels;  // cross entropy, not mse
+  const int64_t steps;
+  const double momentum;
+  const bool first_order;
+
+  Problem(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef numbers,
+          at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order)
+      : network((check_params(params, x), numbers), eps, params, x),
+        x(x),
+        y(y.contiguous()),
+        lr(lr.vec()),
+        labels(loss == "cross_entropy"),
+        steps(steps),
+        momentum(momentum),
+        first_order(first_order) {
+    TORCH_CHECK_VALUE(labels || loss == "mse", "loss: expected mse or cross_entropy, got ", loss);
+    constexpr int64_t kMostSteps = std::numeric_limits<int32_t>::max();  // whose memory can still be counted
+    TORCH_CHECK_VALUE(steps >= 0 && steps <= kMostSteps, "steps: expected a number >= 0, ",
+                      steps < 0 ? "" : "below 2^31, ", "got ", steps);
+    check_targets();
+    check_lr(lr, params);
+  }
+
+  int64_t tasks() const { return x.size(0); }
+  int64_t images() const { return x.size(1); }
+  int64_t blocks() const { return static_cast<int64_t>(network.blocks().size()); }
+  at::TensorOptions options() const { return x.options().requires_grad(false); }
+
+  // The learning rates of all steps as rows that go with a packed vector: [K or 1, P or 1].
+  template <typename T>
+  Tensor rates() const {
+    if (lr.size() > 1) return pack<T>(network, lr, 1);
+    if (lr[0].dim() == 0) return lr[0].detach().view({1, 1});
+    std::vector<Tensor> columns;
+    for (size_t i = 0; i < network.params(); ++i) {
+      const int64_t end = i + 1 < network.params() ? network.place_of(i + 1) : network.size();
+      columns.push_back(lr[0]
+                            .detach()
+                            .select(1, static_cast<int64_t>(network.block_number_of(i)))
+                            .unsqueeze(1)
+                            .expand({steps, end - network.place_of(i)}));
+    }
+    return at::cat(columns, 1);
+  }
+
+ private:
+  void check_targets() const {
+    const Arg arg{y, "y"}, like{x, "x"};
+    check_same_device(like, {arg});
+    if (!labels) {
+      check_same_dtype(like, {arg});
+      return check_sizes(arg, {tasks(), images(), network.outputs()}, "[T, B, O]");
+    }
+    check_labels_dtype(arg);
+    check_sizes(arg, {tasks(), images()}, "[T, B]");
+    if (runs_cuda(y)) return;  // the kernel asserts there, which does not synchronise
+    const int64_t* label = y.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < y.numel(); ++i) {
+      TORCH_CHECK_VALUE((label[i] >= 0 && label[i] < network.outputs()) || label[i] == kIgnoreLabel,
+                        "y: expected classes in [0, ", network.outputs(), ") or ", kIgnoreLabel,
+                        " (ignored), got ", label[i], " at position ", i % images(), " of task ",
+                        i / images());
+    }
+  }
+
+  void check_lr(at::TensorList lr, at::TensorList params) const {
+    TORCH_CHECK_VALUE(lr.size() == 1 || lr.size() == params.size(),
+                      "lr: expected one tensor or one for each parameter, got ", lr.size(), " for ",
+                      params.size(), " parameters");
+    for (size_t i = 0; i < lr.size(); ++i) {
+      const std::string name = lr.size() == 1 ? "lr" : indexed("lr", i);
+      const Arg arg{lr[i], name.c_str()};
+      check_same_dtype({x, "x"}, {arg});
+      check_same_device({x, "x"}, {arg});
+      if (lr.size() > 1) {
+        check_sizes(arg, network.shape(i), "of the parameter");
+      } else if (lr[0].dim() != 0) {
+        check_sizes(arg, {steps, blocks()}, "[K, L]");
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace metafast

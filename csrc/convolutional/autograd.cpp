@@ -1,0 +1,234 @@
+// First derivatives of the convolutional ops. Their backwards are ops, which refuse to be differentiated
+// again.
+#include <torch/library.h>
+
+#include "common/call.h"
+#include "convolutional/ops.h"
+
+namespace metafast {
+
+// ---- the ops, through the dispatcher ----
+
+#define METAFAST_CALL(op, ...)                                     \
+  static const auto handle = find_op<decltype(metafast::op)>(#op); \
+  return handle.call(__VA_ARGS__)
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(at::TensorList params, const Tensor& x,
+                                                               const Tensor& y, at::TensorList lr,
+                                                               at::IntArrayRef network,
+                                                               at::ArrayRef<double> eps,
+                                                               std::string_view loss, int64_t steps,
+                                                               double momentum, bool first_order, bool keep) {
+  METAFAST_CALL(conv_inner_sgd, params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
+}
+
+std::vector<Tensor> conv_inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
+                                            const Tensor& y, at::TensorList lr, const Tensor& kept,
+                                            at::IntArrayRef network, at::ArrayRef<double> eps,
+                                            std::string_view loss, int64_t steps, double momentum,
+                                            bool first_order, std::array<bool, 4> wanted) {
+  METAFAST_CALL(conv_inner_sgd_backward, grads, params, x, y, lr, kept, network, eps, loss, steps, momentum,
+                first_order, wanted);
+}
+
+std::tuple<Tensor, Tensor> conv_forward(at::TensorList params, const Tensor& x, at::IntArrayRef network,
+                                        at::ArrayRef<double> eps, bool keep) {
+  METAFAST_CALL(conv_forward, params, x, network, eps, keep);
+}
+
+std::vector<Tensor> conv_forward_backward(const Tensor& grad, at::TensorList params, const Tensor& x,
+                                          const Tensor& kept, at::IntArrayRef network,
+                                          at::ArrayRef<double> eps, std::array<bool, 2> wanted) {
+  METAFAST_CALL(conv_forward_backward, grad, params, x, kept, network, eps, wanted);
+}
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+// All that is no tensor.
+struct Options {
+  std::vector<int64_t> network;
+  std::vector<double> eps;
+  std::string loss;
+  int64_t steps = 0;
+  double momentum = 0;
+  bool first_order = false;
+};
+
+struct Call : torch::CustomClassHolder {
+  Options options;
+  int64_t params, lr;
+  Call(Options options, int64_t params, int64_t lr) : options(std::move(options)), params(params), lr(lr) {}
+
+  static void save(AutogradContext* ctx, c10::intrusive_ptr<Call> call) {
+    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+  }
+  static Call& restore(AutogradContext* ctx) {
+    return static_cast<Call&>(*ctx->saved_data["call"].toCapsule());
+  }
+};
+
+variable_list joined(at::TensorList first, std::initializer_list<Tensor> others, at::TensorList more = {}) {
+  variable_list all = first.vec();
+  all.insert(all.end(), more.begin(), more.end());
+  all.insert(all.end(), others.begin(), others.end());
+  return all;
+}
+
+bool any_needed(AutogradContext* ctx, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (ctx->needs_input_grad(i)) return true;
+  }
+  return false;
+}
+
+// What a backward returns: gradients of size 0 were not wanted, and what is no tensor has none.
+variable_list gradients(variable_list grads, const variable_list& inputs, size_t others) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].sizes() != inputs[i].sizes()) grads[i] = Tensor();
+  }
+  grads.resize(grads.size() + others);
+  return grads;
+}
+
+// ---- conv_inner_sgd ----
+
+std::vector<Tensor> conv_inner_sgd_backward_autograd(at::TensorList grads, at::TensorList params,
+                                                     const Tensor& x, const Tensor& y, at::TensorList lr,
+                                                     const Tensor& kept, at::IntArrayRef network,
+                                                     at::ArrayRef<double> eps, std::string_view loss,
+                                                     int64_t steps, double momentum, bool first_order,
+                                                     std::array<bool, 4> wanted) {
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return conv_inner_sgd_backward(grads, params, x, y, lr, kept, network, eps, loss, steps, momentum,
+                                   first_order, wanted);
+  };
+  variable_list inputs = joined(params, {x, y}, lr);
+  inputs.insert(inputs.end(), grads.begin(), grads.end());
+  if (!needs_graph_of("conv_inner_sgd_backward", inputs)) return compute();
+  return LastDerivative::apply(at::TensorList(inputs), std::function<variable_list()>(compute),
+                               "conv_inner_sgd");
+}
+
+// The inputs are the parameters, lr, x and y; the results the adapted parameters, then the statistics.
+struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, int64_t params, int64_t lr,
+                               const Options& o) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor &x = inputs[params + lr], &y = inputs[params + lr + 1];
+    auto [adapted, statistics, kept] =
+        conv_inner_sgd(inputs.slice(0, params), x, y, inputs.slice(params, lr), o.network, o.eps, o.loss,
+                       o.steps, o.momentum, o.first_order, true);
+    ctx->save_for_backward(joined(inputs, {kept}));
+    Call::save(ctx, c10::make_intrusive<Call>(o, params, lr));
+    ctx->mark_non_differentiable({statistics, kept});
+    adapted.insert(adapted.end(), {statistics, kept});
+    return adapted;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Call& call = Call::restore(ctx);
+    const Options& o = call.options;
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList inputs(saved);
+    const int64_t data = call.params + call.lr;
+    const std::array<bool, 4> wanted{any_needed(ctx, 0, call.params), any_needed(ctx, call.params, data),
+                                     ctx->needs_input_grad(data), ctx->needs_input_grad(data + 1)};
+    return gradients(conv_inner_sgd_backward(at::TensorList(grads).slice(0, call.params),
+                                             inputs.slice(0, call.params), saved[data], saved[data + 1],
+                                             inputs.slice(call.params, call.lr), saved.back(), o.network,
+                                             o.eps, o.loss, o.steps, o.momentum, o.first_order, wanted),
+                     saved, 3);
+  }
+};
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_autograd(
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
+    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    bool keep) {
+  variable_list inputs = joined(params, {x, y}, lr);
+  if (needs_graph_of("conv_inner_sgd", inputs)) {
+    variable_list results = ConvInnerSgdFunction::apply(
+        at::TensorList(inputs), static_cast<int64_t>(params.size()), static_cast<int64_t>(lr.size()),
+        Options{network.vec(), eps.vec(), std::string(loss), steps, momentum, first_order});
+    const Tensor kept = results.back(), statistics = results[results.size() - 2];
+    results.resize(results.size() - 2);
+    return {results, statistics, kept};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
+}
+
+// ---- conv_forward ----
+
+std::vector<Tensor> conv_forward_backward_autograd(const Tensor& grad, at::TensorList params, const Tensor& x,
+                                                   const Tensor& kept, at::IntArrayRef network,
+                                                   at::ArrayRef<double> eps, std::array<bool, 2> wanted) {
+  const auto compute = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return conv_forward_backward(grad, params, x, kept, network, eps, wanted);
+  };
+  const variable_list inputs = joined(params, {x, grad});
+  if (!needs_graph_of("conv_forward_backward", inputs)) return compute();
+  return LastDerivative::apply(at::TensorList(inputs), std::function<variable_list()>(compute),
+                               "conv_forward");
+}
+
+// The inputs are the parameters and x.
+struct ConvForwardFunction : Function<ConvForwardFunction> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Options& o) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const int64_t params = static_cast<int64_t>(inputs.size()) - 1;
+    auto [out, kept] = conv_forward(inputs.slice(0, params), inputs[params], o.network, o.eps, true);
+    ctx->save_for_backward(joined(inputs, {kept}));
+    Call::save(ctx, c10::make_intrusive<Call>(o, params, 0));
+    ctx->mark_non_differentiable({kept});
+    return {out, kept};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Call& call = Call::restore(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const std::array<bool, 2> wanted{any_needed(ctx, 0, call.params), ctx->needs_input_grad(call.params)};
+    return gradients(
+        conv_forward_backward(grads[0], at::TensorList(saved).slice(0, call.params), saved[call.params],
+                              saved.back(), call.options.network, call.options.eps, wanted),
+        saved, 1);
+  }
+};
+
+std::tuple<Tensor, Tensor> conv_forward_autograd(at::TensorList params, const Tensor& x,
+                                                 at::IntArrayRef network, at::ArrayRef<double> eps,
+                                                 bool keep) {
+  const variable_list inputs = joined(params, {x});
+  if (needs_graph_of("conv_forward", inputs)) {
+    const variable_list results =
+        ConvForwardFunction::apply(at::TensorList(inputs), Options{network.vec(), eps.vec(), {}});
+    return {results[0], results[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return conv_forward(params, x, network, eps, keep);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
+  m.impl("conv_inner_sgd", conv_inner_sgd_autograd);
+  m.impl("conv_inner_sgd_backward", conv_inner_sgd_backward_autograd);
+  m.impl("conv_forward", conv_forward_autograd);
+  m.impl("conv_forward_backward", conv_forward_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) {
+  m.impl("conv_inner_sgd", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("conv_forward", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+}
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCUDA, m) {
+  m.impl("conv_inner_sgd", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("conv_forward", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+}
+
+}  // namespace metafast

@@ -1,0 +1,299 @@
+// The convolutional ops on CPU and CUDA: check the arguments (arguments.h), allocate the results, run the
+// kernels. What each op computes is stated in library.cpp.
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "convolutional/adaptation.h"
+#include "convolutional/ops.h"
+
+namespace metafast {
+namespace {
+
+// Tensors of size 0, for gradients that are not wanted.
+std::vector<Tensor> nothing(size_t count, const at::TensorOptions& options) {
+  std::vector<Tensor> none;
+  for (size_t i = 0; i < count; ++i) none.push_back(empty({0}, options));
+  return none;
+}
+
+void append(std::vector<Tensor>& to, std::vector<Tensor> tensors) {
+  to.insert(to.end(), std::make_move_iterator(tensors.begin()), std::make_move_iterator(tensors.end()));
+}
+
+// The gradient of the start [T, P] as gradients of the parameters, shared or of tasks.
+template <typename T>
+std::vector<Tensor> of_params(const Network& network, const Tensor& grad) {
+  return unpack<T>(network, network.shared() ? sum_rows<T>(grad) : grad);
+}
+
+// ---- conv_inner_sgd ----
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef numbers,
+    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    bool keep) {
+  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
+  const Network& network = problem.network;
+  const c10::OptionalDeviceGuard guard(x.device());
+  return with_scalar(x, [&]<typename T>() -> std::tuple<std::vector<Tensor>, Tensor, Tensor> {
+    const int64_t tasks = problem.tasks(), P = network.size();
+    const at::TensorOptions options = problem.options();
+    const Tensor statistics = empty({steps, 2, tasks, network.norm_channels()}, options);
+    // theta_1, ..., theta_K and m_1, ..., m_K; or two of each that take turns.
+    const int64_t slots = keep ? steps : std::min<int64_t>(steps, 2);
+    const Tensor kept = empty({2, slots, tasks, P}, options),
+                 start = pack<T>(network, params, network.shared() ? 1 : tasks);
+    const auto of = [&](int64_t what, int64_t k, int64_t first, int64_t count) {
+      return kept.select(0, what).select(0, (k - 1) % slots).narrow(0, first, count);
+    };
+    if (steps == 0 || tasks == 0) {
+      return {unpack<T>(network, start.expand({tasks, P}).contiguous()), statistics,
+              keep ? kept : empty({0}, options)};
+    }
+    Adaptation<T> adaptation(problem, false, false);
+    for (int64_t first = 0; first < tasks; first += adaptation.group()) {
+      const int64_t count = std::min(adaptation.group(), tasks - first);
+      adaptation.enter(first, count);
+      for (int64_t k = 0; k < steps; ++k) {
+        const Tensor theta =
+            k > 0 ? of(0, k, first, count) : (network.shared() ? start : start.narrow(0, first, count));
+        const Tensor before = k > 0 ? of(1, k, first, count) : Tensor();
+        adaptation.step(k, theta, k > 0 ? &before : nullptr, of(1, k + 1, first, count),
+                        of(0, k + 1, first, count), network.norm_channels() ? statistics[k] : Tensor());
+      }
+    }
+    return {unpack<T>(network, of(0, steps, 0, tasks)), statistics, keep ? kept : empty({0}, options)};
+  });
+}
+
+// The gradient of the learning rates from that of each step's, [K, P].
+template <typename T>
+std::vector<Tensor> of_rates(const Problem& problem, const Tensor& grad) {
+  const Network& network = problem.network;
+  if (problem.lr.size() > 1) return unpack<T>(network, sum_rows<T>(grad));
+  const Tensor of_blocks = empty({problem.blocks(), problem.steps}, problem.options());
+  for (int64_t l = 0; l < problem.blocks(); ++l) {
+    const int64_t begin = network.blocks()[l].weight;
+    const int64_t end = l + 1 < problem.blocks() ? network.blocks()[l + 1].weight : network.size();
+    of_blocks[l].copy_(sum_rows<T>(grad.narrow(1, begin, end - begin).t()));
+  }
+  if (problem.lr[0].dim() == 2) return {of_blocks.t().contiguous()};
+  return {sum_rows<T>(of_blocks.view({-1, 1})).squeeze(0)};
+}
+
+std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorList params, const Tensor& x,
+                                               const Tensor& y, at::TensorList lr, const Tensor& kept,
+                                               at::IntArrayRef numbers, at::ArrayRef<double> eps,
+                                               std::string_view loss, int64_t steps, double momentum,
+                                               bool first_order, std::array<bool, 4> wanted) {
+  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
+  const Network& network = problem.network;
+  const int64_t tasks = problem.tasks(), P = network.size();
+  check_sizes({kept, "kept"}, {2, steps, tasks, P}, "[2, K, T, P]");
+  TORCH_CHECK_VALUE(grads.size() == params.size(), "grads: expected ", params.size(), " tensors, got ",
+                    grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const std::string name = indexed("grads", i);
+    at::DimVector sizes{tasks};
+    sizes.append(network.shape(i).begin(), network.shape(i).end());
+    check_same_dtype({x, "x"}, {{grads[i], name.c_str()}});
+    check_same_device({x, "x"}, {{grads[i], name.c_str()}});
+    check_sizes({grads[i], name.c_str()}, sizes, "of the adapted parameter");
+  }
+  const c10::OptionalDeviceGuard guard(x.device());
+  return with_scalar(x, [&]<typename T>() {
+    const at::TensorOptions options = problem.options();
+    const bool of_x = wanted[2], of_y = wanted[3] && !problem.labels;
+    const Tensor v = pack<T>(network, grads, tasks),
+                 start = pack<T>(network, params, network.shared() ? 1 : tasks);
+    const Tensor grad_x = of_x ? at::zeros(x.sizes(), options) : empty({0}, options);
+    const Tensor grad_y = of_y ? at::zeros(problem.y.sizes(), options) : empty({0}, options);
+    const Tensor grad_rates = wanted[1] ? at::zeros({steps, P}, options) : Tensor();
+    const bool reverses = !first_order && steps > 0 && tasks > 0;
+    if (tasks > 0 && steps > 0 && (reverses || wanted[1])) {
+      Adaptation<T> adaptation(problem, reverses, of_x);
+      const NetworkBlock& block = network.blocks()[0];
+      const auto image_maps = [&](Workspace<T> space) {
+        const Maps<T> maps = space.take_maps(adaptation.group(), problem.images(), block.height, block.width,
+                                             pitch_of(block.channels), {});
+        return std::pair(maps, space.used());
+      };
+      const Tensor image_memory = of_x ? empty({image_maps(Workspace<T>()).second}, options) : Tensor();
+      for (int64_t first = 0; first < tasks; first += adaptation.group()) {
+        const int64_t count = std::min(adaptation.group(), tasks - first);
+        adaptation.enter(first, count);
+        const auto of = [&](int64_t what, int64_t k) {
+          return kept.select(0, what).select(0, k - 1).narrow(0, first, count);
+        };
+        const Tensor group_v = v.narrow(0, first, count);
+        const Tensor direction = empty({count, P}, options), product = empty({count, P}, options);
+        Maps<T> maps{};
+        if (of_x) {
+          image_memory.zero_();
+          maps = image_maps(Workspace<T>(image_memory.mutable_data_ptr<T>())).first;
+        }
+        for (int64_t k = steps - 1; k >= 0; --k) {
+          if (wanted[1]) grad_rates[k].sub_(sum_rows<T>(group_v * of(1, k + 1)));
+          if (!reverses) continue;
+          const Tensor own = group_v * adaptation.rate(k);
+          if (k + 1 < steps && momentum != 0) {
+            direction.mul_(momentum).sub_(own);
+          } else {
+            at::neg_out(const_cast<Tensor&>(direction), own);
+          }
+          const Tensor theta = k > 0 ? of(0, k) : (network.shared() ? start : start.narrow(0, first, count));
+          adaptation.step_back(theta, direction, product, group_v, of_x ? &maps : nullptr,
+                               of_y ? grad_y.mutable_data_ptr<T>() : nullptr);
+        }
+        if (of_x) {
+          store_images<T>(network, x, maps, count, problem.images(),
+                          grad_x.mutable_data_ptr<T>() + first * (x.numel() / tasks));
+        }
+      }
+    }
+    std::vector<Tensor> all = wanted[0] ? of_params<T>(network, v) : nothing(params.size(), options);
+    append(all, wanted[1] ? of_rates<T>(problem, grad_rates) : nothing(lr.size(), options));
+    append(all, {grad_x, grad_y});
+    return all;
+  });
+}
+
+// ---- conv_forward ----
+
+// The activations of all tasks, in memory of the caller; with none, how much they take.
+template <typename T>
+std::pair<Activations<T>, int64_t> activations_in(T* memory, const Network& network, const Tensor& x) {
+  Workspace<T> space(memory);
+  const Activations<T> activations(network, x.size(0), x.size(1), space);
+  return {activations, space.used()};
+}
+
+template <typename T>
+void store_outputs(const Network& network, const Activations<T>& of, int64_t tasks, int64_t images,
+                   const Tensor& like, T* out) {
+  const Maps<T>& maps = of.back().out;
+  permute<T>(like, maps.data, out, {tasks, images, 1, 1, network.outputs()}, {maps.task, maps.image, 0, 0, 1},
+             {images * network.outputs(), network.outputs(), 0, 0, 1});
+}
+
+std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& x, at::IntArrayRef numbers,
+                                           at::ArrayRef<double> eps, bool keep) {
+  check_params(params, x);
+  const Network network(numbers, eps, params, x);
+  const c10::OptionalDeviceGuard guard(x.device());
+  return with_scalar(x, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    const at::TensorOptions options = x.options().requires_grad(false);
+    const int64_t tasks = x.size(0), images = x.size(1), outputs = network.outputs();
+    const Tensor out = empty({tasks, images, outputs}, options);
+    const auto space_of = [&](int64_t count) {
+      Workspace<T> space;
+      Activations<T>(network, count, images, space);
+      return space.used();
+    };
+    const int64_t group = keep ? tasks : group_of(network, tasks, space_of(1) * sizeof(T), x);
+    const Tensor kept = at::zeros({space_of(group)}, options);
+    if (out.numel() == 0) return {out, keep ? kept : empty({0}, options)};
+    Workspace<T> space(kept.mutable_data_ptr<T>());
+    const Activations<T> activations(network, group, images, space);
+    const Tensor theta = pack<T>(network, params, network.shared() ? 1 : tasks);
+    Tensor image_memory;
+    Maps<const T> maps = load_images<T>(network, x, image_memory);
+    for (int64_t first = 0; first < tasks; first += group) {
+      const int64_t count = std::min(group, tasks - first);
+      Packed<const T> of = packed_view<const T>(theta);
+      of.data += first * of.task;
+      const Pass<T> pass(network, x, count, images, maps);
+      pass.forward(of, activations);
+      store_outputs<T>(network, activations, count, images, x,
+                       out.mutable_data_ptr<T>() + first * images * outputs);
+      maps.data += count * maps.task;
+    }
+    return {out, keep ? kept : empty({0}, options)};
+  });
+}
+
+std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList params, const Tensor& x,
+                                             const Tensor& kept, at::IntArrayRef numbers,
+                                             at::ArrayRef<double> eps, std::array<bool, 2> wanted) {
+  check_params(params, x);
+  const Network network(numbers, eps, params, x);
+  const int64_t tasks = x.size(0), images = x.size(1), outputs = network.outputs();
+  check_same_dtype({x, "x"}, {{grad, "grad"}, {kept, "kept"}});
+  check_same_device({x, "x"}, {{grad, "grad"}, {kept, "kept"}});
+  check_sizes({grad, "grad"}, {tasks, images, outputs}, "[T, B, O]");
+  const c10::OptionalDeviceGuard guard(x.device());
+  return with_scalar(x, [&]<typename T>() {
+    const at::TensorOptions options = x.options().requires_grad(false);
+    check_sizes({kept, "kept"}, {activations_in<T>(nullptr, network, x).second}, "that conv_forward keeps");
+    const Activations<T> activations = activations_in<T>(kept.mutable_data_ptr<T>(), network, x).first;
+    const Tensor theta = pack<T>(network, params, network.shared() ? 1 : tasks);
+    const Tensor of_theta =
+        grad.numel() ? empty({tasks, network.size()}, options) : at::zeros({tasks, network.size()}, options);
+    const Tensor grad_x = wanted[1] ? at::zeros(x.sizes(), options) : empty({0}, options);
+    if (grad.numel() > 0) {
+      const NetworkBlock& block = network.blocks()[0];
+      struct Parts {
+        Gradients<T> gradients;
+        Maps<T> images;
+      };
+      const auto parts_in = [&](Workspace<T>& space, int64_t count) {
+        Gradients<T> gradients(network, count, images, wanted[1], space);
+        return Parts{gradients, space.take_maps(wanted[1] ? count : 0, images, block.height, block.width,
+                                                pitch_of(block.channels), {})};
+      };
+      const auto space_of = [&](int64_t count) {
+        Workspace<T> space;
+        parts_in(space, count);
+        return space.used();
+      };
+      const int64_t group = group_of(network, tasks, space_of(1) * sizeof(T), x);
+      const Tensor memory = at::zeros({space_of(group)}, options), dense = grad.contiguous();
+      Workspace<T> space(memory.mutable_data_ptr<T>());
+      const Parts parts = parts_in(space, group);
+      Tensor image_memory;
+      Maps<const T> maps = load_images<T>(network, x, image_memory);
+      for (int64_t first = 0; first < tasks; first += group) {
+        const int64_t count = std::min(group, tasks - first);
+        const Maps<T>& top = parts.gradients.blocks.back().out;
+        permute<T>(x, dense.const_data_ptr<T>() + first * images * outputs, top.data,
+                   {count, images, 1, 1, outputs}, {images * outputs, outputs, 0, 0, 1},
+                   {top.task, top.image, 0, 0, 1});
+        Packed<const T> of = packed_view<const T>(theta);
+        of.data += first * of.task;
+        Packed<T> to = packed_view<T>(of_theta);
+        to.data += first * to.task;
+        const Pass<T> pass(network, x, count, images, maps);
+        pass.backward(of, activations.from(first), parts.gradients, to, wanted[1] ? &parts.images : nullptr);
+        if (wanted[1]) {
+          store_images<T>(network, x, parts.images, count, images,
+                          grad_x.mutable_data_ptr<T>() + first * (x.numel() / tasks));
+        }
+        maps.data += count * maps.task;
+      }
+    }
+    std::vector<Tensor> all = wanted[0] ? of_params<T>(network, of_theta) : nothing(params.size(), options);
+    append(all, {grad_x});
+    return all;
+  });
+}
+
+void implement(torch::Library& m) {
+  m.impl("conv_inner_sgd", conv_inner_sgd_op);
+  m.impl("conv_inner_sgd_backward", conv_inner_sgd_backward_op);
+  m.impl("conv_forward", conv_forward_op);
+  m.impl("conv_forward_backward", conv_forward_backward_op);
+}
+
+}  // namespace
+
+int64_t conv_forward_kept(at::TensorList params, const Tensor& x, at::IntArrayRef numbers,
+                          at::ArrayRef<double> eps) {
+  return activations_in<float>(nullptr, Network(numbers, eps, params, x), x).second;
+}
+
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
+#ifdef METAFAST_WITH_CUDA
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace metafast

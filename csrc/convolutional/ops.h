@@ -1,0 +1,38 @@
+// The registered ops of the convolutional family as C++ functions: each call goes through torch's dispatcher,
+// so it sees autograd and every other layer. library.cpp states what they compute.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace metafast {
+
+using at::Tensor;
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(at::TensorList params, const Tensor& x,
+                                                               const Tensor& y, at::TensorList lr,
+                                                               at::IntArrayRef network,
+                                                               at::ArrayRef<double> eps,
+                                                               std::string_view loss, int64_t steps,
+                                                               double momentum, bool first_order, bool keep);
+std::vector<Tensor> conv_inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
+                                            const Tensor& y, at::TensorList lr, const Tensor& kept,
+                                            at::IntArrayRef network, at::ArrayRef<double> eps,
+                                            std::string_view loss, int64_t steps, double momentum,
+                                            bool first_order, std::array<bool, 4> wanted);
+
+std::tuple<Tensor, Tensor> conv_forward(at::TensorList params, const Tensor& x, at::IntArrayRef network,
+                                        at::ArrayRef<double> eps, bool keep);
+std::vector<Tensor> conv_forward_backward(const Tensor& grad, at::TensorList params, const Tensor& x,
+                                          const Tensor& kept, at::IntArrayRef network,
+                                          at::ArrayRef<double> eps, std::array<bool, 2> wanted);
+
+// The elements that conv_forward keeps for its backward.
+int64_t conv_forward_kept(at::TensorList params, const Tensor& x, at::IntArrayRef network,
+                          at::ArrayRef<double> eps);
+
+}  // namespace metafast

@@ -1,0 +1,473 @@
+// Forward, backward, and the same along a direction in the parameters, for a group of tasks at once: a chain
+// of kernels over maps in memory that the caller holds.
+#pragma once
+
+#include <vector>
+
+#include "common/dispatch.h"
+#include "convolutional/network.h"
+
+namespace metafast {
+
+// Deals out a caller's memory; without memory it counts. Each array is aligned to kChannelBlock elements.
+template <typename T>
+class Workspace {
+ public:
+  explicit Workspace(T* memory = nullptr) : memory_(memory) {}
+  T* take(int64_t elements) {
+    T* taken = memory_ ? memory_ + used_ : nullptr;
+    used_ += pitch_of(elements);
+    return taken;
+  }
+  // Maps with a border, whose pixels are `pixel` elements apart.
+  Maps<T> take_maps(int64_t tasks, int64_t images, int64_t height, int64_t width, int64_t pixel,
+                    Border border) {
+    Maps<T> maps{};
+    maps.pixel = pixel;
+    maps.row = (border.left + width + border.right) * pixel;
+    maps.image = (border.top + height + border.bottom) * maps.row;
+    maps.task = pitch_of(images * maps.image);
+    T* const data = take(tasks * maps.task);
+    maps.data = data ? data + border.top * maps.row + border.left * maps.pixel : nullptr;
+    return maps;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  T* memory_;
+  int64_t used_ = 0;
+};
+
+// Packed parameters of tasks, or a direction in them, or their gradient: vectors `task` apart.
+template <typename T>
+struct Packed {
+  T* data;
+  int64_t task;
+  T* at(int64_t place) const { return place < 0 ? nullptr : data + place; }
+  operator Packed<const T>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, task};
+  }
+};
+
+template <typename T>
+Maps<const T> as_const(const Maps<T>& maps) {
+  return {maps.data, maps.task, maps.image, maps.row, maps.pixel};
+}
+
+// What a forward leaves for its backward: of each block z, the result and the statistics.
+template <typename T>
+class Activations {
+ public:
+  struct OfBlock {
+    Maps<T> z, out;
+    T *mean, *rstd, *var;
+  };
+
+  Activations(const Network& network, int64_t tasks, int64_t images, Workspace<T>& memory) {
+    for (size_t i = 0; i < network.blocks().size(); ++i) {
+      const NetworkBlock& b = network.blocks()[i];
+      OfBlock of{};
+      of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
+      of.out =
+          memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
+      for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic = memory.take(tasks * b.pitch());
+      pitches_.push_back(b.pitch());
+      blocks_.push_back(of);
+    }
+  }
+
+  // Those of the tasks from `first` on.
+  Activations from(int64_t first) const {
+    Activations moved = *this;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      OfBlock& of = moved.blocks_[i];
+      of.z.data += first * of.z.task;
+      of.out.data += first * of.out.task;
+      for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic += first * pitches_[i];
+    }
+    return moved;
+  }
+
+  const OfBlock& operator[](size_t i) const { return blocks_[i]; }
+  const OfBlock& back() const { return blocks_.back(); }
+
+ private:
+  std::vector<OfBlock> blocks_;
+  std::vector<int64_t> pitches_;
+};
+
+// Of a backward: of each block the gradients of z and of the result, and its weights transposed.
+template <typename T>
+struct Gradients {
+  struct OfBlock {
+    Maps<T> z, out;
+    T* transposed;  // null where nothing goes back to the block's input
+  };
+  std::vector<OfBlock> blocks;
+
+  Gradients(const Network& network, int64_t tasks, int64_t images, bool of_input, Workspace<T>& memory) {
+    for (size_t i = 0; i < network.blocks().size(); ++i) {
+      const NetworkBlock& b = network.blocks()[i];
+      OfBlock of{};
+      of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), network.grad_border(i));
+      of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), {});
+      if (i > 0 || of_input) of.transposed = memory.take(tasks * transposed_size(b));
+      blocks.push_back(of);
+    }
+  }
+
+  static int64_t transposed_size(const NetworkBlock& b) {
+    return b.kernel_y * b.kernel_x * b.outputs * pitch_of(b.channels);
+  }
+};
+
+// The tangents of a forward, along a direction.
+template <typename T>
+struct Tangents {
+  struct OfBlock {
+    Maps<T> z, out;
+    T *mean, *scale;
+  };
+  std::vector<OfBlock> blocks;
+
+  Tangents(const Network& network, int64_t tasks, int64_t images, Workspace<T>& memory) {
+    for (size_t i = 0; i < network.blocks().size(); ++i) {
+      const NetworkBlock& b = network.blocks()[i];
+      OfBlock of{};
+      of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
+      of.out =
+          memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
+      of.mean = memory.take(tasks * b.pitch());
+      of.scale = memory.take(tasks * b.pitch());
+      blocks.push_back(of);
+    }
+  }
+};
+
+template <typename T>
+class Pass {
+ public:
+  // `like` says on which device.
+  Pass(const Network& network, const Tensor& like, int64_t tasks, int64_t images, Maps<const T> x)
+      : network_(network), like_(like), tasks_(tasks), images_(images), x_(x) {}
+
+  void forward(Packed<const T> theta, const Activations<T>& to) const {
+    for (size_t i = 0; i < blocks().size(); ++i) {
+      const NetworkBlock& b = blocks()[i];
+      Convolve<T> conv = convolution(b, input(i, to), theta, to[i].z);
+      conv.bias = theta.at(b.bias);
+      conv.bias_task = theta.task;
+      launch(conv);
+      BlockForward<T> p = block_forward(b, to[i]);
+      set_affine(p, b, theta);
+      p.out = to[i].out;
+      launch(p);
+    }
+  }
+
+  // From the gradient of the last result, which gradients.blocks.back().out holds.
+  void backward(Packed<const T> theta, const Activations<T>& of, const Gradients<T>& gradients,
+                Packed<T> grad, const Maps<T>* grad_x) const {
+    for (size_t i = blocks().size(); i-- > 0;) {
+      const NetworkBlock& b = blocks()[i];
+      const auto& g = gradients.blocks[i];
+      BlockBackward<T> p = block_backward(b, of[i], theta);
+      p.grad = as_const(g.out);
+      p.grad_z = g.z;
+      set_gradients(p, b, grad);
+      launch(p);
+      ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(g.z), grad);
+      launch(weights);
+      const Maps<T>* const to = i > 0 ? &gradients.blocks[i - 1].out : grad_x;
+      if (to == nullptr) continue;
+      transpose(b, theta, g.transposed);
+      run_back(b, {{as_const(g.z), g.transposed, transposed_task(b, theta)}}, *to, false);
+    }
+  }
+
+  // The tangents of all that forward() has left, along `direction`.
+  void forward_tangent(Packed<const T> theta, Packed<const T> direction, const Activations<T>& of,
+                       const Tangents<T>& to) const {
+    for (size_t i = 0; i < blocks().size(); ++i) {
+      const NetworkBlock& b = blocks()[i];
+      Convolve<T> conv = convolution(b, input(i, of), direction, to.blocks[i].z);
+      conv.bias = direction.at(b.bias);
+      conv.bias_task = direction.task;
+      if (i > 0) {
+        conv.factors[1] = conv.factors[0];
+        conv.factors[1].source.data = moved(b, as_const(to.blocks[i - 1].out)).data;
+        conv.factors[1].weights = theta.at(b.weight);
+        conv.factors[1].weights_task = theta.task;
+        conv.count = 2;
+      }
+      launch(conv);
+      BlockForward<T> p = block_forward(b, of[i]);
+      set_affine(p, b, theta);
+      set_tangents(p, b, direction, to.blocks[i]);
+      p.out_tangent = to.blocks[i].out;
+      launch(p);
+    }
+  }
+
+  // The product of the Hessian with `direction`, from the gradient of the last result and its tangent. To
+  // grad_x, if there is one, that of the mixed derivatives is added.
+  void backward_tangent(Packed<const T> theta, Packed<const T> direction, const Activations<T>& of,
+                        const Tangents<T>& tangents, const Gradients<T>& gradients,
+                        const Gradients<T>& gradient_tangents, Packed<T> product,
+                        const Maps<T>* grad_x) const {
+    for (size_t i = blocks().size(); i-- > 0;) {
+      const NetworkBlock& b = blocks()[i];
+      const auto &g = gradients.blocks[i], &t = gradient_tangents.blocks[i];
+      BlockBackward<T> p = block_backward(b, of[i], theta);
+      set_tangents(p, b, direction, tangents.blocks[i]);
+      p.grad = as_const(g.out);
+      p.grad_tangent = as_const(t.out);
+      p.grad_z = g.z;
+      p.grad_z_tangent = t.z;
+      set_gradients(p, b, product);
+      launch(p);
+      ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(t.z), product);
+      if (i > 0) {
+        weights.factors[1] = {moved(b, as_const(tangents.blocks[i - 1].out)), as_const(g.z)};
+        weights.count = 2;
+      }
+      launch(weights);
+      const Maps<T>* const to = i > 0 ? &gradient_tangents.blocks[i - 1].out : grad_x;
+      if (to == nullptr) continue;
+      transpose(b, theta, g.transposed);
+      transpose(b, direction, t.transposed);
+      if (i > 0) {
+        run_back(b, {{as_const(g.z), g.transposed, transposed_task(b, theta)}}, gradients.blocks[i - 1].out,
+                 false);
+      }
+      run_back(b,
+               {{as_const(t.z), g.transposed, transposed_task(b, theta)},
+                {as_const(g.z), t.transposed, transposed_task(b, direction)}},
+               *to, i == 0);
+    }
+  }
+
+ private:
+  const Network& network_;
+  const Tensor& like_;
+  const int64_t tasks_, images_;
+  const Maps<const T> x_;
+
+  const std::vector<NetworkBlock>& blocks() const { return network_.blocks(); }
+  Maps<const T> input(size_t i, const Activations<T>& of) const {
+    return i > 0 ? as_const(of[i - 1].out) : x_;
+  }
+
+  // Whether float32 on CUDA may round to TF32 in convolutions, as torch's switch for them says.
+  bool allows_tf32() const {
+    return std::is_same_v<T, float> && like_.is_cuda() &&
+           at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+  }
+  void launch(Convolve<T>& p) const {
+    p.tf32 = allows_tf32();
+    run_kernel(p, like_);
+  }
+  void launch(ConvolveWeights<T>& p) const {
+    p.tf32 = allows_tf32();
+    launch_with(p, p.workspace_size());
+  }
+  void launch(BlockForward<T>& p) const { launch_with(p, p.shape.workspace_size()); }
+  void launch(BlockBackward<T>& p) const { launch_with(p, p.shape.workspace_size()); }
+  template <class Params>
+  void launch_with(Params& p, int64_t workspace_size) const {
+    Tensor workspace;
+    if (runs_cuda(like_)) {
+      workspace = empty({workspace_size}, like_.options().requires_grad(false));
+      p.workspace = workspace.mutable_data_ptr<T>();
+    }
+    run_kernel(p, like_);
+  }
+
+  // The pixel of the input that the first place of the kernel meets at the first pixel of z, and the steps
+  // from pixel to pixel of z.
+  static Maps<const T> moved(const NetworkBlock& b, Maps<const T> maps) {
+    maps.data -= b.padding_y * maps.row + b.padding_x * maps.pixel;
+    maps.row *= b.stride_y;
+    maps.pixel *= b.stride_x;
+    return maps;
+  }
+
+  // Rows of the kernel as taps, of all its columns at once where the channels are dense.
+  template <class Params>
+  static void set_taps(Params& p, const NetworkBlock& b, const Maps<const T>& source) {
+    const bool dense = source.pixel == b.channels;
+    p.taps_y = b.kernel_y;
+    p.taps_x = dense ? 1 : b.kernel_x;
+    p.depth = dense ? b.kernel_x * b.channels : b.channels;
+    p.tap_row = source.row;
+    p.tap_pixel = source.pixel;
+  }
+
+  template <class Params>
+  void set_sizes(Params& p, int64_t height, int64_t width, int64_t pitch) const {
+    p.tasks = tasks_;
+    p.images = images_;
+    p.height = height;
+    p.width = width;
+    p.pitch = pitch;
+  }
+
+  Convolve<T> convolution(const NetworkBlock& b, const Maps<const T>& source, Packed<const T> weights,
+                          const Maps<T>& out) const {
+    Convolve<T> p{};
+    set_sizes(p, b.z_height, b.z_width, b.pitch());
+    set_taps(p, b, source);
+    p.factors[0] = {moved(b, source), weights.at(b.weight), weights.task};
+    p.count = 1;
+    p.weights_row = b.kernel_x * b.channels * p.pitch;
+    p.weights_pixel = b.channels * p.pitch;
+    p.out = out;
+    return p;
+  }
+
+  ConvolveWeights<T> weights_gradient(const NetworkBlock& b, const Maps<const T>& source,
+                                      const Maps<const T>& grad_z, Packed<T> grad) const {
+    ConvolveWeights<T> p{};
+    set_sizes(p, b.z_height, b.z_width, b.pitch());
+    set_taps(p, b, source);
+    p.factors[0] = {moved(b, source), grad_z};
+    p.count = 1;
+    p.out = grad.at(b.weight);
+    p.out_task = grad.task;
+    p.out_bias = grad.at(b.bias);
+    return p;
+  }
+
+  // [kh, kw, C, pitch(O)] turned around: [kh, kw, O, pitch(C)], the last place first.
+  void transpose(const NetworkBlock& b, Packed<const T> weights, T* to) const {
+    const int64_t pitch = pitch_of(b.channels), places = b.kernel_y * b.kernel_x;
+    Permute<T> p{};
+    const int64_t in_place = b.channels * b.pitch(), out_place = b.outputs * pitch;
+    const int64_t tasks = weights.task == 0 ? 1 : tasks_;
+    const int64_t size[] = {tasks, places, b.outputs, 1, b.channels};
+    const int64_t in[] = {weights.task, -in_place, 1, 0, b.pitch()};
+    const int64_t out[] = {transposed_task(b, weights), out_place, pitch, 0, 1};
+    std::copy_n(size, p.kDims, p.size);
+    std::copy_n(in, p.kDims, p.in_stride);
+    std::copy_n(out, p.kDims, p.out_stride);
+    p.pad = pitch;
+    p.in = weights.at(b.weight) + (places - 1) * in_place;
+    p.out = to;
+    run_kernel(p, like_);
+  }
+  static int64_t transposed_task(const NetworkBlock& b, Packed<const T> weights) {
+    return weights.task == 0 ? 0 : Gradients<T>::transposed_size(b);
+  }
+
+  // From the gradient of z to that of the block's input. Pixels of the input that differ by a stride see the
+  // same places of the kernel.
+  void run_back(const NetworkBlock& b, std::initializer_list<typename Convolve<T>::Factor> factors,
+                const Maps<T>& to, bool adds) const {
+    struct Class {                 // of rows, or columns
+      int64_t first, count;        // pixels of the input
+      int64_t last_place, places;  // of the kernel, a stride apart, from the last one down
+      int64_t z;                   // the pixel of z that the last one meets
+      Class(int64_t rest, int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
+        first = ((rest - padding) % stride + stride) % stride;
+        count = first < size ? (size - 1 - first) / stride + 1 : 0;
+        places = rest < kernel ? (kernel - 1 - rest) / stride + 1 : 0;
+        last_place = rest + (places - 1) * stride;
+        z = (first + padding - last_place) / stride;
+      }
+    };
+    const int64_t pitch = pitch_of(b.channels);
+    for (int64_t rest_y = 0; rest_y < b.stride_y; ++rest_y) {
+      const Class rows(rest_y, b.height, b.kernel_y, b.stride_y, b.padding_y);
+      for (int64_t rest_x = 0; rest_x < b.stride_x; ++rest_x) {
+        const Class columns(rest_x, b.width, b.kernel_x, b.stride_x, b.padding_x);
+        if (rows.count == 0 || columns.count == 0) continue;
+        Convolve<T> p{};
+        set_sizes(p, rows.count, columns.count, pitch);
+        const bool some = rows.places > 0 && columns.places > 0;
+        p.taps_y = some ? rows.places : 0;
+        p.taps_x = some ? columns.places : 0;
+        p.depth = b.outputs;
+        for (typename Convolve<T>::Factor factor : factors) {
+          p.tap_row = factor.source.row;
+          p.tap_pixel = factor.source.pixel;
+          if (some) {
+            factor.source.data += rows.z * factor.source.row + columns.z * factor.source.pixel;
+            factor.weights +=
+                ((b.kernel_y - 1 - rows.last_place) * b.kernel_x + b.kernel_x - 1 - columns.last_place) *
+                b.outputs * pitch;
+          }
+          p.factors[p.count++] = factor;
+        }
+        p.weights_row = b.stride_y * b.kernel_x * b.outputs * pitch;
+        p.weights_pixel = b.stride_x * b.outputs * pitch;
+        if (b.stride_x == 1 && p.tap_pixel == b.outputs &&
+            some) {  // dense channels: a row of the kernel is a tap
+          p.depth *= p.taps_x;
+          p.taps_x = 1;
+        }
+        p.out = to;
+        p.out.data += rows.first * to.row + columns.first * to.pixel;
+        p.out.row *= b.stride_y;
+        p.out.pixel *= b.stride_x;
+        p.adds = adds;
+        launch(p);
+      }
+    }
+  }
+
+  BlockShape shape(const NetworkBlock& b) const {
+    BlockShape shape = b.shape;
+    shape.tasks = tasks_;
+    shape.images = images_;
+    return shape;
+  }
+
+  template <class Params>
+  static void set_affine(Params& p, const NetworkBlock& b, Packed<const T> theta) {
+    p.gamma = theta.at(b.gamma);
+    p.beta = theta.at(b.beta);
+    p.affine_task = theta.task;
+  }
+
+  template <class Params>
+  static void set_tangents(Params& p, const NetworkBlock& b, Packed<const T> direction,
+                           const typename Tangents<T>::OfBlock& tangents) {
+    p.gamma_tangent = direction.at(b.gamma);
+    p.beta_tangent = direction.at(b.beta);
+    p.tangent_task = direction.task;
+    p.z_tangent = as_const(tangents.z);
+    p.mean_tangent = tangents.mean;
+    p.scale_tangent = tangents.scale;
+  }
+
+  BlockForward<T> block_forward(const NetworkBlock& b, const typename Activations<T>::OfBlock& of) const {
+    BlockForward<T> p{};
+    p.shape = shape(b);
+    p.z = as_const(of.z);
+    p.mean = of.mean;
+    p.rstd = of.rstd;
+    p.var = of.var;
+    return p;
+  }
+
+  BlockBackward<T> block_backward(const NetworkBlock& b, const typename Activations<T>::OfBlock& of,
+                                  Packed<const T> theta) const {
+    BlockBackward<T> p{};
+    p.shape = shape(b);
+    p.z = as_const(of.z);
+    p.mean = of.mean;
+    p.rstd = of.rstd;
+    set_affine(p, b, theta);
+    return p;
+  }
+
+  static void set_gradients(BlockBackward<T>& p, const NetworkBlock& b, Packed<T> grad) {
+    p.grad_gamma = grad.at(b.gamma);
+    p.grad_beta = grad.at(b.beta);
+    p.grad_task = grad.task;
+  }
+};
+
+}  // namespace metafast
