@@ -7,20 +7,26 @@
 // forward over reverse: a forward, its tangent along M, and both their gradients in one sweep back.
 #pragma once
 
+#include <optional>
+
 #include "convolutional/arguments.h"
 
 namespace metafast {
 namespace {
 
-// How many tasks go at once: enough for all threads, or as many as the memory holds.
-inline int64_t group_of(const Network& network, int64_t tasks, int64_t bytes_of_task, const Tensor& like) {
+// How many tasks go at once: enough for all threads, or on a GPU as many as the memory holds; build(space)
+// takes what one of them needs.
+template <typename T, class F>
+int64_t group_of(const Network& network, int64_t tasks, const Tensor& like, const F& build) {
   constexpr int64_t kBytes = 512 << 20;
-  int64_t group = std::max<int64_t>(1, kBytes / std::max<int64_t>(1, bytes_of_task));
+  Workspace<T> count;
+  build(count);
+  int64_t group = kBytes / std::max<int64_t>(1, count.elements() * static_cast<int64_t>(sizeof(T)));
   if (!runs_cuda(like)) {
     const int64_t items = network.blocks()[0].shape.blocks();  // of a task, in the kernels with the fewest
-    group = std::min(group, std::max<int64_t>(1, (2 * at::get_num_threads() + items - 1) / items));
+    group = std::min(group, (2 * at::get_num_threads() + items - 1) / items);
   }
-  return std::min(group, std::max<int64_t>(1, tasks));
+  return std::clamp<int64_t>(group, 1, std::max<int64_t>(1, tasks));
 }
 
 template <typename T>
@@ -31,9 +37,10 @@ class Adaptation {
       : problem_(problem), reverses_(reverses), of_images_(of_images) {
     images_ = load_images<T>(problem.network, problem.x, image_memory_);
     rates_ = problem.rates<T>();
-    group_ =
-        group_of(problem.network, problem.tasks(), elements(1) * static_cast<int64_t>(sizeof(T)), problem.x);
-    memory_ = at::zeros({elements(group_)}, problem.options());
+    group_ = group_of<T>(problem.network, problem.tasks(), problem.x,
+                         [&](Workspace<T>& space) { Parts(*this, 1, space); });
+    parts_.emplace(in_memory<T>(memory_, problem.options(),
+                                [&](Workspace<T>& space) { return Parts(*this, group_, space); }));
   }
 
   int64_t group() const { return group_; }
@@ -48,7 +55,7 @@ class Adaptation {
   // step before, if there is one. statistics: [2, T, channels of blocks with norm] or undefined.
   void step(int64_t k, const Tensor& theta, const Tensor* before, const Tensor& buffer, const Tensor& next,
             const Tensor& statistics) {
-    Parts parts(*this);
+    const Parts& parts = *parts_;
     const Pass<T> pass = this->pass();
     pass.forward(packed_view<const T>(theta), parts.activations);
     differentiate_loss(parts, false, nullptr);
@@ -63,7 +70,7 @@ class Adaptation {
   // v += H_k direction; to grad_x and grad_y, where they are, the mixed derivatives are added.
   void step_back(const Tensor& theta, const Tensor& direction, const Tensor& product, const Tensor& v,
                  const Maps<T>* grad_x, T* grad_y) {
-    Parts parts(*this);
+    const Parts& parts = *parts_;
     const Pass<T> pass = this->pass();
     const auto at = packed_view<const T>(theta), along = packed_view<const T>(direction);
     pass.forward(at, parts.activations);
@@ -85,23 +92,20 @@ class Adaptation {
   int64_t group_, first_ = 0, count_ = 0;
 
   struct Parts {
-    Workspace<T> space;
     Activations<T> activations;
     Gradients<T> gradients;
     std::optional<Tangents<T>> tangents;
     std::optional<Gradients<T>> gradient_tangents;
 
-    Parts(const Adaptation& of, int64_t tasks, T* memory)
-        : space(memory),
-          activations(of.problem_.network, tasks, of.problem_.images(), space),
+    Parts(const Adaptation& of, int64_t tasks, Workspace<T>& space)
+        : activations(of.problem_.network, tasks, of.problem_.images(), space),
           gradients(of.problem_.network, tasks, of.problem_.images(), of.of_images_, space) {
       if (!of.reverses_) return;
       tangents.emplace(of.problem_.network, tasks, of.problem_.images(), space);
       gradient_tangents.emplace(of.problem_.network, tasks, of.problem_.images(), of.of_images_, space);
     }
-    explicit Parts(const Adaptation& of) : Parts(of, of.group_, of.memory_.template mutable_data_ptr<T>()) {}
   };
-  int64_t elements(int64_t tasks) const { return Parts(*this, tasks, nullptr).space.used(); }
+  std::optional<Parts> parts_;
 
   Pass<T> pass() const {
     Maps<const T> x = images_;
@@ -110,7 +114,7 @@ class Adaptation {
   }
 
   // Of the last result, or of its tangent.
-  void differentiate_loss(Parts& parts, bool tangent, T* grad_y) const {
+  void differentiate_loss(const Parts& parts, bool tangent, T* grad_y) const {
     const int64_t examples = first_ * problem_.images();
     LossGradient<T> p{};
     p.tasks = count_;

@@ -91,12 +91,9 @@ template <typename T>
 Maps<const T> load_images(const Network& network, const Tensor& x, Tensor& memory) {
   const NetworkBlock& b = network.blocks()[0];
   const int64_t tasks = x.size(0), images = x.size(1), C = b.channels, H = b.height, W = b.width;
-  const auto take = [&](Workspace<T> space) {
-    const Maps<T> maps = space.take_maps(tasks, images, H, W, C, network.input_border(0));
-    return std::pair(maps, space.used());
-  };
-  memory = at::zeros({take(Workspace<T>()).second}, x.options().requires_grad(false));
-  const Maps<T> maps = take(Workspace<T>(memory.mutable_data_ptr<T>())).first;
+  const Maps<T> maps = in_memory<T>(memory, x.options(), [&](Workspace<T>& space) {
+    return space.take_maps(tasks, images, H, W, C, network.input_border(0));
+  });
   if (x.numel() == 0) return as_const(maps);
   const Tensor dense = x.contiguous();
   const T* const in = dense.const_data_ptr<T>();

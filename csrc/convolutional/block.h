@@ -93,52 +93,64 @@ METAFAST_HD void for_pixels(int64_t images, int64_t height, int64_t width, const
   }
 }
 
-// The mean of f(image, y, x) over a task's pixels: summed by rows, then images, so that rounding stays small.
+// The sum of f(y, x) over the pixels of an image, by rows, so that rounding stays small.
 template <typename T, class F>
-METAFAST_HD Vec<T> mean_over_pixels(const BlockShape& s, const F& f) {
+METAFAST_HD Vec<T> sum_over_image(const BlockShape& s, const F& f) {
   Vec<T> sum{};
-  for (int64_t image = 0; image < s.images; ++image) {
-    Vec<T> of_image{};
-    for (int64_t y = 0; y < s.height; ++y) {
-      Vec<T> of_row{};
-      for (int64_t x = 0; x < s.width; ++x) of_row += f(image, y, x);
-      of_image += of_row;
-    }
-    sum += of_image;
+  for (int64_t y = 0; y < s.height; ++y) {
+    Vec<T> of_row{};
+    for (int64_t x = 0; x < s.width; ++x) of_row += f(y, x);
+    sum += of_row;
   }
-  return sum / static_cast<T>(s.pixels());
+  return sum;
 }
 
 // ---- forward ----
 
+// Mean and variance: of each image by itself, while it is in the cache, then of all together (Chan, Golub and
+// LeVeque 1983, equation 1.5).
 template <typename T>
-METAFAST_HD void measure(const BlockForward<T>& p, int64_t task, int64_t channel) {
+void measure(const BlockForward<T>& p, int64_t task, int64_t channel) {
   const BlockShape& s = p.shape;
-  const int64_t at = task * s.pitch + channel;
-  if (p.z_tangent.data == nullptr) {
-    const Vec<T> mean = mean_over_pixels<T>(s, [&](auto... pixel) __attribute__((always_inline)) {
-      return load(p.z.at(task, pixel...) + channel);
-    });
-    const Vec<T> var = mean_over_pixels<T>(s, [&](auto... pixel) __attribute__((always_inline)) {
-      const Vec<T> centred = load(p.z.at(task, pixel...) + channel) - mean;
+  const T count = static_cast<T>(s.height * s.width);
+  Vec<T> mean{}, squares{};
+  for (int64_t image = 0; image < s.images; ++image) {
+    const auto z = [&](int64_t y, int64_t x)
+                       __attribute__((always_inline)) { return load(p.z.at(task, image, y, x) + channel); };
+    const Vec<T> own = sum_over_image<T>(s, z) / count;
+    squares += sum_over_image<T>(s, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+      const Vec<T> centred = z(y, x) - own;
       return centred * centred;
     });
-    store(p.mean + at, mean);
-    store(p.var + at, var);
-    store(p.rstd + at, 1 / Math<Vec<T>>::sqrt(var + static_cast<T>(s.eps)));
-    return;
+    const Vec<T> apart = own - mean;
+    mean += apart / static_cast<T>(image + 1);
+    squares += apart * apart * (count * static_cast<T>(image) / static_cast<T>(image + 1));
   }
+  const Vec<T> var = squares / static_cast<T>(s.pixels());
+  const int64_t at = task * s.pitch + channel;
+  store(p.mean + at, mean);
+  store(p.var + at, var);
+  store(p.rstd + at, 1 / Math<Vec<T>>::sqrt(var + static_cast<T>(s.eps)));
+}
+
+template <typename T>
+void measure_tangent(const BlockForward<T>& p, int64_t task, int64_t channel) {
+  const BlockShape& s = p.shape;
+  const int64_t at = task * s.pitch + channel;
   const Vec<T> mean = load(p.mean + at), rstd = load(p.rstd + at);
-  Vec<T> scale{};
-  const Vec<T> mean_tangent = mean_over_pixels<T>(s, [&](auto... pixel) __attribute__((always_inline)) {
-    return load(p.z_tangent.at(task, pixel...) + channel);
-  });
-  scale = mean_over_pixels<T>(s, [&](auto... pixel) __attribute__((always_inline)) {
-    return (load(p.z.at(task, pixel...) + channel) - mean) * rstd *
-           load(p.z_tangent.at(task, pixel...) + channel);
-  });
-  store(p.mean_tangent + at, mean_tangent);
-  store(p.scale_tangent + at, scale);
+  Vec<T> sum{}, scaled{};
+  for (int64_t image = 0; image < s.images; ++image) {
+    Vec<T> of_image{};
+    sum += sum_over_image<T>(s, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+      const Vec<T> tangent = load(p.z_tangent.at(task, image, y, x) + channel);
+      of_image += (load(p.z.at(task, image, y, x) + channel) - mean) * tangent;
+      return tangent;
+    });
+    scaled += of_image;
+  }
+  const T count = static_cast<T>(s.pixels());
+  store(p.mean_tangent + at, sum / count);
+  store(p.scale_tangent + at, rstd * scaled / count);
 }
 
 template <bool kTangent, typename T>
@@ -211,10 +223,11 @@ void run(const BlockForward<T>& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t task = item / p.shape.blocks(), first = item % p.shape.blocks() * kChannelBlock;
     for (int64_t c = first; c < first + kChannelBlock; c += kLanes<T>) {
-      if (p.shape.norm) measure(p, task, c);
       if (p.z_tangent.data != nullptr) {
+        if (p.shape.norm) measure_tangent(p, task, c);
         pool_forward<true>(p, task, c);
       } else {
+        if (p.shape.norm) measure(p, task, c);
         pool_forward<false>(p, task, c);
       }
     }
@@ -223,12 +236,15 @@ void run(const BlockForward<T>& p, int64_t begin, int64_t end) {
 
 // ---- backward ----
 
-// What reaches y of a pixel from a window, and what its tangent does.
+// What reaches y of a pixel, and what its tangent does.
 template <typename T>
 struct Reaching {
   Vec<T> grad, tangent;
 };
 
+// Batch norm needs sums over all of what reaches y before any gradient of z is known. Where a pixel lies in
+// one window at most, what reaches it is found twice, first for the sums and then for the gradient, which
+// goes to memory once; where windows overlap, it is added up in the place of the gradient.
 template <bool kTangent, typename T>
 class BlockGradient {
  public:
@@ -236,36 +252,38 @@ class BlockGradient {
       : p_(p), s_(p.shape), task_(task), channel_(channel), affine_(p, task, channel) {}
 
   void run() {
-    spread();
-    const T count = static_cast<T>(s_.pixels());
-    const int64_t at = task_ * p_.grad_task + channel_;
-    if (p_.grad_gamma) store(p_.grad_gamma + at, kTangent ? scaled_tangent_ : scaled_);
-    if (p_.grad_beta) store(p_.grad_beta + at, kTangent ? sum_tangent_ : sum_);
-    if (!s_.norm) return;
-    const Affine<T>& a = affine_;
-    const Vec<T> m1 = sum_ / count, m2 = scaled_ / count, factor = a.gamma * a.rstd;
-    const Vec<T> m1_tangent = sum_tangent_ / count, m2_tangent = scaled_tangent_ / count;
-    const Vec<T> factor_tangent = a.gamma_tangent * a.rstd - a.gamma * a.rstd * a.rstd * a.scale_tangent;
-    for_pixels(s_.images, s_.height, s_.width, [&](auto... pixel) __attribute__((always_inline)) {
-      T* const grad = p_.grad_z.at(task_, pixel...) + channel_;
-      const Vec<T> n = a.n(load(p_.z.at(task_, pixel...) + channel_)), inner = load(grad) - m1 - n * m2;
-      store(grad, factor * inner);
-      if constexpr (kTangent) {
-        T* const tangent = p_.grad_z_tangent.at(task_, pixel...) + channel_;
-        const Vec<T> n_tangent = a.n_tangent(n, load(p_.z_tangent.at(task_, pixel...) + channel_));
-        const Vec<T> inner_tangent = load(tangent) - m1_tangent - n_tangent * m2 - n * m2_tangent;
-        store(tangent, factor_tangent * inner + factor * inner_tangent);
-      }
-    });
+    const bool tiles = s_.pool_stride_y == s_.pool_height && s_.pool_stride_x == s_.pool_width &&
+                       s_.pool_padding_y == 0 && s_.pool_padding_x == 0;
+    if (s_.pool == Pool::none || tiles) {
+      visit<Sink::sums>();
+      finish_sums();
+      visit<Sink::gradient>();
+      visit_uncovered([&](auto... pixel) __attribute__((always_inline)) {
+        const Point at = point(pixel...);
+        put_gradient(Reaching<T>{}, at.n, at.n_tangent, pixel...);
+      });
+    } else {
+      for_pixels(s_.images, s_.height, s_.width,
+                 [&](auto... pixel) __attribute__((always_inline)) { put(Reaching<T>{}, pixel...); });
+      visit<Sink::addition>();
+      finish_sums();
+      for_pixels(s_.images, s_.height, s_.width, [&](auto... pixel) __attribute__((always_inline)) {
+        const Point at = point(pixel...);
+        put_gradient(added(pixel...), at.n, at.n_tangent, pixel...);
+      });
+    }
   }
 
  private:
+  enum class Sink { sums, gradient, addition };
+
   const BlockBackward<T>& p_;
   const BlockShape& s_;
   const int64_t task_, channel_;
   const Affine<T> affine_;
-  // Over all pixels, of what reaches y, and of that times n; and their tangents.
+  // Over all pixels, of what reaches y, and of that times n, and their tangents: the sums, then the means.
   Vec<T> sum_{}, scaled_{}, sum_tangent_{}, scaled_tangent_{};
+  Vec<T> factor_ = Vec<T>{} + 1, factor_tangent_{};
 
   struct Point {  // y of a pixel
     Vec<T> n, y, n_tangent, y_tangent;
@@ -281,6 +299,49 @@ class BlockGradient {
     return point;
   }
 
+  void finish_sums() {
+    const int64_t at = task_ * p_.grad_task + channel_;
+    if (p_.grad_gamma) store(p_.grad_gamma + at, kTangent ? scaled_tangent_ : scaled_);
+    if (p_.grad_beta) store(p_.grad_beta + at, kTangent ? sum_tangent_ : sum_);
+    const T count = static_cast<T>(s_.pixels());
+    for (Vec<T>* sum : {&sum_, &scaled_, &sum_tangent_, &scaled_tangent_}) *sum /= count;
+    const Affine<T>& a = affine_;
+    factor_ = a.gamma * a.rstd;
+    factor_tangent_ = a.gamma_tangent * a.rstd - a.gamma * a.rstd * a.rstd * a.scale_tangent;
+  }
+
+  // ---- what reaches y ----
+
+  template <Sink kSink>
+  void visit() {
+    if (s_.pool == Pool::none) {
+      return for_pixels(s_.images, s_.height, s_.width,
+                        [&](int64_t image, int64_t y, int64_t x) __attribute__((always_inline)) {
+                          const Point at = point(image, y, x);
+                          give<kSink>(through(of_result(image, y, x), at.y, at.y_tangent), at, image, y, x);
+                        });
+    }
+    for_pixels(s_.images, s_.out_height, s_.out_width, [&](auto... place) __attribute__((always_inline)) {
+      if (s_.pool == Pool::max) {
+        give_to_largest<kSink>(place...);
+      } else {
+        give_evenly<kSink>(place...);
+      }
+    });
+  }
+
+  // The pixels behind the last window.
+  template <class F>
+  void visit_uncovered(const F& f) const {
+    if (s_.pool == Pool::none) return;
+    const int64_t height = s_.out_height * s_.pool_height, width = s_.out_width * s_.pool_width;
+    for (int64_t image = 0; image < s_.images; ++image) {
+      for (int64_t y = 0; y < s_.height; ++y) {
+        for (int64_t x = y < height ? width : 0; x < s_.width; ++x) f(image, y, x);
+      }
+    }
+  }
+
   METAFAST_HD Reaching<T> of_result(int64_t image, int64_t y, int64_t x) const {
     Reaching<T> grad{load(p_.grad.at(task_, image, y, x) + channel_), Vec<T>{}};
     if constexpr (kTangent) grad.tangent = load(p_.grad_tangent.at(task_, image, y, x) + channel_);
@@ -290,69 +351,12 @@ class BlockGradient {
   // Back through the activation at y.
   METAFAST_HD Reaching<T> through(const Reaching<T>& grad, Vec<T> y, Vec<T> y_tangent) const {
     const Slope<T> slope(s_.activation, y);
-    return {grad.grad * slope.first,
-            kTangent ? grad.tangent * slope.first + grad.grad * slope.second * y_tangent : Vec<T>{}};
+    if constexpr (!kTangent) return {grad.grad * slope.first, Vec<T>{}};
+    return {grad.grad * slope.first, grad.tangent * slope.first + grad.grad * slope.second * y_tangent};
   }
 
-  METAFAST_HD void add_to_sums(const Reaching<T>& part, Vec<T> n, Vec<T> n_tangent) {
-    sum_ += part.grad;
-    scaled_ += part.grad * n;
-    if constexpr (kTangent) {
-      sum_tangent_ += part.tangent;
-      scaled_tangent_ += part.tangent * n + part.grad * n_tangent;
-    }
-  }
-
-  // To what reaches a pixel from other windows, where they overlap; else it is all.
-  template <bool kAdds>
-  METAFAST_HD void put(const Reaching<T>& part, int64_t image, int64_t y, int64_t x) {
-    T* const grad = p_.grad_z.at(task_, image, y, x) + channel_;
-    store(grad, kAdds ? load(grad) + part.grad : part.grad);
-    if constexpr (kTangent) {
-      T* const tangent = p_.grad_z_tangent.at(task_, image, y, x) + channel_;
-      store(tangent, kAdds ? load(tangent) + part.tangent : part.tangent);
-    }
-  }
-
-  // What reaches y, into the place of the gradient of z, and its sums.
-  void spread() {
-    if (s_.pool == Pool::none) {
-      return for_pixels(s_.images, s_.height, s_.width,
-                        [&](int64_t image, int64_t y, int64_t x) __attribute__((always_inline)) {
-                          const Point at = point(image, y, x);
-                          const Reaching<T> part = through(of_result(image, y, x), at.y, at.y_tangent);
-                          add_to_sums(part, at.n, at.n_tangent);
-                          put<false>(part, image, y, x);
-                        });
-    }
-    const bool apart = s_.pool_stride_y >= s_.pool_height && s_.pool_stride_x >= s_.pool_width;
-    const bool covered =
-        s_.out_height * s_.pool_height == s_.height && s_.out_width * s_.pool_width == s_.width;
-    if (!apart || !covered) {
-      for_pixels(s_.images, s_.height, s_.width,
-                 [&](auto... pixel) __attribute__((always_inline)) { put<false>(Reaching<T>{}, pixel...); });
-    }
-    if (apart) {
-      spread_windows<false>();
-    } else {
-      spread_windows<true>();
-    }
-  }
-
-  template <bool kAdds>
-  void spread_windows() {
-    for_pixels(s_.images, s_.out_height, s_.out_width,
-               [&](int64_t image, int64_t y, int64_t x) __attribute__((always_inline)) {
-                 if (s_.pool == Pool::max) {
-                   spread_to_largest<kAdds>(image, y, x);
-                 } else {
-                   spread_evenly<kAdds>(image, y, x);
-                 }
-               });
-  }
-
-  template <bool kAdds>
-  METAFAST_HD void spread_to_largest(int64_t image, int64_t out_y, int64_t out_x) {
+  template <Sink kSink>
+  METAFAST_HD void give_to_largest(int64_t image, int64_t out_y, int64_t out_x) {
     const Window window(s_, out_y, out_x);
     Vec<T> best = Vec<T>{} - static_cast<T>(__builtin_inf()), place{}, number{};
     Point largest{};
@@ -369,17 +373,24 @@ class BlockGradient {
       number += 1;
     });
     const Reaching<T> part = through(of_result(image, out_y, out_x), best, largest.y_tangent);
-    add_to_sums(part, largest.n, largest.n_tangent);
+    if constexpr (kSink != Sink::gradient) add_to_sums(part, largest);
+    if constexpr (kSink == Sink::sums) return;
     number = Vec<T>{};
     window.each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
       const auto here = number == place;
-      put<kAdds>({here ? part.grad : Vec<T>{}, here ? part.tangent : Vec<T>{}}, image, y, x);
+      const Reaching<T> own{here ? part.grad : Vec<T>{}, here ? part.tangent : Vec<T>{}};
+      if constexpr (kSink == Sink::gradient) {
+        const Point at = point(image, y, x);
+        put_gradient(own, at.n, at.n_tangent, image, y, x);
+      } else {
+        add(own, image, y, x);
+      }
       number += 1;
     });
   }
 
-  template <bool kAdds>
-  METAFAST_HD void spread_evenly(int64_t image, int64_t out_y, int64_t out_x) {
+  template <Sink kSink>
+  METAFAST_HD void give_evenly(int64_t image, int64_t out_y, int64_t out_x) {
     const T share = T(1) / static_cast<T>(s_.pool_height * s_.pool_width);
     const Window window(s_, out_y, out_x);
     Reaching<T> grad = of_result(image, out_y, out_x);
@@ -395,10 +406,55 @@ class BlockGradient {
     }
     window.each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
       const Point at = point(image, y, x);
-      const Reaching<T> part = s_.pools_first ? grad : through(grad, at.y, at.y_tangent);
-      add_to_sums(part, at.n, at.n_tangent);
-      put<kAdds>(part, image, y, x);
+      give<kSink>(s_.pools_first ? grad : through(grad, at.y, at.y_tangent), at, image, y, x);
     });
+  }
+
+  // ---- where it goes ----
+
+  template <Sink kSink>
+  METAFAST_HD void give(const Reaching<T>& part, const Point& at, int64_t image, int64_t y, int64_t x) {
+    if constexpr (kSink == Sink::gradient) return put_gradient(part, at.n, at.n_tangent, image, y, x);
+    add_to_sums(part, at);
+    if constexpr (kSink == Sink::addition) add(part, image, y, x);
+  }
+
+  METAFAST_HD void add_to_sums(const Reaching<T>& part, const Point& at) {
+    sum_ += part.grad;
+    scaled_ += part.grad * at.n;
+    if constexpr (kTangent) {
+      sum_tangent_ += part.tangent;
+      scaled_tangent_ += part.tangent * at.n + part.grad * at.n_tangent;
+    }
+  }
+
+  // The gradient of z from what reaches y.
+  METAFAST_HD void put_gradient(const Reaching<T>& part, Vec<T> n, Vec<T> n_tangent, int64_t image, int64_t y,
+                                int64_t x) {
+    if (!s_.norm) return put(part, image, y, x);
+    Reaching<T> grad{part.grad - sum_ - n * scaled_, Vec<T>{}};
+    if constexpr (kTangent) {
+      const Vec<T> tangent = part.tangent - sum_tangent_ - n_tangent * scaled_ - n * scaled_tangent_;
+      grad.tangent = factor_tangent_ * grad.grad + factor_ * tangent;
+    }
+    grad.grad *= factor_;
+    put(grad, image, y, x);
+  }
+
+  METAFAST_HD void put(const Reaching<T>& grad, int64_t image, int64_t y, int64_t x) {
+    store(p_.grad_z.at(task_, image, y, x) + channel_, grad.grad);
+    if constexpr (kTangent) store(p_.grad_z_tangent.at(task_, image, y, x) + channel_, grad.tangent);
+  }
+
+  METAFAST_HD Reaching<T> added(int64_t image, int64_t y, int64_t x) const {
+    Reaching<T> sum{load(p_.grad_z.at(task_, image, y, x) + channel_), Vec<T>{}};
+    if constexpr (kTangent) sum.tangent = load(p_.grad_z_tangent.at(task_, image, y, x) + channel_);
+    return sum;
+  }
+
+  METAFAST_HD void add(const Reaching<T>& part, int64_t image, int64_t y, int64_t x) {
+    const Reaching<T> sum = added(image, y, x);
+    put({sum.grad + part.grad, sum.tangent + part.tangent}, image, y, x);
   }
 };
 

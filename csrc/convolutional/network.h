@@ -34,6 +34,7 @@ struct NetworkBlock {
 // A border of zeros around each image.
 struct Border {
   int64_t top = 0, left = 0, bottom = 0, right = 0;
+  bool any() const { return top || left || bottom || right; }
 };
 
 class Network {

@@ -26,6 +26,13 @@ std::vector<Tensor> of_params(const Network& network, const Tensor& grad) {
   return unpack<T>(network, network.shared() ? sum_rows<T>(grad) : grad);
 }
 
+// Of the input of the first block.
+template <typename T>
+Maps<T> gradient_images(const Network& network, int64_t tasks, int64_t images, Workspace<T>& space) {
+  const NetworkBlock& b = network.blocks()[0];
+  return space.take_maps(tasks, images, b.height, b.width, pitch_of(b.channels), {});
+}
+
 // ---- conv_inner_sgd ----
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
@@ -112,13 +119,10 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
     const bool reverses = !first_order && steps > 0 && tasks > 0;
     if (tasks > 0 && steps > 0 && (reverses || wanted[1])) {
       Adaptation<T> adaptation(problem, reverses, of_x);
-      const NetworkBlock& block = network.blocks()[0];
-      const auto image_maps = [&](Workspace<T> space) {
-        const Maps<T> maps = space.take_maps(adaptation.group(), problem.images(), block.height, block.width,
-                                             pitch_of(block.channels), {});
-        return std::pair(maps, space.used());
-      };
-      const Tensor image_memory = of_x ? empty({image_maps(Workspace<T>()).second}, options) : Tensor();
+      Tensor image_memory;
+      const Maps<T> maps = in_memory<T>(image_memory, options, [&](Workspace<T>& space) {
+        return gradient_images(network, of_x ? adaptation.group() : 0, problem.images(), space);
+      });
       for (int64_t first = 0; first < tasks; first += adaptation.group()) {
         const int64_t count = std::min(adaptation.group(), tasks - first);
         adaptation.enter(first, count);
@@ -127,11 +131,7 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
         };
         const Tensor group_v = v.narrow(0, first, count);
         const Tensor direction = empty({count, P}, options), product = empty({count, P}, options);
-        Maps<T> maps{};
-        if (of_x) {
-          image_memory.zero_();
-          maps = image_maps(Workspace<T>(image_memory.mutable_data_ptr<T>())).first;
-        }
+        image_memory.zero_();
         for (int64_t k = steps - 1; k >= 0; --k) {
           if (wanted[1]) grad_rates[k].sub_(sum_rows<T>(group_v * of(1, k + 1)));
           if (!reverses) continue;
@@ -160,14 +160,6 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
 
 // ---- conv_forward ----
 
-// The activations of all tasks, in memory of the caller; with none, how much they take.
-template <typename T>
-std::pair<Activations<T>, int64_t> activations_in(T* memory, const Network& network, const Tensor& x) {
-  Workspace<T> space(memory);
-  const Activations<T> activations(network, x.size(0), x.size(1), space);
-  return {activations, space.used()};
-}
-
 template <typename T>
 void store_outputs(const Network& network, const Activations<T>& of, int64_t tasks, int64_t images,
                    const Tensor& like, T* out) {
@@ -185,16 +177,15 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
     const at::TensorOptions options = x.options().requires_grad(false);
     const int64_t tasks = x.size(0), images = x.size(1), outputs = network.outputs();
     const Tensor out = empty({tasks, images, outputs}, options);
-    const auto space_of = [&](int64_t count) {
-      Workspace<T> space;
-      Activations<T>(network, count, images, space);
-      return space.used();
+    const auto activations_of = [&](int64_t count) {
+      return [&network, images, count](Workspace<T>& space) {
+        return Activations<T>(network, count, images, space);
+      };
     };
-    const int64_t group = keep ? tasks : group_of(network, tasks, space_of(1) * sizeof(T), x);
-    const Tensor kept = at::zeros({space_of(group)}, options);
+    const int64_t group = keep ? tasks : group_of<T>(network, tasks, x, activations_of(1));
+    Tensor kept;
+    const Activations<T> activations = in_memory<T>(kept, options, activations_of(group));
     if (out.numel() == 0) return {out, keep ? kept : empty({0}, options)};
-    Workspace<T> space(kept.mutable_data_ptr<T>());
-    const Activations<T> activations(network, group, images, space);
     const Tensor theta = pack<T>(network, params, network.shared() ? 1 : tasks);
     Tensor image_memory;
     Maps<const T> maps = load_images<T>(network, x, image_memory);
@@ -224,32 +215,30 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
   const c10::OptionalDeviceGuard guard(x.device());
   return with_scalar(x, [&]<typename T>() {
     const at::TensorOptions options = x.options().requires_grad(false);
-    check_sizes({kept, "kept"}, {activations_in<T>(nullptr, network, x).second}, "that conv_forward keeps");
-    const Activations<T> activations = activations_in<T>(kept.mutable_data_ptr<T>(), network, x).first;
+    Workspace<T> counted;
+    Activations<T>(network, tasks, images, counted);
+    check_sizes({kept, "kept"}, {counted.elements()}, "that conv_forward keeps");
+    Workspace<T> space(kept.mutable_data_ptr<T>(), counted);
+    const Activations<T> activations(network, tasks, images, space);
     const Tensor theta = pack<T>(network, params, network.shared() ? 1 : tasks);
     const Tensor of_theta =
         grad.numel() ? empty({tasks, network.size()}, options) : at::zeros({tasks, network.size()}, options);
     const Tensor grad_x = wanted[1] ? at::zeros(x.sizes(), options) : empty({0}, options);
     if (grad.numel() > 0) {
-      const NetworkBlock& block = network.blocks()[0];
       struct Parts {
         Gradients<T> gradients;
         Maps<T> images;
       };
-      const auto parts_in = [&](Workspace<T>& space, int64_t count) {
-        Gradients<T> gradients(network, count, images, wanted[1], space);
-        return Parts{gradients, space.take_maps(wanted[1] ? count : 0, images, block.height, block.width,
-                                                pitch_of(block.channels), {})};
+      const auto parts_of = [&](int64_t count) {
+        return [&, count](Workspace<T>& space) {
+          const Gradients<T> gradients(network, count, images, wanted[1], space);
+          return Parts{gradients, gradient_images(network, wanted[1] ? count : 0, images, space)};
+        };
       };
-      const auto space_of = [&](int64_t count) {
-        Workspace<T> space;
-        parts_in(space, count);
-        return space.used();
-      };
-      const int64_t group = group_of(network, tasks, space_of(1) * sizeof(T), x);
-      const Tensor memory = at::zeros({space_of(group)}, options), dense = grad.contiguous();
-      Workspace<T> space(memory.mutable_data_ptr<T>());
-      const Parts parts = parts_in(space, group);
+      const int64_t group = group_of<T>(network, tasks, x, parts_of(1));
+      Tensor memory;
+      const Parts parts = in_memory<T>(memory, options, parts_of(group));
+      const Tensor dense = grad.contiguous();
       Tensor image_memory;
       Maps<const T> maps = load_images<T>(network, x, image_memory);
       for (int64_t first = 0; first < tasks; first += group) {
@@ -288,7 +277,9 @@ void implement(torch::Library& m) {
 
 int64_t conv_forward_kept(at::TensorList params, const Tensor& x, at::IntArrayRef numbers,
                           at::ArrayRef<double> eps) {
-  return activations_in<float>(nullptr, Network(numbers, eps, params, x), x).second;
+  Workspace<float> count;
+  Activations<float>(Network(numbers, eps, params, x), x.size(0), x.size(1), count);
+  return count.elements();
 }
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }

@@ -9,33 +9,48 @@
 
 namespace metafast {
 
-// Deals out a caller's memory; without memory it counts. Each array is aligned to kChannelBlock elements.
+// Deals out memory; at first it only counts. What has to be zero at the start, as borders have, comes from
+// the front part, all else from behind it. Each array is aligned to kChannelBlock elements.
 template <typename T>
 class Workspace {
  public:
-  explicit Workspace(T* memory = nullptr) : memory_(memory) {}
-  T* take(int64_t elements) {
-    T* taken = memory_ ? memory_ + used_ : nullptr;
-    used_ += pitch_of(elements);
-    return taken;
-  }
+  Workspace() = default;
+  // The memory that `count` has counted.
+  Workspace(T* memory, const Workspace& count) : cleared_(memory), rest_(memory + count.cleared_used_) {}
+
+  T* take(int64_t elements) { return take(rest_, rest_used_, elements); }
+
   // Maps with a border, whose pixels are `pixel` elements apart.
   Maps<T> take_maps(int64_t tasks, int64_t images, int64_t height, int64_t width, int64_t pixel,
-                    Border border) {
+                    Border border, bool clears = false) {
     Maps<T> maps{};
     maps.pixel = pixel;
     maps.row = (border.left + width + border.right) * pixel;
     maps.image = (border.top + height + border.bottom) * maps.row;
     maps.task = pitch_of(images * maps.image);
-    T* const data = take(tasks * maps.task);
+    const int64_t size = tasks * maps.task;
+    T* const data = clears || border.any() ? take(cleared_, cleared_used_, size) : take(size);
     maps.data = data ? data + border.top * maps.row + border.left * maps.pixel : nullptr;
     return maps;
   }
-  int64_t used() const { return used_; }
+
+  int64_t elements() const { return cleared_used_ + rest_used_; }
+  // New memory of elements(), as far as it has to be cleared.
+  Tensor allocate(const at::TensorOptions& options) const {
+    const Tensor memory = empty({elements()}, options.requires_grad(false));
+    memory.narrow(0, 0, cleared_used_).zero_();
+    return memory;
+  }
 
  private:
-  T* memory_;
-  int64_t used_ = 0;
+  T *cleared_ = nullptr, *rest_ = nullptr;
+  int64_t cleared_used_ = 0, rest_used_ = 0;
+
+  static T* take(T* memory, int64_t& used, int64_t elements) {
+    T* taken = memory ? memory + used : nullptr;
+    used += pitch_of(elements);
+    return taken;
+  }
 };
 
 // Packed parameters of tasks, or a direction in them, or their gradient: vectors `task` apart.
@@ -50,6 +65,16 @@ struct Packed {
     return {data, task};
   }
 };
+
+// What build(space) makes in memory of its own, which goes to `memory`.
+template <typename T, class F>
+auto in_memory(Tensor& memory, const at::TensorOptions& options, const F& build) {
+  Workspace<T> count;
+  build(count);
+  memory = count.allocate(options);
+  Workspace<T> space(memory.mutable_data_ptr<T>(), count);
+  return build(space);
+}
 
 template <typename T>
 Maps<const T> as_const(const Maps<T>& maps) {
@@ -112,7 +137,9 @@ struct Gradients {
       const NetworkBlock& b = network.blocks()[i];
       OfBlock of{};
       of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), network.grad_border(i));
-      of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), {});
+      const bool last =
+          i + 1 == network.blocks().size();  // of which the channels behind the outputs stay zero
+      of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), {}, last);
       if (i > 0 || of_input) of.transposed = memory.take(tasks * transposed_size(b));
       blocks.push_back(of);
     }
