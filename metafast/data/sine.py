@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class SineSampler:
         self.seed = seed
         self.device = torch.device(device)
         self._block = -1
-        self._drawn: list[tuple[Tensor, ...]] = []
+        self._drawn = torch.empty(0)
 
     def batch(self, step: int) -> Episodes:
         """The waves of ``step`` >= 0: support and its labels float32 [T, shots, 1], query [T, queries, 1].
@@ -63,23 +64,22 @@ class SineSampler:
         if block != self._block:
             self._drawn = self._draw(block)
             self._block = block
-        return Episodes(*(tensor.clone() for tensor in self._drawn[index]))
+        drawn = self._drawn[index].clone()
+        support, query = self.tasks * self.shots, self.tasks * self.queries
+        ends = (0, support, 2 * support, 2 * support + query, 2 * support + 2 * query)
+        return Episodes(*(drawn[begin:end].view(self.tasks, -1, 1) for begin, end in pairwise(ends)))
 
-    def _draw(self, block: int) -> list[tuple[Tensor, ...]]:
-        """Of each step of a block the four tensors of its episodes."""
+    def _draw(self, block: int) -> Tensor:
+        """Of each step of a block its support, support labels, query and query labels, in one row."""
         steps = torch.arange(block * _BLOCK, (block + 1) * _BLOCK, device=self.device)
         draws = 2 + self.shots + self.queries
         drawn = unit(random_bits(self.seed, steps, (self.tasks, draws), self.device))  # [block, T, draws]
         amplitude, phase = _between(drawn[..., :1], _AMPLITUDES), _between(drawn[..., 1:2], _PHASES)
         x = _between(drawn[..., 2:], _INPUTS)
         y = amplitude * torch.sin(x - phase)
-        pieces = [
-            part.unsqueeze(-1).contiguous().unbind()
-            for values in (x, y)
-            for part in values.split([self.shots, self.queries], dim=-1)
-        ]
-        support, query, support_labels, query_labels = pieces
-        return list(zip(support, support_labels, query, query_labels, strict=True))
+        support, query = x.split([self.shots, self.queries], -1)
+        support_labels, query_labels = y.split([self.shots, self.queries], -1)
+        return torch.cat([part.flatten(1) for part in (support, support_labels, query, query_labels)], 1)
 
 
 def _between(share: Tensor, interval: tuple[float, float]) -> Tensor:

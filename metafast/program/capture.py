@@ -82,7 +82,7 @@ class CapturedStep(Generic[Batch]):
         self._calls = 0
         self._replay: Callable[[], None] | None = None
         self._batch: Batch | None = None
-        self._seen = torch.zeros(2, device=device)
+        self._figures = self._total = torch.zeros(0)
 
     def __call__(self, batch: Batch) -> Batch:
         """Takes the step; gives the batch where it lies now, until the next call.
@@ -94,7 +94,7 @@ class CapturedStep(Generic[Batch]):
         if self._batch is None:
             self._batch = _mapped(torch.clone, batch)
         else:
-            _fill(self._batch, batch)
+            torch._foreach_copy_(*zip(*_pairs(self._batch, batch, "batch"), strict=True))
         if self._calls == WARM_UP:
             self._replay = self._graphs.record(self._take)
         self._calls += 1
@@ -107,14 +107,15 @@ class CapturedStep(Generic[Batch]):
 
     def read(self) -> tuple[float, bool]:
         """The loss of the last step; were all losses and gradients finite since this was asked last?"""
-        loss, total = self._seen.tolist()  # waits for the device
-        self._seen.zero_()
-        return loss, math.isfinite(total)
+        loss, *totals = torch.cat([self._figures[:1], self._total]).tolist()  # waits for the device
+        self._total.zero_()
+        return loss, all(map(math.isfinite, totals))
 
     def _take(self) -> None:
-        figures = self._gradient(self._batch)
-        self._seen[0].copy_(figures[0])
-        self._seen[1].add_(figures.sum())  # where what is not finite stays
+        self._figures = self._gradient(self._batch)  # a replay writes them where the recording found them
+        if self._calls == 1:
+            self._total = torch.zeros_like(self._figures)
+        self._total.add_(self._figures)  # what is not finite stays in it
         self._update()
 
 
@@ -210,18 +211,18 @@ def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _fill(kept: Any, value: Any, name: str = "batch") -> None:
-    """Copies the tensors of a value into those of one that is like it, ``kept``."""
+def _pairs(kept: Any, value: Any, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors in ``kept``, and those in the same places of a value that is like it."""
     if isinstance(kept, Tensor):
         if not isinstance(value, Tensor) or (kept.shape, kept.dtype) != (value.shape, value.dtype):
             raise NotCapturable(f"{name} was {_said(kept)} at first, and now is {_said(value)}")
-        kept.copy_(value)
+        yield kept, value
     elif isinstance(kept, (list, tuple)) and isinstance(value, type(kept)) and len(kept) == len(value):
         for index, (one, other) in enumerate(zip(kept, value, strict=True)):
-            _fill(one, other, f"{name}[{index}]")
+            yield from _pairs(one, other, f"{name}[{index}]")
     elif _is_record(kept) and type(kept) is type(value):
         for (field, one), (_, other) in zip(_items(kept), _items(value), strict=True):
-            _fill(one, other, f"{name}.{field}")
+            yield from _pairs(one, other, f"{name}.{field}")
     elif kept is not value and kept != value:
         raise NotCapturable(f"{name} was {_said(kept)} at first, and now is {_said(value)}")
 
