@@ -20,18 +20,31 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
-// threadIdx.x, read anew at every call. What follows from threadIdx.x itself the compiler finds once and keeps in
-// registers through all loops; a kernel that needs those for its numbers begins with this one.
+// threadIdx.x, read anew at every call. What follows from threadIdx.x itself the compiler finds once and
+// keeps in registers through all loops; a kernel that needs those for its numbers begins with this one.
 __device__ __forceinline__ int fresh_thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
 
+// ---- copies into shared memory through the multiprocessor's own cache: what neighbours will copy as well
+// ----
+
+// As copy_async() in cuda.h, which goes past that cache.
+template <int N, typename T>
+__device__ __forceinline__ void copy_async_cached(T* shared, const T* global, bool inside) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = inside ? static_cast<int>(N * sizeof(T)) : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(N * sizeof(T)),
+               "r"(bytes)
+               : "memory");
+}
+
 // ---- tensor cores: float32's accuracy from three products of TF32, whose numbers have 11 bits ----
 
-// A number as the nearest of 11 bits and what is left of it: to 2^-22 of it, for tensor cores take no more than
-// 11 bits of that either. Of numbers beyond 3.4e38 the first part may be infinite.
+// A number as the nearest of 11 bits and what is left of it: to 2^-22 of it, for tensor cores take no more
+// than 11 bits of that either. Of numbers beyond 3.4e38 the first part may be infinite.
 struct Tf32Pair {
   float high, low;
 };
@@ -61,5 +74,10 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const Tf32Pair (&
   multiply_add(sums, a_high, b_low);
   multiply_add(sums, a_high, b_high);
 }
+
+// For one product of TF32 alone: tensor cores cut off the bits that TF32 has not, so that results would be
+// too small by 2^-11. Made larger by what is lost on average, numbers are too small as often as too large;
+// those with 11 bits stay as they are, infinity and NaN too.
+__device__ __forceinline__ float before_tf32(float x) { return x * (1 + 0.7f / (1 << 11)); }
 
 }  // namespace metafast::cuda

@@ -6,11 +6,6 @@
 namespace metafast::cuda {
 namespace {
 
-// a / b for 0 <= a < 2^20, in four instructions: the quotient's error is below half of 1 / b.
-__device__ __forceinline__ int small_quotient(int a, int b) {
-  return static_cast<int>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
-}
-
 // Up to kTeamsPerBlock of them share a block.
 template <int kTeamThreads, int kTeamsPerBlock>
 struct Team {

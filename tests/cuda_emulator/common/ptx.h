@@ -14,6 +14,11 @@ inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 inline int fresh_thread_index() { return static_cast<int>(threadIdx.x); }
 
+template <int N, typename T>
+void copy_async_cached(T* shared, const T* global, bool inside) {
+  emulator::copy_async(shared, global, N * sizeof(T), inside ? 0 : N * sizeof(T));
+}
+
 struct Tf32Pair {
   float high, low;
 };
@@ -45,8 +50,11 @@ inline float towards_zero(double x) {
   return std::fabs(rounded) > std::fabs(x) && std::isfinite(x) ? std::nextafter(rounded, 0.0f) : rounded;
 }
 
-// A product of the whole warp, whose lanes' operands lie as in csrc/common/ptx.h.
-inline void multiply_add_warp(void* const* lanes) {
+inline float before_tf32(float x) { return x * (1 + 0.7f / (1 << 11)); }
+
+// kProducts of the whole warp, whose lanes' operands lie as in csrc/common/ptx.h.
+template <int kProducts>
+void multiply_add_warp(void* const* lanes) {
   float a[2][16][8], b[2][8][8];  // high, low
   const auto of = [lanes](int lane) -> const Tf32Operands& {
     return *static_cast<const Tf32Operands*>(lanes[lane]);
@@ -62,12 +70,14 @@ inline void multiply_add_warp(void* const* lanes) {
       b[1][t + i * 4][g] = as_tf32(of(lane).b[i].low);
     }
   }
+  // Low times high, high times low, high times high; the last alone where that is all there is.
   constexpr int kParts[3][2] = {{1, 0}, {0, 1}, {0, 0}};
   for (int lane = 0; lane < warpSize; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
       float& result = (*of(lane).sums)[i];
-      for (const auto& [of_a, of_b] : kParts) {
+      for (int part = 3 - kProducts; part < 3; ++part) {
+        const auto& [of_a, of_b] = kParts[part];
         double sum = result;
         for (int k = 0; k < 8; ++k) sum += static_cast<double>(a[of_a][row][k]) * b[of_b][k][column];
         result = towards_zero(sum);
@@ -79,7 +89,16 @@ inline void multiply_add_warp(void* const* lanes) {
 inline void multiply_add(float (&sums)[4], const Tf32Pair (&a)[4], const Tf32Pair (&b)[2],
                          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   Tf32Operands mine{&sums, a, b};
-  emulator::warp_collective({"multiply_add", file, line}, &mine, multiply_add_warp);
+  emulator::warp_collective({"multiply_add", file, line}, &mine, multiply_add_warp<3>);
+}
+
+// Of numbers without a second part.
+inline void multiply_add(float (&sums)[4], const float (&a)[4], const float (&b)[2],
+                         const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const Tf32Pair a_pairs[4] = {{a[0], 0}, {a[1], 0}, {a[2], 0}, {a[3], 0}},
+                 b_pairs[2] = {{b[0], 0}, {b[1], 0}};
+  Tf32Operands mine{&sums, a_pairs, b_pairs};
+  emulator::warp_collective({"multiply_add", file, line}, &mine, multiply_add_warp<1>);
 }
 
 }  // namespace metafast::cuda

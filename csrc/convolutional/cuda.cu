@@ -1,0 +1,22 @@
+// CUDA kernels of the convolutional family and their launchers.
+#include "convolutional/cuda_block_backward.h"
+#include "convolutional/cuda_block_forward.h"
+#include "convolutional/cuda_convolve.h"
+#include "convolutional/cuda_loss.h"
+#include "convolutional/cuda_permute.h"
+#include "convolutional/cuda_weights.h"
+
+namespace metafast::cuda {
+
+#define METAFAST_INSTANTIATE(Params)                  \
+  template void launch(const Params<float>&, Stream); \
+  template void launch(const Params<double>&, Stream);
+METAFAST_INSTANTIATE(Convolve)
+METAFAST_INSTANTIATE(ConvolveWeights)
+METAFAST_INSTANTIATE(BlockForward)
+METAFAST_INSTANTIATE(BlockBackward)
+METAFAST_INSTANTIATE(LossGradient)
+METAFAST_INSTANTIATE(Permute)
+#undef METAFAST_INSTANTIATE
+
+}  // namespace metafast::cuda

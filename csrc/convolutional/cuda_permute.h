@@ -1,0 +1,108 @@
+// Copies between layouts. Part of cuda.cu.
+#pragma once
+
+#include "common/cuda.h"
+#include "convolutional/params.h"
+
+namespace metafast::cuda {
+namespace {
+
+constexpr int kPermuteThreads = 256;
+constexpr int kPermuteTile = kWarpSize, kPermuteRows = kPermuteThreads / kPermuteTile;
+
+// The last dimension of out and another one, in which neighbours lie closer in `in`, change places by way of
+// shared memory: a warp reads neighbours there, and writes them here.
+template <typename T>
+struct Transpose {
+  Permute<T> p;
+  int axis;  // the other one
+};
+
+template <typename T>
+struct PermuteShared {
+  T tile[kPermuteTile][kPermuteTile + 1];
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kPermuteThreads)
+    transpose(const __grid_constant__ Transpose<T> transposed) {
+  const Permute<T>& p = transposed.p;
+  auto& shared = shared_memory<PermuteShared<T>>();
+  const int axis = transposed.axis;
+  const int64_t col_tiles = div_up(p.pad, kPermuteTile), row_tiles = div_up(p.size[axis], kPermuteTile);
+  int64_t rest = block_index();
+  const int64_t first_col = rest % col_tiles * kPermuteTile;
+  rest /= col_tiles;
+  const int64_t first_row = rest % row_tiles * kPermuteTile;
+  rest /= row_tiles;
+  const T* in = p.in + first_row * p.in_stride[axis] + first_col * p.in_stride[4];
+  T* out = p.out + first_row * p.out_stride[axis] + first_col * p.out_stride[4];
+#pragma unroll
+  for (int d = 3; d >= 0; --d) {
+    if (d == axis) continue;
+    in += rest % p.size[d] * p.in_stride[d];
+    out += rest % p.size[d] * p.out_stride[d];
+    rest /= p.size[d];
+  }
+  if (rest > 0) return;  // behind the last block
+  const int lane = threadIdx.x % kPermuteTile, warp = threadIdx.x / kPermuteTile;
+  const bool has_row = first_row + lane < p.size[axis], has_col = first_col + lane < p.pad;
+#pragma unroll
+  for (int i = warp; i < kPermuteTile; i += kPermuteRows) {
+    if (has_row && first_col + i < p.size[4]) {
+      shared.tile[i][lane] = in[lane * p.in_stride[axis] + i * p.in_stride[4]];
+    } else {
+      shared.tile[i][lane] = 0;
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = warp; i < kPermuteTile; i += kPermuteRows) {
+    if (has_col && first_row + i < p.size[axis]) {
+      out[i * p.out_stride[axis] + lane * p.out_stride[4]] = shared.tile[lane][i];
+    }
+  }
+}
+
+// A thread to an element of out.
+template <typename T>
+__global__ void __launch_bounds__(kPermuteThreads) permute(const __grid_constant__ Permute<T> p) {
+  int64_t rest = block_index() * kPermuteThreads + threadIdx.x;
+  const int64_t last = rest % p.pad;
+  rest /= p.pad;
+  const T* in = p.in + last * p.in_stride[4];
+  T* out = p.out + last * p.out_stride[4];
+#pragma unroll
+  for (int d = 3; d >= 0; --d) {
+    in += rest % p.size[d] * p.in_stride[d];
+    out += rest % p.size[d] * p.out_stride[d];
+    rest /= p.size[d];
+  }
+  if (rest == 0) *out = last < p.size[4] ? *in : T(0);
+}
+
+}  // namespace
+
+template <typename T>
+void launch(const Permute<T>& p, Stream stream) {
+  const int64_t others = p.size[0] * p.size[1] * p.size[2] * p.size[3];
+  if (others == 0 || p.pad == 0) return;
+  int axis = 0;
+  for (int d = 1; d < 4; ++d) {
+    const bool closer = p.in_stride[d] < p.in_stride[axis] || p.size[axis] == 1;
+    if (p.size[d] > 1 && closer) axis = d;
+  }
+  const bool pays =
+      p.in_stride[4] > p.in_stride[axis] && p.size[axis] >= kChannelBlock && p.size[4] >= kChannelBlock;
+  if (pays) {
+    const int64_t blocks =
+        others / p.size[axis] * div_up(p.size[axis], kPermuteTile) * div_up(p.pad, kPermuteTile);
+    launch_kernel({"transpose", grid_of(blocks), kPermuteThreads, sizeof(PermuteShared<T>), stream},
+                  transpose<T>, Transpose<T>{p, axis});
+    return;
+  }
+  launch_kernel({"permute", grid_of(div_up(others * p.pad, kPermuteThreads)), kPermuteThreads, 0, stream},
+                permute<T>, p);
+}
+
+}  // namespace metafast::cuda

@@ -1,0 +1,245 @@
+// Tiles of matrix products, whose operands come through shared memory in stages: on the CUDA cores, or for
+// float32 that may be rounded to TF32 on the tensor cores. Part of cuda.cu.
+#pragma once
+
+#include "common/cuda.h"
+#include "common/ptx.h"
+
+namespace metafast::cuda {
+namespace {
+
+// ---- stages: some k's of the left operand's kRows lines and the right one's kCols ----
+
+// kAlong: line i of the left operand is contiguous, element k at left[i * kLeftPitch + k]; else at
+// left[k * kLeftPitch + i]. The right one lies across k always. Pitches keep what a warp reads at once in
+// different banks.
+template <class Tile, bool kAlong>
+struct alignas(16) Stage {
+  using T = typename Tile::Scalar;
+  static constexpr int kLeftPitch = kAlong ? Tile::kInner + Tile::kPadAlong : Tile::kRows + Tile::kPadAcross;
+  static constexpr int kRightPitch = Tile::kCols + Tile::kPadAcross;
+
+  T left[(kAlong ? Tile::kRows : Tile::kInner) * kLeftPitch];
+  T right[Tile::kInner * kRightPitch];
+
+  static __device__ __forceinline__ int left_at(int row, int k) {
+    return kAlong ? row * kLeftPitch + k : k * kLeftPitch + row;
+  }
+};
+
+// ---- CUDA cores: a thread has kThreadRows x kThreadCols sums ----
+
+template <typename T, int kTileRows, int kTileCols, int kThreadRows, int kThreadCols>
+struct FmaTile {
+  using Scalar = T;
+  static constexpr int kRows = kTileRows, kCols = kTileCols, kInner = 16, kStages = 2;
+  static constexpr int kPadAlong = kVectorLength<T>, kPadAcross = 0;
+  static constexpr int kRowThreads = kRows / kThreadRows, kColThreads = kCols / kThreadCols;
+  static constexpr int kThreads = kRowThreads * kColThreads;
+  static_assert(kRowThreads % 4 == 0 && kColThreads % 8 == 0, "a warp is 4 x 8 threads");
+
+  template <bool kAlong>
+  class Sums {
+   public:
+    // The lanes of a warp are dealt out so that either i and i ^ 1 or i and i ^ 2 read the same address of an
+    // operand: then shared memory serves half a warp's vectors at once.
+    __device__ __forceinline__ Sums() {
+      constexpr int kWarpCols = kColThreads / 8;
+      const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+      row_ = warp / kWarpCols * 4 + lane / 2 % 2 + lane / 8 % 2 * 2;
+      col_ = warp % kWarpCols * 8 + lane % 2 + lane / 4 % 2 * 2 + lane / 16 * 4;
+    }
+
+    __device__ __forceinline__ void add(const Stage<FmaTile, kAlong>& stage) {
+      constexpr int kStep = kAlong ? kVectorLength<T> : 1;
+#pragma unroll
+      for (int k = 0; k < kInner; k += kStep) {
+        T left[kStep][kThreadRows];
+        if constexpr (kAlong) {
+#pragma unroll
+          for (int i = 0; i < kThreadRows; ++i) {
+            const Vector<T, kStep> vector = load_vector<kStep>(stage.left + stage.left_at(row(i), k));
+#pragma unroll
+            for (int e = 0; e < kStep; ++e) left[e][i] = vector.values[e];
+          }
+        } else {
+          load<kRowLength>(stage.left + stage.left_at(0, k), [this](int i) { return row(i); }, left[0]);
+        }
+#pragma unroll
+        for (int e = 0; e < kStep; ++e) {
+          T right[kThreadCols];
+          load<kColLength>(
+              stage.right + (k + e) * stage.kRightPitch, [this](int j) { return col(j); }, right);
+#pragma unroll
+          for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+            for (int j = 0; j < kThreadCols; ++j) sums_[i][j] += left[e][i] * right[j];
+          }
+        }
+      }
+    }
+
+    // Calls f(row, col, vector) for all sums of the thread; the vector's are neighbours in a row.
+    template <class F>
+    __device__ __forceinline__ void each(const F& f) const {
+#pragma unroll
+      for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kThreadCols; j += kColLength) {
+          Vector<T, kColLength> vector;
+#pragma unroll
+          for (int e = 0; e < kColLength; ++e) vector.values[e] = sums_[i][j + e];
+          f(row(i), col(j), vector);
+        }
+      }
+    }
+
+   private:
+    static constexpr int kRowLength = kThreadRows < kVectorLength<T> ? kThreadRows : kVectorLength<T>;
+    static constexpr int kColLength = kThreadCols < kVectorLength<T> ? kThreadCols : kVectorLength<T>;
+    T sums_[kThreadRows][kThreadCols] = {};
+    int row_, col_;  // of the thread
+
+    __device__ __forceinline__ int row(int i) const {
+      return kAlong ? i * kRowThreads + row_
+                    : i / kRowLength * kRowThreads * kRowLength + row_ * kRowLength + i % kRowLength;
+    }
+    __device__ __forceinline__ int col(int j) const {
+      return j / kColLength * kColThreads * kColLength + col_ * kColLength + j % kColLength;
+    }
+    template <int kLength, int kCount, class Place>
+    static __device__ __forceinline__ void load(const T* from, const Place& place, T (&values)[kCount]) {
+#pragma unroll
+      for (int i = 0; i < kCount; i += kLength) {
+        const Vector<T, kLength> vector = load_vector<kLength>(from + place(i));
+#pragma unroll
+        for (int e = 0; e < kLength; ++e) values[i + e] = vector.values[e];
+      }
+    }
+  };
+};
+
+// ---- tensor cores: a warp has kWarpRows x kWarpCols sums ----
+
+template <int kTileRows, int kTileCols, int kWarpRows, int kWarpCols>
+struct Tf32Tile {
+  using Scalar = float;
+  static constexpr int kRows = kTileRows, kCols = kTileCols, kInner = 16, kStages = 3;
+  static constexpr int kPadAlong = 8, kPadAcross = 4;
+  static constexpr int kThreads = kRows / kWarpRows * (kCols / kWarpCols) * kWarpSize;
+
+  template <bool kAlong>
+  class Sums {
+   public:
+    __device__ __forceinline__ Sums() {
+      const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+      row_ = warp / (kCols / kWarpCols) * kWarpRows + lane / 4;
+      col_ = warp % (kCols / kWarpCols) * kWarpCols;
+      member_ = lane % 4;
+    }
+
+    // The k's of an instruction are not in its own order: what it takes for t and t + 4 of 8 are 2 t and 2 t
+    // + 1, which along k are one load.
+    __device__ __forceinline__ void add(const Stage<Tf32Tile, kAlong>& stage) {
+      const int group = threadIdx.x % kWarpSize / 4;
+      const float* const left = stage.left + stage.left_at(row_, member_ * 2);
+      const float* const right = stage.right + member_ * 2 * stage.kRightPitch + col_ + group;
+#pragma unroll
+      for (int k = 0; k < kInner; k += 8) {
+        float a[kRowTiles][4], b[kColTiles][2];
+#pragma unroll
+        for (int i = 0; i < kRowTiles * 2; ++i) {
+          const float* const line = left + stage.left_at(i * 8, k);
+          Vector<float, 2> two;
+          if constexpr (kAlong) {
+            two = load_vector<2>(line);
+          } else {
+            two = {{line[0], line[stage.kLeftPitch]}};
+          }
+#pragma unroll
+          for (int e = 0; e < 2; ++e) a[i / 2][i % 2 + e * 2] = before_tf32(two.values[e]);
+        }
+#pragma unroll
+        for (int j = 0; j < kColTiles * 2; ++j) {
+          b[j / 2][j % 2] = before_tf32(right[(k + j % 2) * stage.kRightPitch + j / 2 * 8]);
+        }
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+          for (int j = 0; j < kColTiles; ++j) multiply_add(sums_[i][j], a[i], b[j]);
+        }
+      }
+    }
+
+    // As FmaTile's.
+    template <class F>
+    __device__ __forceinline__ void each(const F& f) const {
+#pragma unroll
+      for (int i = 0; i < kRowTiles * 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColTiles; ++j) {
+          const auto& sums = sums_[i / 2][j];
+          f(row_ + i * 8, col_ + j * 8 + member_ * 2,
+            Vector<float, 2>{{sums[i % 2 * 2], sums[i % 2 * 2 + 1]}});
+        }
+      }
+    }
+
+   private:
+    static constexpr int kRowTiles = kWarpRows / 16, kColTiles = kWarpCols / 8;
+    float sums_[kRowTiles][kColTiles][4] = {};
+    int row_, col_, member_;
+  };
+};
+
+// ---- copies into a stage ----
+
+// How a block's threads copy kLines lines of kCount numbers, kLength at once: a thread the same numbers of
+// every line that it copies.
+template <int kThreads, int kLines, int kCount, int kLength>
+struct Copies {
+  static constexpr int kVectors = kCount / kLength, kStep = kThreads / kVectors;
+  static_assert(kThreads % kVectors == 0);
+
+  static __device__ __forceinline__ int at() { return threadIdx.x % kVectors * kLength; }
+  // Calls copy(line) for the thread's lines.
+  template <class Copy>
+  static __device__ __forceinline__ void each_line(const Copy& copy) {
+    const int first = threadIdx.x / kVectors;
+#pragma unroll
+    for (int line = 0; line < kLines; line += kStep) {
+      if (kLines % kStep == 0 || line + first < kLines) copy(line + first);
+    }
+  }
+};
+
+// Runs a product whose k's come in `count` stages. locate(c) writes where the k's of stage c lie to shared
+// memory, into one of two places, for copy(c) to read behind a barrier, by which the copies begin.
+template <class Sums, class StageOf, int kStages, class Locate, class Copy, class Use>
+__device__ __forceinline__ void run_stages(StageOf (&stages)[kStages], int count, Sums& sums,
+                                           const Locate& locate, const Copy& copy, const Use& use) {
+#pragma unroll
+  for (int c = 0; c < kStages - 1; ++c) {
+    if (c < count) locate(c);
+    __syncthreads();
+    if (c < count) copy(c, stages[c]);
+    commit_copies();
+  }
+  if (kStages - 1 < count) locate(kStages - 1);
+  int now = 0, next = kStages - 1;
+  for (int c = 0; c < count; ++c) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();  // all have arrived, and the readers of the stage that is filled next are done
+    if (c + kStages - 1 < count) copy(c + kStages - 1, stages[next]);
+    commit_copies();
+    if (c + kStages < count) locate(c + kStages);
+    sums.add(stages[now]);
+    use(c, stages[now]);
+    now = now + 1 == kStages ? 0 : now + 1;
+    next = next + 1 == kStages ? 0 : next + 1;
+  }
+}
+
+}  // namespace
+
+}  // namespace metafast::cuda
