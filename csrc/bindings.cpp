@@ -149,7 +149,7 @@ PYBIND11_MODULE(_C, m) {
       "conv_inner_sgd",
       [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr, const Numbers& network,
          const Epsilons& eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-         bool keep) {
+         int64_t keep) {
         return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
       },
       release);

@@ -129,12 +129,13 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
 
   // K = steps steps of SGD on each task; y [T, B, O] for loss mse or int64 [T, B] for cross_entropy; lr as of
   // inner_sgd, [K, L] by block. -> the adapted parameters, each [T, ...]; the mean and the variance (divided
-  // by the number of pixels) of each step's batch, [K, 2, T, channels of all blocks with norm]; and, if
-  // `keep`, what the backward needs of the steps, else size 0.
+  // by the number of pixels) of each step's batch, [K, 2, T, channels of all blocks with norm]; and what
+  // the backward needs of the steps, [keep, K, T, P]: with keep 1 the parameters, with 2 the momentum buffers
+  // as well, for gradients of lr; with 0 size 0.
   m.def(
       "conv_inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, int[] network, float[] eps, str "
       "loss, "
-      "int steps, float momentum, bool first_order, bool keep) -> (Tensor[], Tensor, Tensor)");
+      "int steps, float momentum, bool first_order, int keep) -> (Tensor[], Tensor, Tensor)");
   // grads: of the adapted parameters. -> gradients of params, lr, x, y, in one list; of size 0 where not
   // wanted (wanted: params, lr, x, y). It cannot be differentiated.
   m.def(

@@ -53,7 +53,7 @@ class Adaptation {
 
   // From theta [n, P] by gradient and momentum: writes buffer and next [n, P]; `before` is the buffer of the
   // step before, if there is one. statistics: [2, T, channels of blocks with norm] or undefined.
-  void step(int64_t k, const Tensor& theta, const Tensor* before, const Tensor& buffer, const Tensor& next,
+  void step(int64_t k, const Tensor& theta, const Tensor& before, const Tensor& buffer, const Tensor& next,
             const Tensor& statistics) {
     const Parts& parts = *parts_;
     const Pass<T> pass = this->pass();
@@ -62,7 +62,7 @@ class Adaptation {
     pass.backward(packed_view<const T>(theta), parts.activations, parts.gradients, packed_view<T>(buffer),
                   nullptr);
     keep_statistics(parts.activations, statistics);
-    if (before != nullptr && problem_.momentum != 0) buffer.add_(*before, problem_.momentum);
+    if (before.defined() && problem_.momentum != 0) buffer.add_(before, problem_.momentum);
     at::mul_out(const_cast<Tensor&>(next), buffer, rate(k));
     next.neg_().add_(theta);
   }

@@ -43,48 +43,94 @@ void with_layouts(const Network& network, size_t i, int64_t tasks, const F& f) {
   const int64_t P = network.size(), O = b.outputs, C = b.channels, kh = b.kernel_y, kw = b.kernel_x;
   if (static_cast<int64_t>(i) == b.first_param) {
     const int64_t pitch = b.pitch();
-    f(std::array<int64_t, 5>{tasks, kh, kw, C, O},
-      std::array<int64_t, 5>{O * C * kh * kw, kw, 1, kh * kw, C * kh * kw},
-      std::array<int64_t, 5>{P, kw * C * pitch, C * pitch, pitch, 1});
+    // A channel after the other: its places of the kernel lie side by side, in as many rows as there are
+    // outputs.
+    f(std::array<int64_t, 5>{tasks, C, kh, kw, O},
+      std::array<int64_t, 5>{O * C * kh * kw, kh * kw, kw, 1, C * kh * kw},
+      std::array<int64_t, 5>{P, pitch, kw * C * pitch, C * pitch, 1});
   } else {
     f(std::array<int64_t, 5>{tasks, 1, 1, 1, O}, std::array<int64_t, 5>{O, 0, 0, 0, 1},
       std::array<int64_t, 5>{P, 0, 0, 0, 1});
   }
 }
 
-// Tensors of the parameters' shapes, with T or without, as one [T, P] or [1, P].
+// Tensors of the parameters' shapes as packed vectors: those of all tasks, or a group's at a time, so that
+// they are read where the cache still holds them.
 template <typename T>
-Tensor pack(const Network& network, at::TensorList tensors, int64_t tasks) {
-  const Tensor packed = empty({tasks, network.size()}, tensors[0].options().requires_grad(false));
-  for (size_t i = 0; i < tensors.size() && tasks > 0; ++i) {
-    const Tensor dense = tensors[i].contiguous();
-    with_layouts(network, i, tasks, [&](auto size, auto strides, auto packed_strides) {
-      permute<T>(packed, dense.const_data_ptr<T>(), packed.mutable_data_ptr<T>() + network.place_of(i), size,
-                 strides, packed_strides, network.block_of(i).pitch());
-    });
+class PackedInput {
+ public:
+  // With `tasks` each tensor is [T, ...].
+  PackedInput(const Network& network, at::TensorList tensors, bool of_tasks, int64_t group)
+      : network_(network),
+        of_tasks_(of_tasks),
+        packed_(empty({of_tasks ? group : 1, network.size()}, tensors[0].options().requires_grad(false))) {
+    for (const Tensor& tensor : tensors) dense_.push_back(tensor.contiguous());
+    if (!of_tasks) fill(0, 1);
   }
-  return packed;
-}
 
-// Back, [T, P] or [P], to tensors with T or without.
-template <typename T>
-std::vector<Tensor> unpack(const Network& network, const Tensor& packed) {
-  std::vector<Tensor> tensors;
-  const bool of_tasks = packed.dim() == 2;
-  const int64_t tasks = of_tasks ? packed.size(0) : 1;
-  for (size_t i = 0; i < network.params(); ++i) {
-    at::DimVector sizes;
-    if (of_tasks) sizes.push_back(tasks);
-    sizes.append(network.shape(i).begin(), network.shape(i).end());
-    tensors.push_back(empty(sizes, packed.options()));
-    if (tasks == 0) continue;
-    with_layouts(network, i, tasks, [&](auto size, auto strides, auto packed_strides) {
-      permute<T>(packed, packed.const_data_ptr<T>() + network.place_of(i), tensors[i].mutable_data_ptr<T>(),
-                 size, packed_strides, strides);
-    });
+  // [count, P], or [1, P] for all tasks. It holds until the next call.
+  Tensor load(int64_t first, int64_t count) {
+    if (!of_tasks_) return packed_;
+    fill(first, count);
+    return packed_.narrow(0, 0, count);
   }
-  return tensors;
-}
+
+ private:
+  const Network& network_;
+  const bool of_tasks_;
+  const Tensor packed_;
+  std::vector<Tensor> dense_;
+
+  void fill(int64_t first, int64_t count) {
+    for (size_t i = 0; i < dense_.size(); ++i) {
+      with_layouts(network_, i, count, [&](auto size, auto strides, auto packed_strides) {
+        permute<T>(packed_, dense_[i].const_data_ptr<T>() + first * strides[0],
+                   packed_.mutable_data_ptr<T>() + network_.place_of(i), size, strides, packed_strides,
+                   network_.block_of(i).pitch());
+      });
+    }
+  }
+};
+
+// Results of the parameters' shapes, [T, ...] from packed vectors of a group at a time; or without T their
+// sum over tasks, in the tasks' order.
+template <typename T>
+class PackedOutput {
+ public:
+  PackedOutput(const Network& network, int64_t tasks, bool sums, const at::TensorOptions& options)
+      : network_(network), sum_(sums ? at::zeros({network.size()}, options) : Tensor()) {
+    for (size_t i = 0; i < network.params(); ++i) {
+      at::DimVector sizes;
+      if (!sums) sizes.push_back(tasks);
+      sizes.append(network.shape(i).begin(), network.shape(i).end());
+      tensors_.push_back(empty(sizes, options));
+    }
+  }
+
+  void store(int64_t first, const Tensor& packed) {
+    if (!sum_.defined()) return unpack(first, packed);
+    for (int64_t i = 0; i < packed.size(0); ++i) sum_.add_(packed[i]);
+  }
+
+  std::vector<Tensor> finish() {
+    if (sum_.defined()) unpack(0, sum_.unsqueeze(0));
+    return tensors_;
+  }
+
+ private:
+  const Network& network_;
+  const Tensor sum_;
+  std::vector<Tensor> tensors_;
+
+  void unpack(int64_t first, const Tensor& packed) {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      with_layouts(network_, i, packed.size(0), [&](auto size, auto strides, auto packed_strides) {
+        permute<T>(packed, packed.const_data_ptr<T>() + network_.place_of(i),
+                   tensors_[i].mutable_data_ptr<T>() + first * strides[0], size, packed_strides, strides);
+      });
+    }
+  }
+};
 
 // Images [T, B, C, H, W] as maps with the border that the first block wants; `memory` holds them.
 template <typename T>
@@ -177,7 +223,7 @@ struct Problem {
   // The learning rates of all steps as rows that go with a packed vector: [K or 1, P or 1].
   template <typename T>
   Tensor rates() const {
-    if (lr.size() > 1) return pack<T>(network, lr, 1);
+    if (lr.size() > 1) return PackedInput<T>(network, lr, false, 1).load(0, 1);
     if (lr[0].dim() == 0) return lr[0].detach().view({1, 1});
     std::vector<Tensor> columns;
     for (size_t i = 0; i < network.params(); ++i) {

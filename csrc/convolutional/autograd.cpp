@@ -2,6 +2,8 @@
 // again.
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "common/call.h"
 #include "convolutional/ops.h"
 
@@ -13,12 +15,10 @@ namespace metafast {
   static const auto handle = find_op<decltype(metafast::op)>(#op); \
   return handle.call(__VA_ARGS__)
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(at::TensorList params, const Tensor& x,
-                                                               const Tensor& y, at::TensorList lr,
-                                                               at::IntArrayRef network,
-                                                               at::ArrayRef<double> eps,
-                                                               std::string_view loss, int64_t steps,
-                                                               double momentum, bool first_order, bool keep) {
+std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
+    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    int64_t keep) {
   METAFAST_CALL(conv_inner_sgd, params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
 }
 
@@ -78,6 +78,11 @@ variable_list joined(at::TensorList first, std::initializer_list<Tensor> others,
   return all;
 }
 
+bool any_requires_grad(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const Tensor& tensor) { return tensor.requires_grad(); });
+}
+
 bool any_needed(AutogradContext* ctx, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (ctx->needs_input_grad(i)) return true;
@@ -122,7 +127,7 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
     const Tensor &x = inputs[params + lr], &y = inputs[params + lr + 1];
     auto [adapted, statistics, kept] =
         conv_inner_sgd(inputs.slice(0, params), x, y, inputs.slice(params, lr), o.network, o.eps, o.loss,
-                       o.steps, o.momentum, o.first_order, true);
+                       o.steps, o.momentum, o.first_order, 1 + any_requires_grad(inputs.slice(params, lr)));
     ctx->save_for_backward(joined(inputs, {kept}));
     Call::save(ctx, c10::make_intrusive<Call>(o, params, lr));
     ctx->mark_non_differentiable({statistics, kept});
@@ -148,7 +153,7 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_autograd(
     at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
     at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-    bool keep) {
+    int64_t keep) {
   variable_list inputs = joined(params, {x, y}, lr);
   if (needs_graph_of("conv_inner_sgd", inputs)) {
     variable_list results = ConvInnerSgdFunction::apply(

@@ -20,12 +20,6 @@ void append(std::vector<Tensor>& to, std::vector<Tensor> tensors) {
   to.insert(to.end(), std::make_move_iterator(tensors.begin()), std::make_move_iterator(tensors.end()));
 }
 
-// The gradient of the start [T, P] as gradients of the parameters, shared or of tasks.
-template <typename T>
-std::vector<Tensor> of_params(const Network& network, const Tensor& grad) {
-  return unpack<T>(network, network.shared() ? sum_rows<T>(grad) : grad);
-}
-
 // Of the input of the first block.
 template <typename T>
 Maps<T> gradient_images(const Network& network, int64_t tasks, int64_t images, Workspace<T>& space) {
@@ -38,7 +32,7 @@ Maps<T> gradient_images(const Network& network, int64_t tasks, int64_t images, W
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
     at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef numbers,
     at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-    bool keep) {
+    int64_t keep) {
   const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
   const Network& network = problem.network;
   const c10::OptionalDeviceGuard guard(x.device());
@@ -46,30 +40,29 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
     const int64_t tasks = problem.tasks(), P = network.size();
     const at::TensorOptions options = problem.options();
     const Tensor statistics = empty({steps, 2, tasks, network.norm_channels()}, options);
-    // theta_1, ..., theta_K and m_1, ..., m_K; or two of each that take turns.
-    const int64_t slots = keep ? steps : std::min<int64_t>(steps, 2);
-    const Tensor kept = empty({2, slots, tasks, P}, options),
-                 start = pack<T>(network, params, network.shared() ? 1 : tasks);
-    const auto of = [&](int64_t what, int64_t k, int64_t first, int64_t count) {
-      return kept.select(0, what).select(0, (k - 1) % slots).narrow(0, first, count);
-    };
-    if (steps == 0 || tasks == 0) {
-      return {unpack<T>(network, start.expand({tasks, P}).contiguous()), statistics,
-              keep ? kept : empty({0}, options)};
-    }
+    const Tensor kept = keep ? empty({keep, steps, tasks, P}, options) : empty({0}, options);
+    PackedOutput<T> adapted(network, tasks, false, options);
+    if (tasks == 0) return {adapted.finish(), statistics, kept};
     Adaptation<T> adaptation(problem, false, false);
+    PackedInput<T> start(network, params, !network.shared(), adaptation.group());
+    // What is not kept: of two steps, which take turns.
+    const Tensor turns = empty({2, 2, adaptation.group(), P}, options);
     for (int64_t first = 0; first < tasks; first += adaptation.group()) {
       const int64_t count = std::min(adaptation.group(), tasks - first);
       adaptation.enter(first, count);
+      const auto of = [&](int64_t what, int64_t k) {  // 0: theta_k, 1: m_k
+        return what < keep ? kept.select(0, what).select(0, k - 1).narrow(0, first, count)
+                           : turns.select(0, what).select(0, k % 2).narrow(0, 0, count);
+      };
+      Tensor theta = start.load(first, count);
       for (int64_t k = 0; k < steps; ++k) {
-        const Tensor theta =
-            k > 0 ? of(0, k, first, count) : (network.shared() ? start : start.narrow(0, first, count));
-        const Tensor before = k > 0 ? of(1, k, first, count) : Tensor();
-        adaptation.step(k, theta, k > 0 ? &before : nullptr, of(1, k + 1, first, count),
-                        of(0, k + 1, first, count), network.norm_channels() ? statistics[k] : Tensor());
+        adaptation.step(k, theta, k > 0 ? of(1, k) : Tensor(), of(1, k + 1), of(0, k + 1),
+                        network.norm_channels() ? statistics[k] : Tensor());
+        theta = of(0, k + 1);
       }
+      adapted.store(first, theta.expand({count, P}));
     }
-    return {unpack<T>(network, of(0, steps, 0, tasks)), statistics, keep ? kept : empty({0}, options)};
+    return {adapted.finish(), statistics, kept};
   });
 }
 
@@ -77,7 +70,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
 template <typename T>
 std::vector<Tensor> of_rates(const Problem& problem, const Tensor& grad) {
   const Network& network = problem.network;
-  if (problem.lr.size() > 1) return unpack<T>(network, sum_rows<T>(grad));
+  if (problem.lr.size() > 1) {
+    PackedOutput<T> of_params(network, 1, true, problem.options());
+    of_params.store(0, grad);
+    return of_params.finish();
+  }
   const Tensor of_blocks = empty({problem.blocks(), problem.steps}, problem.options());
   for (int64_t l = 0; l < problem.blocks(); ++l) {
     const int64_t begin = network.blocks()[l].weight;
@@ -96,7 +93,7 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
   const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
   const Network& network = problem.network;
   const int64_t tasks = problem.tasks(), P = network.size();
-  check_sizes({kept, "kept"}, {2, steps, tasks, P}, "[2, K, T, P]");
+  check_sizes({kept, "kept"}, {wanted[1] ? 2 : kept.size(0), steps, tasks, P}, "[1 or 2, K, T, P]");
   TORCH_CHECK_VALUE(grads.size() == params.size(), "grads: expected ", params.size(), " tensors, got ",
                     grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -111,14 +108,17 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
   return with_scalar(x, [&]<typename T>() {
     const at::TensorOptions options = problem.options();
     const bool of_x = wanted[2], of_y = wanted[3] && !problem.labels;
-    const Tensor v = pack<T>(network, grads, tasks),
-                 start = pack<T>(network, params, network.shared() ? 1 : tasks);
     const Tensor grad_x = of_x ? at::zeros(x.sizes(), options) : empty({0}, options);
     const Tensor grad_y = of_y ? at::zeros(problem.y.sizes(), options) : empty({0}, options);
     const Tensor grad_rates = wanted[1] ? at::zeros({steps, P}, options) : Tensor();
-    const bool reverses = !first_order && steps > 0 && tasks > 0;
-    if (tasks > 0 && steps > 0 && (reverses || wanted[1])) {
+    PackedOutput<T> grad_params(network, tasks, network.shared(), options);
+    const bool reverses = !first_order && steps > 0;
+    if (tasks > 0) {
       Adaptation<T> adaptation(problem, reverses, of_x);
+      PackedInput<T> start(network, params, !network.shared(), adaptation.group());
+      PackedInput<T> end(network, grads, true, adaptation.group());
+      const Tensor directions = empty({adaptation.group(), P}, options),
+                   products = at::empty_like(directions);
       Tensor image_memory;
       const Maps<T> maps = in_memory<T>(image_memory, options, [&](Workspace<T>& space) {
         return gradient_images(network, of_x ? adaptation.group() : 0, problem.images(), space);
@@ -126,32 +126,32 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
       for (int64_t first = 0; first < tasks; first += adaptation.group()) {
         const int64_t count = std::min(adaptation.group(), tasks - first);
         adaptation.enter(first, count);
-        const auto of = [&](int64_t what, int64_t k) {
+        const auto of = [&](int64_t what, int64_t k) {  // 0: theta_k, 1: m_k
           return kept.select(0, what).select(0, k - 1).narrow(0, first, count);
         };
-        const Tensor group_v = v.narrow(0, first, count);
-        const Tensor direction = empty({count, P}, options), product = empty({count, P}, options);
+        const Tensor v = end.load(first, count), theta = start.load(first, count);
+        const Tensor direction = directions.narrow(0, 0, count), product = products.narrow(0, 0, count);
         image_memory.zero_();
         for (int64_t k = steps - 1; k >= 0; --k) {
-          if (wanted[1]) grad_rates[k].sub_(sum_rows<T>(group_v * of(1, k + 1)));
+          if (wanted[1]) grad_rates[k].sub_(sum_rows<T>(v * of(1, k + 1)));
           if (!reverses) continue;
-          const Tensor own = group_v * adaptation.rate(k);
           if (k + 1 < steps && momentum != 0) {
-            direction.mul_(momentum).sub_(own);
+            direction.mul_(momentum);
           } else {
-            at::neg_out(const_cast<Tensor&>(direction), own);
+            direction.zero_();
           }
-          const Tensor theta = k > 0 ? of(0, k) : (network.shared() ? start : start.narrow(0, first, count));
-          adaptation.step_back(theta, direction, product, group_v, of_x ? &maps : nullptr,
+          direction.sub_(v * adaptation.rate(k));
+          adaptation.step_back(k > 0 ? of(0, k) : theta, direction, product, v, of_x ? &maps : nullptr,
                                of_y ? grad_y.mutable_data_ptr<T>() : nullptr);
         }
+        if (wanted[0]) grad_params.store(first, v);
         if (of_x) {
           store_images<T>(network, x, maps, count, problem.images(),
                           grad_x.mutable_data_ptr<T>() + first * (x.numel() / tasks));
         }
       }
     }
-    std::vector<Tensor> all = wanted[0] ? of_params<T>(network, v) : nothing(params.size(), options);
+    std::vector<Tensor> all = wanted[0] ? grad_params.finish() : nothing(params.size(), options);
     append(all, wanted[1] ? of_rates<T>(problem, grad_rates) : nothing(lr.size(), options));
     append(all, {grad_x, grad_y});
     return all;
@@ -182,20 +182,18 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
         return Activations<T>(network, count, images, space);
       };
     };
-    const int64_t group = keep ? tasks : group_of<T>(network, tasks, x, activations_of(1));
+    const int64_t group = group_of<T>(network, tasks, x, activations_of(1));
     Tensor kept;
-    const Activations<T> activations = in_memory<T>(kept, options, activations_of(group));
-    if (out.numel() == 0) return {out, keep ? kept : empty({0}, options)};
-    const Tensor theta = pack<T>(network, params, network.shared() ? 1 : tasks);
+    const Activations<T> activations = in_memory<T>(kept, options, activations_of(keep ? tasks : group));
     Tensor image_memory;
     Maps<const T> maps = load_images<T>(network, x, image_memory);
-    for (int64_t first = 0; first < tasks; first += group) {
+    PackedInput<T> theta(network, params, !network.shared(), group);
+    for (int64_t first = 0; first < tasks && out.numel() > 0; first += group) {
       const int64_t count = std::min(group, tasks - first);
-      Packed<const T> of = packed_view<const T>(theta);
-      of.data += first * of.task;
-      const Pass<T> pass(network, x, count, images, maps);
-      pass.forward(of, activations);
-      store_outputs<T>(network, activations, count, images, x,
+      const Activations<T> of_group = activations.from(keep ? first : 0);
+      Pass<T>(network, x, count, images, maps)
+          .forward(packed_view<const T>(theta.load(first, count)), of_group);
+      store_outputs<T>(network, of_group, count, images, x,
                        out.mutable_data_ptr<T>() + first * images * outputs);
       maps.data += count * maps.task;
     }
@@ -220,9 +218,7 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
     check_sizes({kept, "kept"}, {counted.elements()}, "that conv_forward keeps");
     Workspace<T> space(kept.mutable_data_ptr<T>(), counted);
     const Activations<T> activations(network, tasks, images, space);
-    const Tensor theta = pack<T>(network, params, network.shared() ? 1 : tasks);
-    const Tensor of_theta =
-        grad.numel() ? empty({tasks, network.size()}, options) : at::zeros({tasks, network.size()}, options);
+    PackedOutput<T> grad_params(network, tasks, network.shared(), options);
     const Tensor grad_x = wanted[1] ? at::zeros(x.sizes(), options) : empty({0}, options);
     if (grad.numel() > 0) {
       struct Parts {
@@ -239,6 +235,8 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
       Tensor memory;
       const Parts parts = in_memory<T>(memory, options, parts_of(group));
       const Tensor dense = grad.contiguous();
+      PackedInput<T> theta(network, params, !network.shared(), group);
+      const Tensor of_theta = empty({group, network.size()}, options);
       Tensor image_memory;
       Maps<const T> maps = load_images<T>(network, x, image_memory);
       for (int64_t first = 0; first < tasks; first += group) {
@@ -247,12 +245,10 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
         permute<T>(x, dense.const_data_ptr<T>() + first * images * outputs, top.data,
                    {count, images, 1, 1, outputs}, {images * outputs, outputs, 0, 0, 1},
                    {top.task, top.image, 0, 0, 1});
-        Packed<const T> of = packed_view<const T>(theta);
-        of.data += first * of.task;
-        Packed<T> to = packed_view<T>(of_theta);
-        to.data += first * to.task;
-        const Pass<T> pass(network, x, count, images, maps);
-        pass.backward(of, activations.from(first), parts.gradients, to, wanted[1] ? &parts.images : nullptr);
+        Pass<T>(network, x, count, images, maps)
+            .backward(packed_view<const T>(theta.load(first, count)), activations.from(first),
+                      parts.gradients, packed_view<T>(of_theta), wanted[1] ? &parts.images : nullptr);
+        if (wanted[0]) grad_params.store(first, of_theta.narrow(0, 0, count));
         if (wanted[1]) {
           store_images<T>(network, x, parts.images, count, images,
                           grad_x.mutable_data_ptr<T>() + first * (x.numel() / tasks));
@@ -260,7 +256,7 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
         maps.data += count * maps.task;
       }
     }
-    std::vector<Tensor> all = wanted[0] ? of_params<T>(network, of_theta) : nothing(params.size(), options);
+    std::vector<Tensor> all = wanted[0] ? grad_params.finish() : nothing(params.size(), options);
     append(all, {grad_x});
     return all;
   });

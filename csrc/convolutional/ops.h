@@ -13,12 +13,10 @@ namespace metafast {
 
 using at::Tensor;
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(at::TensorList params, const Tensor& x,
-                                                               const Tensor& y, at::TensorList lr,
-                                                               at::IntArrayRef network,
-                                                               at::ArrayRef<double> eps,
-                                                               std::string_view loss, int64_t steps,
-                                                               double momentum, bool first_order, bool keep);
+std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
+    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    int64_t keep);
 std::vector<Tensor> conv_inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
                                             const Tensor& y, at::TensorList lr, const Tensor& kept,
                                             at::IntArrayRef network, at::ArrayRef<double> eps,

@@ -107,14 +107,15 @@ struct ConvolveWeights {
   T* out_bias;             // [T, pitch], tasks `out_task` apart, or null
   bool tf32 = false;       // as in Convolve
   T* workspace = nullptr;  // on CUDA: workspace_size() elements
+  int64_t wanted_items = 1;
 
   METAFAST_HD int64_t rows() const { return taps_y * taps_x * depth; }
   METAFAST_HD int64_t pixels() const { return images * height * width; }
-  // On the CPU a work item is some rows of a task's gradient: many where there are tasks enough for all
-  // threads, since each goes through all pixels.
+  // On the CPU a work item is some rows of a task's gradient. Each goes through all pixels, so there are no
+  // more than the threads want; how many changes no sum.
   METAFAST_HD int64_t chunks() const {
-    constexpr int64_t kItems = 16, kFewRows = 48;
-    return few((kItems + tasks - 1) / (tasks < 1 ? 1 : tasks), (rows() + kFewRows - 1) / kFewRows);
+    constexpr int64_t kFewRows = 48;
+    return few((wanted_items + tasks - 1) / (tasks < 1 ? 1 : tasks), (rows() + kFewRows - 1) / kFewRows);
   }
   int64_t items() const { return tasks * chunks(); }
   int64_t item_cost() const { return count * rows() / chunks() * pixels() * pitch / 8; }

@@ -298,6 +298,7 @@ class Pass {
   }
   void launch(ConvolveWeights<T>& p) const {
     p.tf32 = allows_tf32();
+    p.wanted_items = at::get_num_threads() > 1 ? 4 * at::get_num_threads() : 1;
     launch_with(p, p.workspace_size());
   }
   void launch(BlockForward<T>& p) const { launch_with(p, p.shape.workspace_size()); }
