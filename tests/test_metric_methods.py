@@ -111,7 +111,8 @@ def test_full_context_is_the_papers() -> None:
     torch.manual_seed(0)
     context = FullContext(D, steps=3)
     support, query = torch.randn(1, 5, D), torch.randn(1, 1, D)
-    seen = support + sum(context.support(support)[0].chunk(2, -1))
+    forwards, backwards = context.forwards(support)[0], context.backwards(support.flip(1))[0].flip(1)
+    seen = support + forwards + backwards
     cell = context.query
     h, c = query[0], torch.zeros(1, D)
     for _ in range(3):
@@ -174,7 +175,7 @@ def fewer_classes(drawn: Episodes) -> tuple[Episodes, Episodes]:
     return Episodes(drawn.support, support_labels, drawn.query, query_labels, ways), alone
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "matching in context"])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_task_with_fewer_classes_is_as_by_itself(name: str) -> None:
     torch.manual_seed(0)
     method, (drawn, alone) = METHODS[name](), fewer_classes(episodes())
@@ -194,7 +195,7 @@ def test_a_task_with_fewer_classes_is_as_by_itself(name: str) -> None:
         assert moved.ways.tolist() == [2, 4]
 
 
-@pytest.mark.parametrize("name", ["protonet", "siamese", "matching", "relation"])
+@pytest.mark.parametrize("name", ["protonet", "siamese", "matching", "matching in context", "relation"])
 def test_a_loss_counts_the_classes_that_a_task_has(name: str) -> None:
     torch.manual_seed(0)
     method, (drawn, alone) = METHODS[name](), fewer_classes(episodes())

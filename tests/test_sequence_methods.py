@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_methods import episodes
+from test_metric_methods import fewer_classes
 from torch import nn
 
 from metafast.data import Episodes
@@ -59,8 +60,55 @@ def test_a_prediction_is_a_function_of_its_query_and_support(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_task_with_fewer_classes_is_as_by_itself(name: str) -> None:
+    torch.manual_seed(0)
+    method, (drawn, alone) = METHODS[name](), fewer_classes(episodes())
+    loss = method.loss(drawn)
+    for gradient in [loss, *torch.autograd.grad(loss, list(method.parameters()))]:
+        assert gradient.isfinite().all()
+    log_probs = method.eval().predict(drawn)
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(3, 12))
+    assert (log_probs[1, :, 2:] == -torch.inf).all()
+    assert log_probs[[0, 2]].isfinite().all()
+    of_query = drawn.query_labels[1] >= 0
+    torch.testing.assert_close(log_probs[1:2, of_query, :2], method.predict(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_padding_is_not_read_wherever_it_stands(name: str) -> None:
+    torch.manual_seed(0)
+    method, drawn = METHODS[name]().eval(), episodes()
+    padded = Episodes(
+        torch.cat([9 * torch.rand(3, 2, 1, 16, 16), drawn.support, torch.rand(3, 1, 1, 16, 16)], 1),
+        F.pad(drawn.support_labels, (2, 1), value=-100),
+        drawn.query,
+        drawn.query_labels,
+    )
+    torch.testing.assert_close(method.predict(padded), method.predict(drawn))
+
+
+def test_snails_loss_counts_the_classes_that_a_task_has() -> None:
+    torch.manual_seed(0)
+    method, (drawn, alone) = METHODS["snail"]().eval(), fewer_classes(episodes())
+    torch.testing.assert_close(method.loss(drawn.take(slice(1, 2))), method.loss(alone))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_loss_counts_the_examples_and_classes_that_a_task_has(name: str) -> None:
+    torch.manual_seed(0)
+    method, (drawn, _) = METHODS[name](), fewer_classes(episodes())
+    with torch.no_grad():
+        for parameter in method.out.parameters():
+            parameter.zero_()
+    few, all_of_them = drawn.take(slice(1, 2)), drawn.take(slice(0, 1))
+    torch.testing.assert_close(method.loss(few), torch.tensor(2.0).log())
+    torch.testing.assert_close(method.loss(all_of_them), torch.tensor(4.0).log())
+    assert torch.equal(method.accuracy_by_instance(few).isfinite(), torch.ones(1, 5).bool())
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_labels_beyond_the_outputs_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"labels: expected classes in \[0, 4\), got 4"):
+    with pytest.raises(ValueError, match=r"labels: expected classes in \[0, 4\) or -100 \(ignored\), got 4"):
         METHODS[name]().loss(episodes(ways=5))
 
 
@@ -125,7 +173,7 @@ def test_mann_writes_to_its_least_used_rows() -> None:
 )
 def test_snails_blocks_are_causal_and_reach_back(block: nn.Module) -> None:
     torch.manual_seed(0)
-    x = torch.rand(2, 6, 5)
-    jacobian = torch.autograd.functional.jacobian(lambda x: block(x).sum((0, 2)), x)  # [6, 2, 6, 5]
+    x, lengths = torch.rand(2, 6, 5), torch.tensor([5, 5])
+    jacobian = torch.autograd.functional.jacobian(lambda x: block(x, lengths).sum((0, 2)), x)  # [6, 2, 6, 5]
     reach = jacobian.abs().sum((1, 3)) > 0
     assert torch.equal(reach, torch.ones(6, 6).tril().bool())

@@ -34,8 +34,8 @@ class Episodes:
         query: [T, Q, ...], the examples the task is scored on.
         query_labels: int64 [T, Q], in 0..N-1; in regression float [T, Q, O].
         ways: int64 [T], how many classes each task has, the first of the N; default: all have N. Tasks with
-            fewer classes or examples than others are filled up with examples that are labelled -100. The
-            methods that compare embeddings and those that adapt predict no class that a task does not have.
+            fewer classes or examples than others are filled up with examples that are labelled -100. No
+            method predicts a class that a task does not have.
         classes: N, where whoever drew the episodes knows it; default: the largest support label plus one,
             which the host then waits for where the labels are on a GPU.
     """

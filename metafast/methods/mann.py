@@ -35,7 +35,9 @@ class MANN(RecurrentLearner):
     An LSTM controls a memory of rows: at each step every head reads by content, and writes either where it
     read last or to a row that was used least (least recently used access, section 3.2).
 
-    - w^r = softmax over rows of ``strength`` cos(key, row), with the key of a head (equations 2 and 3)
+    - w^r = softmax over rows of ``strength`` cos(key, row), with the key of a head (equations 2 and 3), by
+      what the rows hold before they are written to: nothing is as like the key as the row that it has just
+      been written to, and what an earlier example left would not be found
     - w^u = decay w^u + w^r + w^w, summed over heads (equation 5)
     - w^w = sigmoid(gate) w^r_{t-1} + (1 - sigmoid(gate)) w^lu_{t-1} (equation 7)
     - rows += w^w key, the least used one emptied before (equation 8)
@@ -59,10 +61,11 @@ class MANN(RecurrentLearner):
         "images": {
             "shots": 5,
             "queries": 5,
-            "tasks": 8,
-            "steps": 1200,
-            "lr": 1e-3,
+            "tasks": 16,
+            "steps": 2000,
+            "lr": 3e-3,
             "schedule": "cosine",
+            "image_size": 20,
             "hidden": 32,
             "log_every": 20,
             "checkpoint_every": 200,
@@ -100,11 +103,14 @@ class MANN(RecurrentLearner):
         found = like.new_zeros(batch, self.heads * self.width)
         return hidden, hidden, memory, read, usage, found
 
-    def run(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def run(
+        self, inputs: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         state = self.begin(len(inputs), inputs) if state is None else state
         outputs = []
-        for x in inputs.unbind(1):
-            state = self._step(x, state)
+        for step, x in enumerate(inputs.unbind(1)):
+            after = self._step(x, state)
+            state = after if lengths is None else _where(step < lengths, after, state)
             outputs.append(torch.cat([state[0], state[-1]], 1))
         return self.out(torch.stack(outputs, 1)), state
 
@@ -114,11 +120,12 @@ class MANN(RecurrentLearner):
         interface = self.interface(hidden).unflatten(1, (self.heads, -1))
         key, strength, gate = interface.split([self.width, 1, 1], -1)
         key, strength, gate = key.tanh(), 1 + F.softplus(strength), gate.sigmoid()  # [B, heads, ...]
+        found_at = (strength * (1 - pairwise_distance(key, memory, "cosine"))).softmax(-1)
         least = usage.topk(self.heads, largest=False).indices  # [B, heads], which has no gradient
         unused = one_hot(least, self.rows).to(memory.dtype)
         write = gate * read + (1 - gate) * unused  # [B, heads, rows]
         memory = memory * (1 - unused[:, 0]).unsqueeze(-1) + write.mT @ key
-        read = (strength * (1 - pairwise_distance(key, memory, "cosine"))).softmax(-1)
+        read = found_at
         usage = self.decay * usage + (read + write).sum(1)
         return hidden, cell, memory, read, usage, (read @ memory).flatten(1)
 
@@ -127,3 +134,10 @@ class MANN(RecurrentLearner):
         backbone, (features,) = settings.build(problem)
         sizes = {"hidden": settings.units, "rows": settings.rows, "width": settings.width}
         return cls(backbone, features, problem.outputs, heads=settings.heads, **sizes)
+
+
+def _where(chosen: Tensor, state: State, other: State) -> State:
+    """chosen [B]: of which sequences ``state`` is taken."""
+    return tuple(
+        torch.where(chosen.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(state, other, strict=True)
+    )

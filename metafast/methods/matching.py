@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metafast._dispatch.arguments import check_count, check_instance
 from metafast.data import Problem
 from metafast.ops.pairwise import matching_log_probs, matching_loss
+from metafast.reference.labels import IGNORED
 from metafast.settings import Positive, Whole, setting
 
 from .backbones import BackboneSettings
@@ -36,23 +37,43 @@ class FullContext(nn.Module):
         check_count(1, features=features)
         check_count(0, steps=steps)
         self.steps = steps
-        self.support = nn.LSTM(features, features, bidirectional=True, batch_first=True)
+        # Two, as what fills up a task comes last in either direction.
+        self.forwards = nn.LSTM(features, features, batch_first=True)
+        self.backwards = nn.LSTM(features, features, batch_first=True)
         # Equation 3's LSTM on the query has [h, r] as hidden state: its product with r is an input's.
         self.query = nn.LSTMCell(2 * features, features)
 
-    def forward(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """support [T, S, D], query [T, Q, D] -> the same shapes."""
-        directions, _ = self.support(support)
-        support = support + sum(directions.chunk(2, -1))
+    def forward(self, support: Tensor, query: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """support [T, S, D], query [T, Q, D] -> the same shapes.
+
+        Args:
+            known: bool [T, S], the examples of the support that there are, the others fill up a task;
+                default: all.
+        """
+        if known is None:
+            known = torch.ones(support.shape[:2], dtype=torch.bool, device=support.device)
+        places = torch.arange(support.shape[1], device=support.device)
+        support = (
+            support
+            + _read(self.forwards, support, places.where(known, support.shape[1] + places))
+            + _read(self.backwards, support, (-places).where(known, 1 + places))
+        )
         inputs = query.flatten(0, 1)
         hidden, cell = inputs, torch.zeros_like(inputs)
         for _ in range(self.steps):
             readout = F.scaled_dot_product_attention(
-                hidden.view_as(query), support, support, scale=1.0
+                hidden.view_as(query), support, support, attn_mask=known.unsqueeze(1), scale=1.0
             )  # [T, Q, D], by the softmax of h.g
             hidden, cell = self.query(torch.cat([inputs, readout.flatten(0, 1)], 1), (hidden, cell))
             hidden = hidden + inputs
         return support, hidden.view_as(query)
+
+
+def _read(lstm: nn.LSTM, support: Tensor, keys: Tensor) -> Tensor:
+    """What the LSTM makes of each example, [T, S, D], reading them by rising keys, [T, S]."""
+    order = keys.argsort(1).unsqueeze(-1).expand_as(support)
+    hidden, _ = lstm(support.gather(1, order))
+    return torch.zeros_like(hidden).scatter(1, order, hidden)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +132,7 @@ class MatchingNet(MetricLearner):
         num_classes: int,
         ways: Tensor | None = None,
     ) -> Tensor:
-        support, query = self._in_context(support, query)
+        support, query = self._in_context(support, support_labels, query)
         return matching_loss(
             support, support_labels, query, query_labels, num_classes, scale=self.scale, ways=ways
         )
@@ -124,11 +145,13 @@ class MatchingNet(MetricLearner):
         num_classes: int,
         ways: Tensor | None = None,
     ) -> Tensor:
-        support, query = self._in_context(support, query)
+        support, query = self._in_context(support, support_labels, query)
         return matching_log_probs(support, support_labels, query, num_classes, scale=self.scale, ways=ways)
 
-    def _in_context(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        return (support, query) if self.context is None else self.context(support, query)
+    def _in_context(self, support: Tensor, support_labels: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        if self.context is None:
+            return support, query
+        return self.context(support, query, support_labels != IGNORED)
 
     @classmethod
     def from_settings(cls, settings: MatchingNetSettings, problem: Problem) -> MatchingNet:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from metafast._dispatch.arguments import check_count
 from metafast.data import Problem
@@ -56,9 +57,16 @@ class RNN(RecurrentLearner):
         self.lstm = nn.LSTM(features + ways, hidden, batch_first=True)
         self.out = nn.Linear(hidden, ways)
 
-    def run(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        packed = None if state is None else tuple(tensor.unsqueeze(0).contiguous() for tensor in state)
-        hidden, state = self.lstm(inputs, packed)
+    def run(
+        self, inputs: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        state = None if state is None else tuple(tensor.unsqueeze(0).contiguous() for tensor in state)
+        if lengths is None:
+            hidden, state = self.lstm(inputs, state)
+        else:
+            packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            hidden, state = self.lstm(packed, state)
+            hidden, _ = pad_packed_sequence(hidden, batch_first=True, total_length=inputs.shape[1])
         return self.out(hidden), tuple(tensor.squeeze(0) for tensor in state)
 
     @classmethod

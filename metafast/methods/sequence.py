@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from metafast._dispatch.arguments import check_count, check_instance
 from metafast.data import Episodes
-from metafast.reference.labels import checked_classes
+from metafast.reference.labels import IGNORED, checked_labels
 
 from .method import Method
 
 State = tuple[Tensor, ...]
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly, however many there are
 
 
 class SequenceLearner(Method):
@@ -41,9 +42,34 @@ class SequenceLearner(Method):
         return self.backbone(examples.flatten(0, 1)).unflatten(0, examples.shape[:2])
 
     def one_hot(self, labels: Tensor, like: Tensor) -> Tensor:
-        """[T, B] -> [T, B, N]."""
-        labels = checked_classes("labels", labels, self.ways)
+        """[T, B] -> [T, B, N], zero where a label is -100."""
+        labels = checked_labels("labels", labels, self.ways)
         return one_hot(labels, self.ways).to(like.dtype)
+
+    def order(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """In which order the examples of each task are read, [T, B], and how many of them there are, [T].
+
+        What is labelled -100 comes last. In training the order is random. Else it is the same in every call,
+        and not that of the episode: class after class would be a sequence that training never shows.
+        """
+        known = labels != IGNORED
+        if self.training:
+            keys = torch.rand(labels.shape, device=labels.device)
+        else:
+            keys = (known.cumsum(1) * _GOLDEN) % 1
+        return keys.masked_fill(~known, torch.inf).argsort(1), known.sum(1)
+
+    def of_classes(self, logits: Tensor, episodes: Episodes) -> Tensor:
+        """The network's outputs for the classes that the tasks have: [T, B, N of the network] -> [T, B, N].
+
+        Those of classes that a task does not have are -inf.
+        """
+        logits = logits[..., : episodes.num_classes]
+        if episodes.ways is None:
+            return logits
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        absent = classes >= episodes.ways.unsqueeze(-1)  # [T, N]
+        return logits.masked_fill(absent.unsqueeze(1), -torch.inf)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -59,8 +85,14 @@ class RecurrentLearner(SequenceLearner):
     """
 
     @abstractmethod
-    def run(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """inputs [B, L, D + N] and a state, each [B, ...], -> outputs [B, L, N] and the state after."""
+    def run(
+        self, inputs: Tensor, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """inputs [B, L, D + N] and a state, each [B, ...], -> outputs [B, L, N] and the state after.
+
+        Args:
+            lengths: [B], of the sequences, if not all are L long; outputs beyond say nothing.
+        """
 
     def embed(self, examples: Tensor) -> Tensor:
         """[T, B, ...] -> [T, B, D], of one size whatever the backbone learns.
@@ -72,10 +104,14 @@ class RecurrentLearner(SequenceLearner):
         return F.layer_norm(embedded, embedded.shape[-1:])
 
     def sequence(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """All examples of each task in random order, and their labels: [T, L, ...], [T, L]."""
+        """All examples of each task in random order, and their labels: [T, L, ...], [T, L].
+
+        What is labelled -100 comes last.
+        """
         examples = torch.cat([episodes.support, episodes.query], 1)
         labels = torch.cat([episodes.support_labels, episodes.query_labels], 1)
-        order = torch.rand(labels.shape, device=labels.device).argsort(1)
+        keys = torch.rand(labels.shape, device=labels.device)
+        order = keys.masked_fill(labels == IGNORED, torch.inf).argsort(1)
         tasks = torch.arange(len(labels), device=labels.device).unsqueeze(1)
         return examples[tasks, order], labels[tasks, order]
 
@@ -88,33 +124,35 @@ class RecurrentLearner(SequenceLearner):
     def loss(self, episodes: Episodes) -> Tensor:
         """The mean cross entropy over the steps of the sequences: a scalar."""
         examples, labels = self.sequence(episodes)
-        return F.cross_entropy(self.outputs(examples, labels).flatten(0, 1), labels.flatten())
+        logits = self.of_classes(self.outputs(examples, labels), episodes)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def accuracy_by_instance(self, episodes: Episodes) -> Tensor:
         """How often the first, second, ... example of a class in a sequence is classified right: [T, M].
 
-        M is the number of examples of a class in an episode, support and query together, the same for all.
+        M is the most examples of a class in an episode, support and query together. A task in which no class
+        has so many gives NaN there.
         """
         examples, labels = self.sequence(episodes)
-        right = self.outputs(examples, labels).argmax(-1) == labels
+        right = self.of_classes(self.outputs(examples, labels), episodes).argmax(-1) == labels
         counts = self.one_hot(labels, examples).cumsum(1)  # of each class, up to each step
-        seen = counts.gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # 1, 2, ...
-        instances = [(seen == m) for m in range(1, labels.shape[1] // self.ways + 1)]
+        seen = counts.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)  # 1, 2, ...
+        seen = seen.masked_fill(labels == IGNORED, 0)
+        instances = [seen == m for m in range(1, int(counts.max()) + 1)]
         return torch.stack([(right & at).sum(1) / at.sum(1) for at in instances], 1)
 
     def predict(self, episodes: Episodes) -> Tensor:
-        """log p(class | query), each query by itself after the support: [T, Q, N].
-
-        The support is read in an order of its own, the same in every call: class after class would be a
-        sequence that training never shows.
-        """
-        count, queries = episodes.support_labels.shape[1], episodes.query.shape[1]
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
-        embedded = self.embed(torch.cat([episodes.support[:, order], episodes.query], 1))
+        """log p(class | query), each query by itself after the support: [T, Q, N]."""
+        order, lengths = self.order(episodes.support_labels)
+        count, queries = order.shape[1], episodes.query.shape[1]
+        tasks = torch.arange(len(order), device=order.device)
+        embedded = self.embed(torch.cat([episodes.support, episodes.query], 1))
         support, query = embedded.split([count, queries], 1)
-        labels = self.one_hot(episodes.support_labels[:, order], embedded)
-        _, state = self.run(torch.cat([support, F.pad(labels[:, :-1], (0, 0, 1, 0))], -1))
-        last = labels[:, -1:].expand(-1, queries, -1)
+        support = support[tasks.unsqueeze(1), order]
+        labels = self.one_hot(episodes.support_labels.gather(1, order), embedded)
+        before = F.pad(labels, (0, 0, 1, 0))  # y_{t-1}
+        _, state = self.run(torch.cat([support, before[:, :-1]], -1), lengths=lengths)
+        last = before[tasks, lengths].unsqueeze(1).expand(-1, queries, -1)
         inputs = torch.cat([query, last], -1).flatten(0, 1).unsqueeze(1)  # each a sequence of one
         out, _ = self.run(inputs, tuple(tensor.repeat_interleave(queries, 0) for tensor in state))
-        return out.view(-1, queries, self.ways).log_softmax(-1)
+        return self.of_classes(out.view(-1, queries, self.ways), episodes).log_softmax(-1)

@@ -63,34 +63,32 @@ class SNAIL(SequenceLearner):
     ) -> None:
         super().__init__(backbone, ways)
         check_count(1, features=features, length=length, filters=filters)
-        layers: list[nn.Module] = []
+        self.layers = nn.ModuleList()
         channels = features + ways
         # Section 5.1's network for Omniglot: attention, then twice convolutions and attention.
         for keys, values in ((64, 32), (256, 128), (512, 256)):
-            if layers:
-                layers.append(CausalConvolutions(channels, length, filters))
-                channels = layers[-1].outputs
-            layers.append(CausalAttention(channels, keys, values))
-            channels = layers[-1].outputs
-        self.layers = nn.Sequential(*layers)
+            if self.layers:
+                self.layers.append(CausalConvolutions(channels, length, filters))
+                channels = self.layers[-1].outputs
+            self.layers.append(CausalAttention(channels, keys, values))
+            channels = self.layers[-1].outputs
         self.out = nn.Linear(channels, ways)
 
     def logits(self, episodes: Episodes) -> Tensor:
-        """[T, Q, N]; in training the support of each query in an order of its own."""
-        count, queries = episodes.support_labels.shape[1], episodes.query.shape[1]
+        """[T, Q, N]; in training the support of each task in a random order.
+
+        All queries of a task share what the layers make of its support: no step of it sees a query.
+        """
+        order, lengths = self.order(episodes.support_labels)
+        count, queries = order.shape[1], episodes.query.shape[1]
         embedded = self.embed(torch.cat([episodes.support, episodes.query], 1))
         support, query = embedded.split([count, queries], 1)
         support = torch.cat([support, self.one_hot(episodes.support_labels, support)], -1)
-        support = support.unsqueeze(1).expand(-1, queries, -1, -1)  # [T, Q, S, D + N]
-        if self.training:
-            order = torch.rand(support.shape[:3], device=support.device).argsort(2)
-        else:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(support.device)
-            order = order.expand(support.shape[:3])
-        support = support.gather(2, order.unsqueeze(-1).expand_as(support))
-        last = F.pad(query, (0, self.ways)).unsqueeze(2)  # a query has no label
-        sequences = torch.cat([support, last], 2).flatten(0, 1)  # [T Q, S + 1, D + N]
-        return self.out(self.layers(sequences)[:, -1]).unflatten(0, (-1, queries))
+        support = support.gather(1, order.unsqueeze(-1).expand_as(support))
+        x = torch.cat([support, F.pad(query, (0, self.ways))], 1)  # a query has no label
+        for layer in self.layers:
+            x = layer(x, lengths, queries)
+        return self.of_classes(self.out(x[:, count:]), episodes)
 
     def loss(self, episodes: Episodes) -> Tensor:
         """The mean cross entropy of the queries: a scalar."""
@@ -115,19 +113,24 @@ class CausalConvolutions(nn.Module):
 
     def __init__(self, channels: int, length: int, filters: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList()
-        for power in range(max(1, math.ceil(math.log2(length)))):
-            self.blocks.append(nn.Conv1d(channels, 2 * filters, 2, dilation=2**power))
+        self.blocks = nn.ModuleList()  # of a step, and of the one that it reaches back to
+        for _ in range(max(1, math.ceil(math.log2(length)))):
+            self.blocks.append(nn.Linear(2 * channels, 2 * filters))
             channels += filters
         self.outputs = channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, channels] -> [B, L, outputs]."""
-        x = x.mT
-        for block in self.blocks:
-            value, gate = block(F.pad(x, (block.dilation[0], 0))).chunk(2, 1)
-            x = torch.cat([x, value.tanh() * gate.sigmoid()], 1)
-        return x.mT
+    def forward(self, x: Tensor, lengths: Tensor, queries: int = 1) -> Tensor:
+        """[B, S + queries, channels] -> [B, S + queries, outputs].
+
+        Each of the last steps by itself follows the first ``lengths``, [B], of the S before them.
+        """
+        for power, block in enumerate(self.blocks):
+            earlier = F.pad(x[:, :-queries], (0, 0, 2**power, 0))  # zero before the sequence
+            last = earlier[torch.arange(len(x), device=x.device), lengths].unsqueeze(1)
+            earlier = torch.cat([earlier[:, : x.shape[1] - queries], last.expand(-1, queries, -1)], 1)
+            value, gate = block(torch.cat([x, earlier], -1)).chunk(2, -1)
+            x = torch.cat([x, value.tanh() * gate.sigmoid()], -1)
+        return x
 
 
 class CausalAttention(nn.Module):
@@ -139,7 +142,10 @@ class CausalAttention(nn.Module):
         self.project = nn.Linear(channels, sum(self.sizes))
         self.outputs = channels + values
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, L, channels] -> [B, L, outputs]."""
+    def forward(self, x: Tensor, lengths: Tensor, queries: int = 1) -> Tensor:
+        """As that of :class:`CausalConvolutions`."""
+        steps = torch.arange(x.shape[1], device=x.device)
+        earlier = steps < torch.minimum(steps, lengths.unsqueeze(1)).unsqueeze(2)  # [B, step, earlier step]
+        seen = earlier | (steps == steps.unsqueeze(1))
         query, key, value = self.project(x).split(self.sizes, -1)
-        return torch.cat([x, F.scaled_dot_product_attention(query, key, value, is_causal=True)], -1)
+        return torch.cat([x, F.scaled_dot_product_attention(query, key, value, attn_mask=seen)], -1)
