@@ -10,6 +10,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "common/pool.h"
 #include "convolutional/ops.h"
 #include "inner_loop/ops.h"
 #include "learned_optimizer/ops.h"
@@ -52,6 +53,19 @@ py::dict build_info() {
   return info;
 }
 
+unsigned long g_main_thread = 0;  // the one that Python's signals come to
+
+// Within a call that takes long: handlers of signals that have come run now, and what one raises ends it.
+void look_for_signals() {
+  if (PyThread_get_thread_ident() != g_main_thread) return;
+  const py::gil_scoped_acquire gil;
+  // The handler is a program of its own: autograd sees what it computes, though it does not see the kernel.
+  c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  keys.excluded_ = keys.excluded_ - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+  const c10::impl::ForceDispatchKeyGuard guard(keys);
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 // Whether the tensors of an episode have the same leading dimensions. In Python, where shapes are sliced and
 // compared, this was a seventh of what a small call costs.
 bool leading_dims_agree(const Tensor& support, const Tensor& support_labels, const Tensor& query,
@@ -86,6 +100,8 @@ bool relation_agrees(const Tensor& query, const Tensor& prototypes, const Tensor
 
 PYBIND11_MODULE(_C, m) {
   active_isa();  // a METAFAST_CPU_ISA that cannot be honoured fails the import
+  g_main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  set_interrupts(&look_for_signals);
   m.def("build_info", &build_info);
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("detected_isa", [] { return isa_name(detected_isa()); });

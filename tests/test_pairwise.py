@@ -571,3 +571,17 @@ def test_the_loss_holds_no_query_by_class_by_feature_tensor() -> None:
         largest.append(max(event.cpu_memory_usage for event in profile.events()))
     assert largest[0] < of_pairs / 2
     assert largest[1] >= of_pairs  # so the measurement sees such a tensor
+
+
+def test_hvp_says_that_vhp_works() -> None:
+    """hvp takes a third derivative on its way, vhp does not."""
+    x, y, v = (torch.randn(2, n, 5, **DOUBLE) for n in (6, 4, 6))
+
+    def value(x: Tensor) -> Tensor:
+        return metafast.pairwise_distance(x, y).sin().sum()
+
+    with pytest.raises(NotImplementedError, match=r"vhp, of the same product, does not"):
+        torch.autograd.functional.hvp(value, x, v)
+    product = torch.autograd.functional.vhp(value, x, v)[1]
+    hessian = torch.func.hessian(lambda x: (x.unsqueeze(2) - y.unsqueeze(1)).square().sum(3).sin().sum())(x)
+    torch.testing.assert_close(product, torch.einsum("abcdef,def->abc", hessian, v))

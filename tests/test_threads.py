@@ -39,7 +39,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "ThreadSanitizer"])
 def test_pool(sanitize: bool, tmp_path: Path) -> None:
-    """Shares run once, callers progress alone, exceptions arrive, a fork gets threads of its own; no race."""
+    """Shares run once, callers wait for none, exceptions and interrupts arrive, forks have pools; no race."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     assert compiler, "the extension was built with a C++ compiler, so there is one"
     flags = ["-fsanitize=thread", "-g"] if sanitize else []

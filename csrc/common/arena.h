@@ -2,38 +2,42 @@
 #pragma once
 
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <utility>
 
 #include "common/simd.h"
 
 namespace metafast::METAFAST_ISA {
 
-// Memory of this thread, which keeps it from call to call unless it is large. One at a time.
+// Memory of this thread, which keeps it from call to call unless it is large.
 class ThreadMemory {
  public:
+  // While another is in use, as in a handler of the signal that interrupts its kernel, it is taken anew.
   explicit ThreadMemory(int64_t bytes) {
-    Block& block = this_thread();
-    if (block.size < bytes) block.resize((bytes + 63) / 64 * 64);
-    data_ = block.data;
+    std::swap(block_, this_thread());
+    if (block_.size < bytes) block_.resize((bytes + 63) / 64 * 64);
   }
   ~ThreadMemory() {
     constexpr int64_t kKeep = 16 << 20;
-    if (this_thread().size > kKeep) this_thread().resize(0);
+    if (block_.size <= kKeep) std::swap(block_, this_thread());
   }
   ThreadMemory(const ThreadMemory&) = delete;
   ThreadMemory& operator=(const ThreadMemory&) = delete;
 
-  void* get() const { return data_; }
+  void* get() const { return block_.data.get(); }
 
  private:
+  struct Free {
+    void operator()(void* data) const { std::free(data); }
+  };
   struct Block {
-    void* data = nullptr;
+    std::unique_ptr<void, Free> data;
     int64_t size = 0;
-    ~Block() { std::free(data); }
     void resize(int64_t bytes) {
-      std::free(data);
+      data.reset();
       size = 0;
-      data = bytes > 0 ? std::aligned_alloc(64, bytes) : nullptr;
+      data.reset(bytes > 0 ? std::aligned_alloc(64, bytes) : nullptr);
       if (data == nullptr && bytes > 0) throw std::bad_alloc();
       size = bytes;
     }
@@ -43,7 +47,7 @@ class ThreadMemory {
     return block;
   }
 
-  void* data_;
+  Block block_;
 };
 
 // Deals out memory in arrays of vectors. Without memory it only counts: so whoever needs arrays takes them in

@@ -79,7 +79,9 @@ inline bool is_one(const at::Tensor& grad) {
 // The backward of a double backward: a third derivative is refused, not returned wrong.
 inline torch::autograd::variable_list no_third_derivative(const char* op) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": third derivatives are not implemented in the compiled op; ",
-                              "metafast.reference differentiates to any order");
+                              "metafast.reference differentiates to any order. A Hessian-vector product is "
+                              "a second derivative: torch.autograd.functional.hvp takes a third on its way, "
+                              "vhp, of the same product, does not");
 }
 
 // Gradients as compute() gives them, which raise when they are differentiated by any of `inputs`.

@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <atomic>
 #include <bitset>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 
@@ -20,7 +22,45 @@ namespace {
 
 constexpr size_t kLine = 64;  // bytes of a cache line
 
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds kBetweenLooks{100};
+
+std::atomic<void (*)()> g_look{nullptr};
+
+// What the threads of a call that takes long ask whether it is to end.
+class Watch {
+ public:
+  void heed(bool caller) {
+    if (ended) throw Ended();
+    if (!caller) return;
+    if (Clock::now() < next_look_) return;
+    if (const auto look = g_look.load(std::memory_order_relaxed)) look();
+    next_look_ = Clock::now() + kBetweenLooks;
+  }
+
+  std::atomic<bool> ended{false};  // by what some share has thrown
+
+ private:
+  struct Ended {};  // never seen: it comes after what ended the call
+  Clock::time_point next_look_ = Clock::now() + kBetweenLooks;
+};
+
 thread_local bool t_in_share = false;
+thread_local bool t_is_helper = false;
+thread_local int t_uninterrupted = 0;
+thread_local Watch* t_watch = nullptr;  // of the call that this thread is in, if that takes long
+
+// This thread works for a call with this watch, or without.
+class Watched {
+ public:
+  explicit Watched(Watch* watch) : before_(t_watch) { t_watch = watch; }
+  ~Watched() { t_watch = before_; }
+  Watched(const Watched&) = delete;
+  Watched& operator=(const Watched&) = delete;
+
+ private:
+  Watch* before_;
+};
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -56,8 +96,8 @@ bool comes_soon(const F& ready) {
 // and until then the caller stays.
 class alignas(kLine) Job {
  public:
-  Job(int64_t shares, int helpers, const Work& work)
-      : threads_(helpers + 1), work_(work), ranges_(new Range[threads_]) {
+  Job(int64_t shares, int helpers, const Work& work, Watch* watch)
+      : threads_(helpers + 1), work_(work), watch_(watch), ranges_(new Range[threads_]) {
     for (int64_t t = 0; t < threads_; ++t) {
       ranges_[t].next = shares * t / threads_;
       ranges_[t].end = shares * (t + 1) / threads_;
@@ -67,13 +107,25 @@ class alignas(kLine) Job {
   // Does shares until none is left. Each thread begins with a range of its own, the same in every call, whose
   // data its cache may still hold, and goes on with those of others.
   void run(int thread) noexcept {
+    const Watched watched(watch_);
     for (int i = 0; i < threads_; ++i) {
       Range& range = ranges_[(thread + i) % threads_];
       while (range.next.load(std::memory_order_relaxed) < range.end && !failed_) {
         const int64_t share = range.next.fetch_add(1, std::memory_order_relaxed);
-        if (share < range.end) do_share(share);
+        if (share < range.end) {
+          attempt([&] {
+            heed_interrupts();
+            work_(share);
+          });
+        }
       }
     }
+  }
+
+  // For the caller, while it waits for helpers.
+  void heed() noexcept {
+    const Watched watched(watch_);
+    attempt(heed_interrupts);
   }
 
   const int core = this_core();  // the caller's, when it began
@@ -89,16 +141,19 @@ class alignas(kLine) Job {
     int64_t end;
   };
 
-  void do_share(int64_t share) noexcept {
+  template <class F>
+  void attempt(const F& f) noexcept {
     try {
-      work_(share);
+      f();
     } catch (...) {
       if (!failed_.exchange(true)) error_ = std::current_exception();
+      if (watch_ != nullptr) watch_->ended = true;
     }
   }
 
   const int threads_;
   const Work& work_;
+  Watch* const watch_;  // null in a call that does not take long
   const std::unique_ptr<Range[]> ranges_;
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
@@ -124,7 +179,7 @@ class Helper {
   }
 
   // Takes an offer back or, where the helper has taken it, waits until it has left.
-  void withdraw(const Job& job) {
+  void withdraw(Job& job) {
     uintptr_t seen = word(job);
     if (box_.compare_exchange_strong(seen, kEmpty, std::memory_order_acquire)) return;
     const auto has_left = [&] { return (box_.load(std::memory_order_acquire) & ~kTags) != word(job); };
@@ -132,7 +187,11 @@ class Helper {
     std::unique_lock lock(mutex_);
     seen = word(job) | kTaken;
     if (!box_.compare_exchange_strong(seen, word(job) | kAwaited, std::memory_order_acquire)) return;
-    changed_.wait(lock, has_left);
+    while (!changed_.wait_for(lock, kBetweenLooks, has_left)) {
+      lock.unlock();  // which the helper takes before it gives notice
+      job.heed();
+      lock.lock();
+    }
   }
 
   // The helper's own thread, for as long as the process lives.
@@ -230,7 +289,7 @@ class Pool {
     try {
       for (int i = started_; i < helpers; ++i) {
         std::thread([this, i, cores] {
-          t_in_share = true;
+          t_in_share = t_is_helper = true;
 #ifdef __linux__
           pthread_setname_np(pthread_self(), "metafast");  // for top and debuggers
 #endif
@@ -253,18 +312,34 @@ class Pool {
 
 }  // namespace
 
-void share_out(int64_t shares, int64_t helpers, int64_t wakes, const Work& work) {
+void share_out(int64_t shares, int64_t helpers, int64_t wakes, const Work& work, bool takes_long) {
+  std::optional<Watch> own;
+  if (takes_long && !t_in_share && t_uninterrupted == 0) own.emplace();
+  Watch* const watch = own ? &*own : nullptr;
   helpers = std::min<int64_t>({helpers, shares - 1, Pool::kMaxHelpers});
   if (helpers <= 0 || t_in_share) {
-    for (int64_t share = 0; share < shares; ++share) work(share);
+    const Watched watched(t_in_share ? t_watch : watch);
+    for (int64_t share = 0; share < shares; ++share) {
+      heed_interrupts();
+      work(share);
+    }
     return;
   }
-  Job job(shares, static_cast<int>(helpers), work);
+  Job job(shares, static_cast<int>(helpers), work, watch);
   Pool& pool = Pool::instance();
   t_in_share = true;
   pool.run(job, static_cast<int>(helpers), wakes);
   t_in_share = false;
   job.rethrow();
 }
+
+void heed_interrupts() {
+  if (t_watch != nullptr) t_watch->heed(!t_is_helper);
+}
+
+void set_interrupts(void (*look)()) { g_look = look; }
+
+Uninterrupted::Uninterrupted() { ++t_uninterrupted; }
+Uninterrupted::~Uninterrupted() { --t_uninterrupted; }
 
 }  // namespace metafast

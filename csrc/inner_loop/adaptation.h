@@ -14,6 +14,7 @@
 // number of tasks but results.
 #pragma once
 
+#include "common/pool.h"
 #include "inner_loop/network.h"
 
 namespace metafast::METAFAST_ISA {
@@ -35,7 +36,8 @@ class Adaptation {
 
   const InnerLoop<T>& p_;
   const bool dual_, trajectory_, reverses_;
-  const int64_t stride_;  // of the kept parameters; those between are kept for one stretch at a time
+  const bool takes_long_;  // an item
+  const int64_t stride_;   // of the kept parameters; those between are kept for one stretch at a time
   const bool keeps_buffers_;
   Batch<Layout, T> support_, query_;
   const Parameters<Layout, T> parameters_;
@@ -62,6 +64,7 @@ class Adaptation {
         dual_(p.dual.support != nullptr),
         trajectory_(p.keeps_trajectory()),
         reverses_(trajectory_ && !p.sgd.first_order),
+        takes_long_(p.item_cost() > kLong),
         stride_(stride_of(p)),
         keeps_buffers_(p.backward && (p.lr_gradient() || (p.sgd.momentum != 0 && stride_ > 1))),
         support_(arena, p.mlp, p.support),
@@ -255,7 +258,12 @@ class Adaptation {
 
   // ---- steps ----
 
+  void heed() const {
+    if (takes_long_) heed_interrupts();
+  }
+
   void step(int64_t k) {
+    heed();
     const T momentum = k > 0 ? p_.sgd.momentum : T(0);
     const T *theta = this->theta(k), *old_buffer = momentum != 0 ? buffer(k) : nullptr;
     T *next = this->theta(k + 1), *new_buffer = buffers_ ? buffer(k + 1) : nullptr;
@@ -298,6 +306,7 @@ class Adaptation {
   }
 
   void query_step(int64_t k, T weight) {
+    heed();
     query_network_.forward(theta(k), query_);
     const Vec<T> loss = query_network_.loss(query_);
     if (grad_weights_ != nullptr) add_in_use(grad_weights_ + (k - 1) * kLanes<T>, task_weights_ * loss);
@@ -323,6 +332,7 @@ class Adaptation {
   }
 
   void step_back(int64_t k) {
+    heed();
     clear_unset_v();
     for (int l = 0; l < p_.mlp.layers && p_.lr_gradient(); ++l) add_rate_gradient(k, l);
     if (!reverses_) return;

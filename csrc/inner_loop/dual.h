@@ -37,6 +37,7 @@ inline void multiply_in_parts(const Tensor& out, const Tensor& self, const Tenso
     for (int64_t part = begin; part < end; ++part) {
       const int64_t from = size * part / parts, count = size * (part + 1) / parts - from;
       if (count == 0) continue;
+      heed_interrupts();
       const auto of_out = [&](const Tensor& tensor) { return tensor.narrow(dim, from, count); };
       Tensor result = of_out(out);
       if (batched) {

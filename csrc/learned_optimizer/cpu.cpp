@@ -1,4 +1,5 @@
 // CPU kernels of the learned optimizer family.
+#include "common/pool.h"
 #include "learned_optimizer/adjoint.h"
 
 namespace metafast::METAFAST_ISA {
@@ -15,6 +16,7 @@ class Forward {
  public:
   Forward(Arena<T>& arena, const LstmUnroll<T>& p)
       : p_(p),
+        takes_long_(p.item_cost() > kLong),
         weights_(arena, p.lstm, p.steps),
         stepper_(arena, weights_),
         theta_(arena.take(kVecs)),
@@ -59,6 +61,7 @@ class Forward {
     const auto& item = p_.list[span.item];
     load_theta(item.params, span, theta_);
     for (int64_t k = 0; k < p_.steps; ++k) {
+      if (takes_long_) heed_interrupts();
       load_step(item.grads, item.size, k, std::min(k + 1, p_.steps - 1), span, stepper_.gradient);
       stepper_.template run<State>(k, before, after, theta_, ahead);
       before = after;  // where the first step has left it
@@ -68,6 +71,7 @@ class Forward {
   }
 
   const LstmUnroll<T>& p_;
+  const bool takes_long_;  // a work item
   Weights<T> weights_;
   Stepper<T> stepper_;
   T *theta_, *state_;
@@ -89,6 +93,7 @@ class Backward {
   Backward(Arena<T>& arena, const LstmUnrollBackward<T>& p)
       : p_(p),
         forward_(p.forward),
+        takes_long_(p.item_cost() > kLong),
         lstm_(p.forward.lstm),
         rows_{lstm_},
         part_(std::max<int64_t>(1, std::min(forward_.steps, slots_in_memory() - 1))),
@@ -128,6 +133,7 @@ class Backward {
   T* start(int64_t part) { return starts_ + part * rows_.carried() * kGroup<T>; }
 
   void load_gradient(const Span& span, int64_t k, T* row) const {
+    if (takes_long_) heed_interrupts();
     const auto& item = forward_.list[span.item];
     load_step(item.grads, item.size, k, std::min(k + 1, forward_.steps - 1), span, row);
   }
@@ -183,6 +189,7 @@ class Backward {
   }
 
   void step(const Span& span, int64_t k, T* slot, const T* after) {
+    if (takes_long_) heed_interrupts();
     const auto& item = p_.list[span.item];
     const int64_t size = forward_.list[span.item].size;
     T* theta = adjoint_.carried + rows_.theta() * kGroup<T>;
@@ -206,6 +213,7 @@ class Backward {
 
   const LstmUnrollBackward<T>& p_;
   const LstmUnroll<T>& forward_;
+  const bool takes_long_;  // a work item
   const Lstm<T>& lstm_;
   Slot<T> rows_;
   int64_t part_, parts_, max_runs_;  // steps of a part; parts; groups before the weights' gradient

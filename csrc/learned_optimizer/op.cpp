@@ -54,6 +54,7 @@ void lstm_step_op(at::TensorList params, at::TensorList grads, const OptionalTen
   const char* name = head == "gates" ? "theta" : "params";
   for (size_t i = 0; i < params.size(); ++i) check_writable({params[i], indexed(name, i).c_str()});
   check_writable({state, "state"});
+  const Uninterrupted in_place;
   run(problem, problem.params(), problem.state());
   // What is not dense was copied.
   for (size_t i = 0; i < params.size(); ++i) {

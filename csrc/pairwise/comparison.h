@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/pool.h"
 #include "pairwise/params.h"
 #include "pairwise/products.h"
 #include "pairwise/tile.h"
@@ -35,8 +36,10 @@ Chunk<T> chunk_of(const Pairs<T>& p, int64_t item) {
 // f(q, queries) for every tile of the chunk; q is the task's index of its first query.
 template <typename T, class F>
 void for_each_tile(const Pairs<T>& p, const Chunk<T>& chunk, F&& f) {
+  const bool takes_long = p.item_cost() > kLong;
   for (int64_t q = chunk.begin; q < chunk.end; q += kLanes<T>) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes<T>, chunk.end - q));
+    if (takes_long) heed_interrupts();
     f(q, Queries<T>{chunk.x + q * p.features, p.features, count});
   }
 }

@@ -68,6 +68,7 @@ class LargeComparison {
         const int64_t task = item / p_.chunks, chunk = item % p_.chunks;
         const int64_t last = std::min(p_.queries, (chunk + 1) * size);
         for (int64_t q = chunk * size; q < last; q += block) {
+          heed_interrupts();
           const T* x = p_.x + task * p_.x_task_stride + q * p_.features;
           const int64_t count = std::min(block, last - q);
           const T* centre = centres_ ? data(centre_) + set_of(task) * p_.features : nullptr;

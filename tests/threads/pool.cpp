@@ -103,6 +103,54 @@ void exceptions_reach_the_caller() {
   }
 }
 
+// A look ends a call that takes long, whether its shares are many or go on until they are told, on the caller
+// as on helpers; and no other call.
+void interrupts_end_long_calls() {
+  static std::atomic<int> looks{0};
+  metafast::set_interrupts([] {
+    ++looks;
+    throw std::runtime_error("of a look");
+  });
+  const auto short_share = [](int64_t) { std::this_thread::sleep_for(std::chrono::milliseconds(1)); };
+  const auto endless_share = [](int64_t) {
+    for (;;) metafast::heed_interrupts();
+  };
+  const auto ended = [](int64_t shares, int64_t helpers, const auto& share) {
+    const int before = looks;
+    bool caught = false;
+    try {
+      metafast::share_out(shares, helpers, helpers, metafast::Work(share), true);
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+    call(8, 2, 2);
+    return caught && looks == before + 1;
+  };
+  for (int64_t helpers : {0, 2}) {
+    expect(ended(100000, helpers, short_share), "many shares were not interrupted");
+    expect(ended(1, helpers, endless_share), "a share was not interrupted");
+    expect(ended(3, helpers, endless_share), "shares of several threads were not interrupted");
+    const int before = looks;
+    metafast::share_out(300, helpers, helpers, metafast::Work(short_share));
+    const metafast::Uninterrupted done_to_its_end;
+    metafast::share_out(300, helpers, helpers, metafast::Work(short_share), true);
+    expect(looks == before, "a call was interrupted that must not be");
+  }
+  // While the caller has nothing left to do but wait; should no helper come, between its own two shares.
+  std::atomic<bool> helped{false};
+  const auto of_helpers = [&, caller = std::this_thread::get_id()](int64_t) {
+    const auto late = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+    if (std::this_thread::get_id() == caller) {
+      while (!helped && std::chrono::steady_clock::now() < late) std::this_thread::yield();
+      return;
+    }
+    helped = true;
+    for (;;) metafast::heed_interrupts();
+  };
+  expect(ended(2, 1, of_helpers), "a helper's share was not interrupted");
+  metafast::set_interrupts(nullptr);
+}
+
 void calls_within_shares() {
   std::atomic<int> runs{0};
   const auto inner = [&](int64_t) { ++runs; };
@@ -132,6 +180,7 @@ int main(int count, char**) {
   calls_with_pauses();
   helpers_help_and_are_waited_for();
   exceptions_reach_the_caller();
+  interrupts_end_long_calls();
   calls_within_shares();
   if (count == 1) children_have_their_own();  // ThreadSanitizer starts no thread after a fork
 }
