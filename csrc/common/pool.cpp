@@ -27,24 +27,6 @@ constexpr std::chrono::milliseconds kBetweenLooks{100};
 
 std::atomic<void (*)()> g_look{nullptr};
 
-// What the threads of a call that takes long ask whether it is to end.
-class Watch {
- public:
-  void heed(bool caller) {
-    if (ended) throw Ended();
-    if (!caller) return;
-    if (Clock::now() < next_look_) return;
-    if (const auto look = g_look.load(std::memory_order_relaxed)) look();
-    next_look_ = Clock::now() + kBetweenLooks;
-  }
-
-  std::atomic<bool> ended{false};  // by what some share has thrown
-
- private:
-  struct Ended {};  // never seen: it comes after what ended the call
-  Clock::time_point next_look_ = Clock::now() + kBetweenLooks;
-};
-
 thread_local bool t_in_share = false;
 thread_local bool t_is_helper = false;
 thread_local int t_uninterrupted = 0;
@@ -61,6 +43,30 @@ class Watched {
  private:
   Watch* before_;
 };
+
+}  // namespace
+
+// What the threads of a call that takes long ask whether it is to end.
+class Watch {
+ public:
+  void heed(bool caller) {
+    if (ended) throw Ended();
+    if (!caller || Clock::now() < next_look_) return;
+    if (const auto look = g_look.load(std::memory_order_relaxed)) {
+      const Watched calls_of_its_own(nullptr);
+      look();
+    }
+    next_look_ = Clock::now() + kBetweenLooks;
+  }
+
+  std::atomic<bool> ended{false};  // by what some share has thrown
+
+ private:
+  struct Ended {};  // never seen: it comes after what ended the call
+  Clock::time_point next_look_ = Clock::now() + kBetweenLooks;
+};
+
+namespace {
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -313,19 +319,17 @@ class Pool {
 }  // namespace
 
 void share_out(int64_t shares, int64_t helpers, int64_t wakes, const Work& work, bool takes_long) {
-  std::optional<Watch> own;
-  if (takes_long && !t_in_share && t_uninterrupted == 0) own.emplace();
-  Watch* const watch = own ? &*own : nullptr;
+  std::optional<LongCall> call;
+  if (takes_long && t_watch == nullptr && !t_in_share && t_uninterrupted == 0) call.emplace();
   helpers = std::min<int64_t>({helpers, shares - 1, Pool::kMaxHelpers});
   if (helpers <= 0 || t_in_share) {
-    const Watched watched(t_in_share ? t_watch : watch);
     for (int64_t share = 0; share < shares; ++share) {
       heed_interrupts();
       work(share);
     }
     return;
   }
-  Job job(shares, static_cast<int>(helpers), work, watch);
+  Job job(shares, static_cast<int>(helpers), work, t_watch);
   Pool& pool = Pool::instance();
   t_in_share = true;
   pool.run(job, static_cast<int>(helpers), wakes);
@@ -338,6 +342,9 @@ void heed_interrupts() {
 }
 
 void set_interrupts(void (*look)()) { g_look = look; }
+
+LongCall::LongCall() : watch_(new Watch), before_(t_watch) { t_watch = watch_.get(); }
+LongCall::~LongCall() { t_watch = before_; }
 
 Uninterrupted::Uninterrupted() { ++t_uninterrupted; }
 Uninterrupted::~Uninterrupted() { --t_uninterrupted; }

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace metafast {
 
@@ -47,6 +48,21 @@ void heed_interrupts();
 // Says how a program learns of interrupts: `look` is called on the thread that made a call which takes long,
 // some ten times a second, and throws what is to reach the caller if the call is to end.
 void set_interrupts(void (*look)());
+
+// While one lives, the kernels that this thread runs are parts of one call, which takes long if all of them
+// together do.
+class Watch;
+class LongCall {
+ public:
+  LongCall();
+  ~LongCall();
+  LongCall(const LongCall&) = delete;
+  LongCall& operator=(const LongCall&) = delete;
+
+ private:
+  const std::unique_ptr<Watch> watch_;
+  Watch* const before_;
+};
 
 // While one lives, this thread's calls are done to their end: what is written in place must not be left half
 // written.

@@ -34,6 +34,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
     at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
     int64_t keep) {
   const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
+  const LongCall call;
   const Network& network = problem.network;
   const c10::OptionalDeviceGuard guard(x.device());
   return with_scalar(x, [&]<typename T>() -> std::tuple<std::vector<Tensor>, Tensor, Tensor> {
@@ -91,6 +92,7 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
                                                std::string_view loss, int64_t steps, double momentum,
                                                bool first_order, std::array<bool, 4> wanted) {
   const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
+  const LongCall call;
   const Network& network = problem.network;
   const int64_t tasks = problem.tasks(), P = network.size();
   check_sizes({kept, "kept"}, {wanted[1] ? 2 : kept.size(0), steps, tasks, P}, "[1 or 2, K, T, P]");

@@ -136,6 +136,17 @@ void interrupts_end_long_calls() {
     metafast::share_out(300, helpers, helpers, metafast::Work(short_share), true);
     expect(looks == before, "a call was interrupted that must not be");
   }
+  // A call of many kernels, none of which takes long.
+  bool caught = false;
+  try {
+    const metafast::LongCall call;
+    for (int i = 0; i < 100000; ++i) {
+      metafast::share_out(2, i % 2, 1, metafast::Work(short_share));
+    }
+  } catch (const std::runtime_error&) {
+    caught = true;
+  }
+  expect(caught, "a call of many kernels was not interrupted");
   // While the caller has nothing left to do but wait; should no helper come, between its own two shares.
   std::atomic<bool> helped{false};
   const auto of_helpers = [&, caller = std::this_thread::get_id()](int64_t) {
