@@ -53,18 +53,50 @@ def test_parity(metric: str, sizes: tuple[int, ...], dtype: torch.dtype, device:
         assert_close(one / scale, other / scale, dtype)
 
 
+def by_products(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """The definition in less memory than the reference takes."""
+    if metric == "dot":
+        return -x @ y.mT
+    if metric == "cosine":
+        return 1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT
+    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance.square() if metric == "sqeuclidean" else distance
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_products_between_kernels(metric: str, backend: torch.device) -> None:
-    """Few pairs of very many features: a GPU takes the library's product for these."""
-    x, y, _ = (tensor[0] for tensor in pair((1, 600, 129, 3500), torch.float32))
-    found = metafast.pairwise_distance(x.to(backend), y.to(backend), metric).cpu().double()
-    x, y = x.double(), y.double()
-    if metric in ("dot", "cosine"):
-        expected = -x @ y.mT if metric == "dot" else 1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).mT
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        return
-    expected = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(found, expected**2 if metric == "sqeuclidean" else expected, rtol=1e-4, atol=0)
+    """Few pairs of very many features: a GPU takes the library's products for these and their gradients."""
+    x, y, grad = (tensor[0] for tensor in pair((1, 1100, 129, 1900), torch.float32))
+    y[40] = x[1090] + 0.5  # close to each other beside their norms, and in the last of a kernel's batches
+    grad[5, 0] = grad[6, 1] = 0  # as in test_parity
+    x, y = (tensor.to(backend).requires_grad_() for tensor in (x, y))
+    found = metafast.pairwise_distance(x, y, metric)
+    grads = torch.autograd.grad(found, (x, y), grad.to(backend))
+    x, y = (tensor.detach().cpu().double().requires_grad_() for tensor in (x, y))
+    expected = by_products(x, y, metric)
+    near = {"dot": 1e-5, "cosine": 1e-5}.get(metric, 0.0)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4 if near == 0 else 1e-5, atol=near)
+    for one, other in zip(grads, torch.autograd.grad(expected, (x, y), grad.double()), strict=True):
+        scale = float(other.abs().max())
+        assert_close(one.cpu() / scale, other / scale, torch.float32)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_close_pairs_keep_their_digits_between_products(metric: str, backend: torch.device) -> None:
+    """Far from the others, where a product has none left, in the first and the last batch of queries."""
+    x, y, grad = (tensor[0] for tensor in pair((1, 1100, 129, 1900), torch.float32))
+    grad.zero_()
+    for query, row in ((7, 3), (1090, 100)):
+        x[query] += 1e3
+        y[row] = x[query] + 0.1
+        grad[query, row] = 1
+    x, y = (tensor.to(backend).requires_grad_() for tensor in (x, y))
+    found = torch.autograd.grad(metafast.pairwise_distance(x, y, metric), (x, y), grad.to(backend))
+    for query, row in ((7, 3), (1090, 100)):
+        difference = (x[query].double() - y[row].double()).detach().cpu()
+        slope = 2 * difference if metric == "sqeuclidean" else difference / difference.norm()
+        torch.testing.assert_close(found[0][query].cpu().double(), slope, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[1][row].cpu().double(), -slope, rtol=1e-4, atol=1e-6)
 
 
 @devices

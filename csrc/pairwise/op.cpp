@@ -98,17 +98,11 @@ T* data_or_null(const Tensor& tensor, bool wanted) {
   return wanted ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
-template <typename T>
-void run_comparison(const Pairwise<T>& params, const Tensor& like) {
+template <template <typename> class Params, typename T>
+void run_comparison(const Params<T>& params, const Tensor& like) {
   if (runs_cuda(like) ? is_large_on_cuda(params) : is_large(params)) {
     return runs_cuda(like) ? run_large_on_cuda(params, like) : run_large(params);
   }
-  run_kernel(params, like);
-}
-
-template <typename T>
-void run_comparison(const PairwiseBackward<T>& params, const Tensor& like) {
-  if (!runs_cuda(like) && is_large(params)) return run_large(params);
   run_kernel(params, like);
 }
 
@@ -126,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& gr
                                                                 const Tensor& y, const OptionalTensor& weight,
                                                                 const OptionalTensor& bias, const Tensor& out,
                                                                 std::string_view metric) {
-  const PairArguments args(x, y, weight, bias, metric);
+  PairArguments args(x, y, weight, bias, metric);
   const Arg ax{x, "x"}, ag{grad, "grad"}, ao{out, "out"};
   check_same_dtype(ax, {ag, ao});
   check_same_device(ax, {ag, ao});
@@ -134,6 +128,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_backward_op(const Tensor& gr
   check_sizes(ao, args.out_sizes(), "[..., Q, N]");
   const Tensor dense_out = dense(out), dense_grad = dense(grad);
   Tensor grad_x = empty(args.x_sizes(), args.options());
+  // A product sums all queries.
+  if (runs_cuda(grad_x) &&
+      with_scalar(grad_x, [&]<typename T>() { return is_large_on_cuda(args.pairs<T>()); })) {
+    args.chunks = 1;
+  }
   const Tensor partial_y = args.partial_y(), partial_weight = args.partial_weight(),
                partial_bias = args.partial_bias();
   with_scalar(grad_x, [&]<typename T>() {
