@@ -195,8 +195,8 @@ class CapturedSteps:
             until, taken = self._last, None
         if taken is not None:
             return taken
-        self._captured = self._fresh()  # what it had recorded was of tensors that are gone
         before.restore(self._steps)
+        self._captured = self._fresh()  # what it had recorded was of an optimizer's state that is gone
         self._singly_until = until
         return self._steps.take(done)
 
@@ -232,6 +232,8 @@ class _State:
 
     @torch.no_grad()
     def restore(self, steps: Steps) -> None:
+        if self._cuda is not None:
+            torch.cuda.synchronize(steps.device)  # steps may still be on their way
         for tensor, before in zip(_tensors_of(steps.method), self._tensors, strict=True):
             tensor.copy_(before)
         steps.optimizer.load_state_dict(self._optimizer)
