@@ -21,9 +21,13 @@ pytest.importorskip("rich", reason="the training loop needs metafast[cli]")
 pytest.importorskip("safetensors", reason="checkpoints need metafast[cli]")
 pytest.importorskip("sklearn", reason="digits need metafast[digits]")
 
+from parity import EVERY_ROW, cotangent, make, value_and_grads
 from recorded_ops import RecordedOps
+from rows import Row
 from test_train import assert_same_run, records, run, spoiled, tensors
 
+import metafast
+from metafast import CoordinatewiseLSTM, LSTMOptimizer
 from metafast.data import Episodes, SineSampler
 from metafast.methods import MAML, METHODS, Method, mlp
 from metafast.program import train as training
@@ -336,3 +340,66 @@ def test_where_there_are_no_graphs() -> None:
         graphs_for("on", cpu, Ranks(), told.append)
     with pytest.raises(ValueError, match="graph: expected auto or off with several ranks, got on"):
         graphs_for("on", cuda, several, told.append)
+
+
+@EVERY_ROW
+def test_no_operation_waits_for_the_device(row: Row, device: torch.device) -> None:
+    args = make(row, dtype=torch.float32, device=device)
+    grad = cotangent(row.call(metafast)(*args))
+    with _Watch(device):
+        value_and_grads(row, row.call(metafast), args, grad)
+
+
+def lstm_optimizer(module: nn.Module) -> LSTMOptimizer:
+    lr = torch.tensor(0.3)  # read where it is at every replay
+    return LSTMOptimizer(module.parameters(), CoordinatewiseLSTM(5), lr=lr, capturable=True)
+
+
+def adam(module: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(module.parameters(), lr=1e-2, fused=True)
+
+
+def plain_loss(module: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(module(x[:, :4].flatten(0, 1)), labels[:, :4].flatten())
+
+
+def adapted_loss(module: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    adapted = metafast.adapt(module, x[:, :4], labels[:, :4], loss="cross_entropy", lr=0.1, steps=2)
+    return nn.functional.cross_entropy(adapted(x[:, 4:]).flatten(0, 1), labels[:, 4:].flatten())
+
+
+@pytest.mark.parametrize("loss", [plain_loss, adapted_loss], ids=["plain", "adapt"])
+@pytest.mark.parametrize("make_optimizer", [adam, lstm_optimizer], ids=["adam", "lstm"])
+def test_a_loop_of_ones_own_can_be_recorded(
+    loss: Callable[..., Tensor], make_optimizer: Callable[[nn.Module], Any], graphs: RecordedOps
+) -> None:
+    """With batches and a learning rate that change where they lie; batch norm's statistics go on as well."""
+
+    def weights(recorded: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 3)
+        )
+        optimizer = make_optimizer(module)
+        x, labels = torch.empty(2, 8, 1, 8, 8), torch.empty(2, 8, dtype=torch.int64)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss(module, x, labels).backward()
+            optimizer.step()
+
+        take = step
+        for number in range(5):
+            x.copy_(torch.rand(x.shape))
+            labels.copy_(torch.arange(8).roll(number) % 3)
+            if isinstance(optimizer.param_groups[0]["lr"], Tensor):
+                optimizer.param_groups[0]["lr"].fill_(0.3 / (1 + number))
+            if recorded and number == 1:  # after the first, which makes the optimizer's state
+                take = graphs.record(step)
+            take()
+        return module.state_dict()
+
+    expected, got = weights(False), weights(True)
+    assert graphs.replayed == 3
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
