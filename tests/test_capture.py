@@ -111,6 +111,16 @@ def test_no_step_waits_for_the_device(name: str, given: dict[str, Any], device: 
             torch.cuda.set_sync_debug_mode("default")
 
 
+@EVERY_METHOD
+def test_a_step_stays_on_its_device(name: str, given: dict[str, Any]) -> None:
+    """And asks for no value: the device "meta" has none, and takes no tensor of the CPU beside its own."""
+    config, _, method = begun(name, given, torch.device("cpu"))
+    batch = config.data.sampler("train", seed=0, device="meta").batch(100)
+    loss = method.to("meta").loss(batch)
+    loss.backward()
+    assert loss.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("waits", "message"),
     [
