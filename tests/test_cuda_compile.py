@@ -29,6 +29,7 @@ ARCHITECTURES = (80, 90)
 # Of a family the kernels, by the beginning of their names, none of whose loops with at least so many
 # arithmetic instructions has a generic load or store: the compiler knows where their operands lie.
 RESIDENT = {
+    "csrc/convolutional/cuda.cu": (("convolve<", 128), ("convolve<Tf32Tile", 32), ("convolve_weights<", 64)),
     "csrc/inner_loop/cuda.cu": tuple(
         (f"adapt<Team<{team}>, Resident, float>", 16) for team in ("32, 4", "64, 1", "256, 1")
     ),

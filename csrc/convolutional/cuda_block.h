@@ -429,21 +429,12 @@ void with_side(const BlockShape& s, const F& f) {
   f.template operator()<0>();
 }
 
-// Writes those of the thread's channels that there are.
 template <typename T>
-__device__ __forceinline__ void store_channels(const BlockShape& s, const Place<T>& at, T* to,
-                                               const T (&values)[kChannels<T>]) {
-  if (at.channel + kChannels<T> <= s.channels) {
-    Channels<T> vector;
+__device__ __forceinline__ void store_channels(T* to, const T (&values)[kChannels<T>]) {
+  Channels<T> vector;
 #pragma unroll
-    for (int e = 0; e < kChannels<T>; ++e) vector.values[e] = values[e];
-    store_vector(to, vector);
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < kChannels<T>; ++e) {
-    if (at.channel + e < s.channels) to[e] = values[e];
-  }
+  for (int e = 0; e < kChannels<T>; ++e) vector.values[e] = values[e];
+  store_vector(to, vector);
 }
 
 }  // namespace

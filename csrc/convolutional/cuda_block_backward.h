@@ -287,9 +287,9 @@ __global__ void __launch_bounds__(kMapThreads, 3)
         tangent[e] = factor * inner + gamma * rstd * inner_tangent;
       }
     }
-    store_channels(s, at, p.grad_z.at(at.task, image, y, x) + at.channel, value);
+    store_channels(p.grad_z.at(at.task, image, y, x) + at.channel, value);
     if constexpr (kTangent) {
-      store_channels(s, at, p.grad_z_tangent.at(at.task, image, y, x) + at.channel, tangent);
+      store_channels(p.grad_z_tangent.at(at.task, image, y, x) + at.channel, tangent);
     }
   });
 }

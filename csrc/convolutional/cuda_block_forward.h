@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kMapThreads)
     }
     look.finish();
     if (pools_first(s)) activate<kTangent>(s.activation, look.y);
-    store_channels(s, at, out.at(at.task, to.image, to.y, to.x) + at.channel,
+    store_channels(out.at(at.task, to.image, to.y, to.x) + at.channel,
                    kTangent ? look.y.tangent : look.y.value);
     to.advance(at.step);
   }

@@ -10,6 +10,12 @@ namespace {
 constexpr int kPermuteThreads = 256;
 constexpr int kPermuteTile = kWarpSize, kPermuteRows = kPermuteThreads / kPermuteTile;
 
+// What is written of the last dimension.
+template <typename T>
+__host__ __device__ int64_t columns(const Permute<T>& p) {
+  return p.pad > p.size[4] ? p.pad : p.size[4];
+}
+
 // The last dimension of out and another one, in which neighbours lie closer in `in`, change places by way of
 // shared memory: a warp reads neighbours there, and writes them here.
 template <typename T>
@@ -29,7 +35,7 @@ __global__ void __launch_bounds__(kPermuteThreads)
   const Permute<T>& p = transposed.p;
   auto& shared = shared_memory<PermuteShared<T>>();
   const int axis = transposed.axis;
-  const int64_t col_tiles = div_up(p.pad, kPermuteTile), row_tiles = div_up(p.size[axis], kPermuteTile);
+  const int64_t col_tiles = div_up(columns(p), kPermuteTile), row_tiles = div_up(p.size[axis], kPermuteTile);
   int64_t rest = block_index();
   const int64_t first_col = rest % col_tiles * kPermuteTile;
   rest /= col_tiles;
@@ -46,7 +52,7 @@ __global__ void __launch_bounds__(kPermuteThreads)
   }
   if (rest > 0) return;  // behind the last block
   const int lane = threadIdx.x % kPermuteTile, warp = threadIdx.x / kPermuteTile;
-  const bool has_row = first_row + lane < p.size[axis], has_col = first_col + lane < p.pad;
+  const bool has_row = first_row + lane < p.size[axis], has_col = first_col + lane < columns(p);
 #pragma unroll
   for (int i = warp; i < kPermuteTile; i += kPermuteRows) {
     if (has_row && first_col + i < p.size[4]) {
@@ -68,8 +74,8 @@ __global__ void __launch_bounds__(kPermuteThreads)
 template <typename T>
 __global__ void __launch_bounds__(kPermuteThreads) permute(const __grid_constant__ Permute<T> p) {
   int64_t rest = block_index() * kPermuteThreads + threadIdx.x;
-  const int64_t last = rest % p.pad;
-  rest /= p.pad;
+  const int64_t last = rest % columns(p);
+  rest /= columns(p);
   const T* in = p.in + last * p.in_stride[4];
   T* out = p.out + last * p.out_stride[4];
 #pragma unroll
@@ -86,7 +92,7 @@ __global__ void __launch_bounds__(kPermuteThreads) permute(const __grid_constant
 template <typename T>
 void launch(const Permute<T>& p, Stream stream) {
   const int64_t others = p.size[0] * p.size[1] * p.size[2] * p.size[3];
-  if (others == 0 || p.pad == 0) return;
+  if (others == 0 || columns(p) == 0) return;
   int axis = 0;
   for (int d = 1; d < 4; ++d) {
     const bool closer = p.in_stride[d] < p.in_stride[axis] || p.size[axis] == 1;
@@ -96,13 +102,14 @@ void launch(const Permute<T>& p, Stream stream) {
       p.in_stride[4] > p.in_stride[axis] && p.size[axis] >= kChannelBlock && p.size[4] >= kChannelBlock;
   if (pays) {
     const int64_t blocks =
-        others / p.size[axis] * div_up(p.size[axis], kPermuteTile) * div_up(p.pad, kPermuteTile);
+        others / p.size[axis] * div_up(p.size[axis], kPermuteTile) * div_up(columns(p), kPermuteTile);
     launch_kernel({"transpose", grid_of(blocks), kPermuteThreads, sizeof(PermuteShared<T>), stream},
                   transpose<T>, Transpose<T>{p, axis});
     return;
   }
-  launch_kernel({"permute", grid_of(div_up(others * p.pad, kPermuteThreads)), kPermuteThreads, 0, stream},
-                permute<T>, p);
+  launch_kernel(
+      {"permute", grid_of(div_up(others * columns(p), kPermuteThreads)), kPermuteThreads, 0, stream},
+      permute<T>, p);
 }
 
 }  // namespace metafast::cuda

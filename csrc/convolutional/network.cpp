@@ -64,7 +64,6 @@ Network::Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorLi
     BlockShape& shape = block.shape;
     shape.height = block.z_height;
     shape.width = block.z_width;
-    shape.channels = block.outputs;
     shape.pitch = block.pitch();
     shape.norm = n[7] != 0;
     shape.eps = eps[i];

@@ -136,7 +136,6 @@ enum class Pool { none, max, average };
 // What follows the convolution of a block.
 struct BlockShape {
   int64_t tasks, images, height, width, pitch;  // of z
-  int64_t channels;                             // those behind are not written to results
   bool norm;
   double eps;
   MapActivation activation;
