@@ -55,19 +55,21 @@ class ThreadMemory {
 template <typename T>
 class Arena {
  public:
-  explicit Arena(T* memory = nullptr) : memory_(memory) {}
+  Arena() = default;
+  explicit Arena(T* memory) : memory_(memory), counts_(false) {}
 
   T* take(int64_t vectors) {
-    T* taken = memory_ ? memory_ + used_ * kLanes<T> : nullptr;
+    T* taken = counts_ ? nullptr : memory_ + used_ * kLanes<T>;
     used_ += vectors;
     return taken;
   }
   T* take_if(bool wanted, int64_t vectors) { return wanted ? take(vectors) : nullptr; }
-  bool counts() const { return memory_ == nullptr; }
+  bool counts() const { return counts_; }
   int64_t bytes() const { return used_ * kVectorBytes; }
 
  private:
-  T* memory_;
+  T* memory_ = nullptr;
+  bool counts_ = true;
   int64_t used_ = 0;
 };
 

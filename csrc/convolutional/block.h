@@ -1,9 +1,9 @@
 // What follows the convolution of a block, on the CPU: a vector of a task's channels goes through all of its
-// images, once for each sum it needs before the next.
+// images, once for each sum it needs before the next. With a thin input each image's z is found first.
 #pragma once
 
-#include "common/simd.h"
-#include "convolutional/params.h"
+#include "common/arena.h"
+#include "convolutional/convolve.h"
 
 namespace metafast::METAFAST_ISA {
 
@@ -37,6 +37,7 @@ struct Affine {
   Vec<T> mean{}, rstd = Vec<T>{} + 1, gamma = Vec<T>{} + 1, beta{};
   Vec<T> mean_tangent{}, scale_tangent{}, gamma_tangent{}, beta_tangent{};
 
+  Affine() = default;
   // From BlockForward or BlockBackward: the vector of a task's channels at `channel`.
   template <class Params>
   METAFAST_HD Affine(const Params& p, int64_t task, int64_t channel) {
@@ -83,15 +84,48 @@ struct Window {
   }
 };
 
-// Calls f(image, y, x) for all pixels of maps of this height and width.
+// Calls f(y, x) for all pixels of maps of this height and width.
 template <class F>
-METAFAST_HD void for_pixels(int64_t images, int64_t height, int64_t width, const F& f) {
-  for (int64_t image = 0; image < images; ++image) {
-    for (int64_t y = 0; y < height; ++y) {
-      for (int64_t x = 0; x < width; ++x) f(image, y, x);
-    }
+METAFAST_HD void for_pixels(int64_t height, int64_t width, const F& f) {
+  for (int64_t y = 0; y < height; ++y) {
+    for (int64_t x = 0; x < width; ++x) f(y, x);
   }
 }
+
+// z of one image after the other, and its tangent: a vector of a task's channels.
+template <typename T>
+class Preactivations {
+ public:
+  template <class Params>  // BlockForward or BlockBackward
+  Preactivations(const Params& p, Arena<T>& arena) : z_(p.z), z_tangent_(p.z_tangent), thin_(p.thin) {
+    const int64_t pixels = p.shape.height * p.shape.width;
+    found_ = arena.take_if(thin_.z != nullptr, pixels);
+    found_tangent_ = arena.take_if(thin_.z_tangent != nullptr, pixels);
+  }
+
+  void enter(int64_t task, int64_t image, int64_t channel) {
+    of_z_ = image_of(z_, thin_.z, found_, task, image, channel);
+    of_tangent_ = image_of(z_tangent_, thin_.z_tangent, found_tangent_, task, image, channel);
+  }
+
+  METAFAST_HD Vec<T> z(int64_t y, int64_t x) const { return load(of_z_.at(0, 0, y, x)); }
+  METAFAST_HD Vec<T> z_tangent(int64_t y, int64_t x) const { return load(of_tangent_.at(0, 0, y, x)); }
+
+ private:
+  Maps<const T> z_, z_tangent_, of_z_{}, of_tangent_{};
+  ThinInput<T> thin_;
+  T *found_, *found_tangent_;
+
+  static Maps<const T> image_of(const Maps<const T>& maps, const Convolve<T>* convolution, T* found,
+                                int64_t task, int64_t image, int64_t channel) {
+    if (convolution != nullptr) {
+      convolve_image(*convolution, task, image, channel, found);
+      return {found, 0, 0, convolution->width * kLanes<T>, kLanes<T>};
+    }
+    if (maps.data == nullptr) return {};
+    return {maps.at(task, image, 0, 0) + channel, 0, 0, maps.row, maps.pixel};
+  }
+};
 
 // The sum of f(y, x) over the pixels of an image, by rows, so that rounding stays small.
 template <typename T, class F>
@@ -110,13 +144,13 @@ METAFAST_HD Vec<T> sum_over_image(const BlockShape& s, const F& f) {
 // Mean and variance: of each image by itself, while it is in the cache, then of all together (Chan, Golub and
 // LeVeque 1983, equation 1.5).
 template <typename T>
-void measure(const BlockForward<T>& p, int64_t task, int64_t channel) {
+void measure(const BlockForward<T>& p, Preactivations<T>& maps, int64_t task, int64_t channel) {
   const BlockShape& s = p.shape;
   const T count = static_cast<T>(s.height * s.width);
   Vec<T> mean{}, squares{};
   for (int64_t image = 0; image < s.images; ++image) {
-    const auto z = [&](int64_t y, int64_t x)
-                       __attribute__((always_inline)) { return load(p.z.at(task, image, y, x) + channel); };
+    maps.enter(task, image, channel);
+    const auto z = [&](int64_t y, int64_t x) __attribute__((always_inline)) { return maps.z(y, x); };
     const Vec<T> own = sum_over_image<T>(s, z) / count;
     squares += sum_over_image<T>(s, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
       const Vec<T> centred = z(y, x) - own;
@@ -134,16 +168,17 @@ void measure(const BlockForward<T>& p, int64_t task, int64_t channel) {
 }
 
 template <typename T>
-void measure_tangent(const BlockForward<T>& p, int64_t task, int64_t channel) {
+void measure_tangent(const BlockForward<T>& p, Preactivations<T>& maps, int64_t task, int64_t channel) {
   const BlockShape& s = p.shape;
   const int64_t at = task * s.pitch + channel;
   const Vec<T> mean = load(p.mean + at), rstd = load(p.rstd + at);
   Vec<T> sum{}, scaled{};
   for (int64_t image = 0; image < s.images; ++image) {
+    maps.enter(task, image, channel);
     Vec<T> of_image{};
     sum += sum_over_image<T>(s, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
-      const Vec<T> tangent = load(p.z_tangent.at(task, image, y, x) + channel);
-      of_image += (load(p.z.at(task, image, y, x) + channel) - mean) * tangent;
+      const Vec<T> tangent = maps.z_tangent(y, x);
+      of_image += (maps.z(y, x) - mean) * tangent;
       return tangent;
     });
     scaled += of_image;
@@ -153,85 +188,103 @@ void measure_tangent(const BlockForward<T>& p, int64_t task, int64_t channel) {
   store(p.scale_tangent + at, rstd * scaled / count);
 }
 
+// The results of an image that `maps` has entered.
 template <bool kTangent, typename T>
-void pool_forward(const BlockForward<T>& p, int64_t task, int64_t channel) {
+void pool_image(const BlockForward<T>& p, const Preactivations<T>& maps, const Affine<T>& affine,
+                int64_t task, int64_t image, int64_t channel) {
   const BlockShape& s = p.shape;
-  const Affine<T> affine(p, task, channel);
-  const auto n_at = [&](auto... pixel) __attribute__((always_inline)) {
-    return affine.n(load(p.z.at(task, pixel...) + channel));
+  const auto n_at = [&](int64_t y, int64_t x)
+                        __attribute__((always_inline)) { return affine.n(maps.z(y, x)); };
+  const auto tangent_at = [&](Vec<T> n, int64_t y, int64_t x) __attribute__((always_inline)) {
+    return affine.y_tangent(n, affine.n_tangent(n, maps.z_tangent(y, x)));
   };
-  const auto tangent_at = [&](Vec<T> n, auto... pixel) __attribute__((always_inline)) {
-    return affine.y_tangent(n, affine.n_tangent(n, load(p.z_tangent.at(task, pixel...) + channel)));
-  };
-  const auto keep = [&](Vec<T> value, Vec<T> tangent, auto... pixel) __attribute__((always_inline)) {
+  const auto keep = [&](Vec<T> value, Vec<T> tangent, int64_t y, int64_t x) __attribute__((always_inline)) {
     if constexpr (kTangent) {
-      store(p.out_tangent.at(task, pixel...) + channel, tangent);
+      store(p.out_tangent.at(task, image, y, x) + channel, tangent);
     } else {
-      store(p.out.at(task, pixel...) + channel, value);
+      store(p.out.at(task, image, y, x) + channel, value);
     }
   };
   // Of what the activation gets, and its tangent.
-  const auto activated = [&](Vec<T> y, Vec<T> tangent, auto... pixel) __attribute__((always_inline)) {
-    if constexpr (kTangent) {
-      keep(y, Slope<T>(s.activation, y).first * tangent, pixel...);
-    } else {
-      keep(activate<T>(s.activation, y), tangent, pixel...);
-    }
-  };
+  const auto activated = [&](Vec<T> value, Vec<T> tangent, int64_t y, int64_t x)
+                             __attribute__((always_inline)) {
+                               if constexpr (kTangent) {
+                                 keep(value, Slope<T>(s.activation, value).first * tangent, y, x);
+                               } else {
+                                 keep(activate<T>(s.activation, value), tangent, y, x);
+                               }
+                             };
   if (s.pool == Pool::none) {
-    return for_pixels(s.images, s.height, s.width, [&](auto... pixel) __attribute__((always_inline)) {
-      const Vec<T> n = n_at(pixel...);
-      activated(affine.y(n), kTangent ? tangent_at(n, pixel...) : Vec<T>{}, pixel...);
+    return for_pixels(s.height, s.width, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+      const Vec<T> n = n_at(y, x);
+      activated(affine.y(n), kTangent ? tangent_at(n, y, x) : Vec<T>{}, y, x);
     });
   }
   if (s.pool == Pool::max) {  // the activation is monotone, so it may come later
     return for_pixels(
-        s.images, s.out_height, s.out_width,
-        [&](int64_t image, int64_t out_y, int64_t out_x) __attribute__((always_inline)) {
+        s.out_height, s.out_width, [&](int64_t out_y, int64_t out_x) __attribute__((always_inline)) {
           Vec<T> best = Vec<T>{} - static_cast<T>(__builtin_inf()), tangent{};
           Window(s, out_y, out_x).each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
-            const Vec<T> n = n_at(image, y, x), value = affine.y(n);
+            const Vec<T> n = n_at(y, x), value = affine.y(n);
             const auto larger = (value > best) | (value != value);
             best = larger ? value : best;
-            if constexpr (kTangent) tangent = larger ? tangent_at(n, image, y, x) : tangent;
+            if constexpr (kTangent) tangent = larger ? tangent_at(n, y, x) : tangent;
           });
-          activated(best, tangent, image, out_y, out_x);
+          activated(best, tangent, out_y, out_x);
         });
   }
   const T share = T(1) / static_cast<T>(s.pool_height * s.pool_width);
-  for_pixels(s.images, s.out_height, s.out_width,
-             [&](int64_t image, int64_t out_y, int64_t out_x) __attribute__((always_inline)) {
-               Vec<T> sum{}, tangent{};
-               Window(s, out_y, out_x).each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
-                 const Vec<T> n = n_at(image, y, x), value = affine.y(n);
-                 sum += s.pools_first ? value : activate<T>(s.activation, value);
-                 if constexpr (kTangent) {
-                   const Vec<T> of_y = tangent_at(n, image, y, x);
-                   tangent += s.pools_first ? of_y : Slope<T>(s.activation, value).first * of_y;
-                 }
-               });
-               if (s.pools_first) {
-                 activated(share * sum, share * tangent, image, out_y, out_x);
-               } else {
-                 keep(share * sum, share * tangent, image, out_y, out_x);
-               }
-             });
+  for_pixels(s.out_height, s.out_width, [&](int64_t out_y, int64_t out_x) __attribute__((always_inline)) {
+    Vec<T> sum{}, tangent{};
+    Window(s, out_y, out_x).each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
+      const Vec<T> n = n_at(y, x), value = affine.y(n);
+      sum += s.pools_first ? value : activate<T>(s.activation, value);
+      if constexpr (kTangent) {
+        const Vec<T> of_y = tangent_at(n, y, x);
+        tangent += s.pools_first ? of_y : Slope<T>(s.activation, value).first * of_y;
+      }
+    });
+    if (s.pools_first) {
+      activated(share * sum, share * tangent, out_y, out_x);
+    } else {
+      keep(share * sum, share * tangent, out_y, out_x);
+    }
+  });
+}
+
+template <bool kTangent, typename T>
+void pool_forward(const BlockForward<T>& p, Preactivations<T>& maps, int64_t task, int64_t channel) {
+  const Affine<T> affine(p, task, channel);
+  for (int64_t image = 0; image < p.shape.images; ++image) {
+    maps.enter(task, image, channel);
+    pool_image<kTangent>(p, maps, affine, task, image, channel);
+  }
+}
+
+// Calls f(task, channel) for the vectors of items, each a block of a task's channels.
+template <typename T, class F>
+void for_items(const BlockShape& shape, int64_t begin, int64_t end, const F& f) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t task = item / shape.blocks(), first = item % shape.blocks() * kChannelBlock;
+    for (int64_t c = first; c < first + kChannelBlock; c += kLanes<T>) f(task, c);
+  }
 }
 
 template <typename T>
 void run(const BlockForward<T>& p, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t task = item / p.shape.blocks(), first = item % p.shape.blocks() * kChannelBlock;
-    for (int64_t c = first; c < first + kChannelBlock; c += kLanes<T>) {
-      if (p.z_tangent.data != nullptr) {
-        if (p.shape.norm) measure_tangent(p, task, c);
-        pool_forward<true>(p, task, c);
+  with_arena<T>([&](Arena<T>& arena) {
+    Preactivations<T> maps(p, arena);
+    if (arena.counts()) return;
+    for_items<T>(p.shape, begin, end, [&](int64_t task, int64_t channel) {
+      if (p.tangent()) {
+        if (p.shape.norm) measure_tangent(p, maps, task, channel);
+        pool_forward<true>(p, maps, task, channel);
       } else {
-        if (p.shape.norm) measure(p, task, c);
-        pool_forward<false>(p, task, c);
+        if (p.shape.norm) measure(p, maps, task, channel);
+        pool_forward<false>(p, maps, task, channel);
       }
-    }
-  }
+    });
+  });
 }
 
 // ---- backward ----
@@ -242,35 +295,35 @@ struct Reaching {
   Vec<T> grad, tangent;
 };
 
-// Batch norm needs sums over all of what reaches y before any gradient of z is known. Where a pixel lies in
-// one window at most, what reaches it is found twice, first for the sums and then for the gradient, which
-// goes to memory once; where windows overlap, it is added up in the place of the gradient.
+// Batch norm needs sums over all of what reaches y before any gradient of z is known. So what reaches it is
+// found twice, first for the sums and then for the gradient. Where windows overlap, it is added up in the
+// place of the gradient.
 template <bool kTangent, typename T>
 class BlockGradient {
  public:
-  BlockGradient(const BlockBackward<T>& p, int64_t task, int64_t channel)
-      : p_(p), s_(p.shape), task_(task), channel_(channel), affine_(p, task, channel) {}
+  BlockGradient(const BlockBackward<T>& p, Preactivations<T>& maps, Arena<T>& arena)
+      : p_(p), s_(p.shape), maps_(maps) {
+    const int64_t pixels = s_.height * s_.width;
+    own_grad_ = arena.take_if(p.weights != nullptr, pixels);
+    own_tangent_ = arena.take_if(p.weights != nullptr && kTangent, pixels);
+  }
 
-  void run() {
-    const bool tiles = s_.pool_stride_y == s_.pool_height && s_.pool_stride_x == s_.pool_width &&
-                       s_.pool_padding_y == 0 && s_.pool_padding_x == 0;
-    if (s_.pool == Pool::none || tiles) {
+  void run(int64_t task, int64_t channel) {
+    task_ = task;
+    channel_ = channel;
+    affine_ = Affine<T>(p_, task, channel);
+    sum_ = scaled_ = sum_tangent_ = scaled_tangent_ = Vec<T>{};
+    if (p_.weights != nullptr) clear_weights();
+    for (int64_t image = 0; image < s_.images; ++image) {
+      enter(image);
       visit<Sink::sums>();
-      finish_sums();
-      visit<Sink::gradient>();
-      visit_uncovered([&](auto... pixel) __attribute__((always_inline)) {
-        const Point at = point(pixel...);
-        put_gradient(Reaching<T>{}, at.n, at.n_tangent, pixel...);
-      });
-    } else {
-      for_pixels(s_.images, s_.height, s_.width,
-                 [&](auto... pixel) __attribute__((always_inline)) { put(Reaching<T>{}, pixel...); });
-      visit<Sink::addition>();
-      finish_sums();
-      for_pixels(s_.images, s_.height, s_.width, [&](auto... pixel) __attribute__((always_inline)) {
-        const Point at = point(pixel...);
-        put_gradient(added(pixel...), at.n, at.n_tangent, pixel...);
-      });
+    }
+    finish_sums();
+    for (int64_t image = 0; image < s_.images; ++image) {
+      enter(image);
+      differentiate_image();
+      if (p_.weights != nullptr)
+        add_image_weights(*p_.weights, task, image, channel, kTangent ? own_tangent_ : own_grad_);
     }
   }
 
@@ -279,21 +332,43 @@ class BlockGradient {
 
   const BlockBackward<T>& p_;
   const BlockShape& s_;
-  const int64_t task_, channel_;
-  const Affine<T> affine_;
+  Preactivations<T>& maps_;
+  T *own_grad_, *own_tangent_;  // of an image, where it goes to the weights at once; else null
+  int64_t task_ = 0, image_ = 0, channel_ = 0;
+  Maps<T> to_grad_{}, to_tangent_{};  // of the image
+  Affine<T> affine_;
   // Over all pixels, of what reaches y, and of that times n, and their tangents: the sums, then the means.
   Vec<T> sum_{}, scaled_{}, sum_tangent_{}, scaled_tangent_{};
-  Vec<T> factor_ = Vec<T>{} + 1, factor_tangent_{};
+  Vec<T> factor_{}, factor_tangent_{};
+
+  void enter(int64_t image) {
+    image_ = image;
+    maps_.enter(task_, image, channel_);
+    const auto place = [&](const Maps<T>& maps, T* own) -> Maps<T> {
+      if (own != nullptr) return {own, 0, 0, s_.width * kLanes<T>, kLanes<T>};
+      return {maps.at(task_, image, 0, 0) + channel_, 0, 0, maps.row, maps.pixel};
+    };
+    to_grad_ = place(p_.grad_z, own_grad_);
+    if constexpr (kTangent) to_tangent_ = place(p_.grad_z_tangent, own_tangent_);
+  }
+
+  void clear_weights() const {
+    const ConvolveWeights<T>& w = *p_.weights;
+    for (int64_t row = 0; row < w.rows(); ++row) {
+      store(w.out + task_ * w.out_task + row * w.pitch + channel_, Vec<T>{});
+    }
+    if (w.out_bias != nullptr) store(w.out_bias + task_ * w.out_task + channel_, Vec<T>{});
+  }
 
   struct Point {  // y of a pixel
     Vec<T> n, y, n_tangent, y_tangent;
   };
-  METAFAST_HD Point point(int64_t image, int64_t y, int64_t x) const {
+  METAFAST_HD Point point(int64_t y, int64_t x) const {
     Point point{};
-    point.n = affine_.n(load(p_.z.at(task_, image, y, x) + channel_));
+    point.n = affine_.n(maps_.z(y, x));
     point.y = affine_.y(point.n);
     if constexpr (kTangent) {
-      point.n_tangent = affine_.n_tangent(point.n, load(p_.z_tangent.at(task_, image, y, x) + channel_));
+      point.n_tangent = affine_.n_tangent(point.n, maps_.z_tangent(y, x));
       point.y_tangent = affine_.y_tangent(point.n, point.n_tangent);
     }
     return point;
@@ -310,22 +385,38 @@ class BlockGradient {
     factor_tangent_ = a.gamma_tangent * a.rstd - a.gamma * a.rstd * a.rstd * a.scale_tangent;
   }
 
+  void differentiate_image() {
+    const bool tiles = s_.pool_stride_y == s_.pool_height && s_.pool_stride_x == s_.pool_width &&
+                       s_.pool_padding_y == 0 && s_.pool_padding_x == 0;
+    if (s_.pool == Pool::none || tiles) {
+      visit<Sink::gradient>();
+      visit_uncovered([&](int64_t y, int64_t x)
+                          __attribute__((always_inline)) { put_gradient(Reaching<T>{}, point(y, x), y, x); });
+      return;
+    }
+    for_pixels(s_.height, s_.width,
+               [&](int64_t y, int64_t x) __attribute__((always_inline)) { put(Reaching<T>{}, y, x); });
+    visit<Sink::addition>();
+    for_pixels(s_.height, s_.width, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+      put_gradient(added(y, x), point(y, x), y, x);
+    });
+  }
+
   // ---- what reaches y ----
 
   template <Sink kSink>
   void visit() {
     if (s_.pool == Pool::none) {
-      return for_pixels(s_.images, s_.height, s_.width,
-                        [&](int64_t image, int64_t y, int64_t x) __attribute__((always_inline)) {
-                          const Point at = point(image, y, x);
-                          give<kSink>(through(of_result(image, y, x), at.y, at.y_tangent), at, image, y, x);
-                        });
+      return for_pixels(s_.height, s_.width, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
+        const Point at = point(y, x);
+        give<kSink>(through(of_result(y, x), at.y, at.y_tangent), at, y, x);
+      });
     }
-    for_pixels(s_.images, s_.out_height, s_.out_width, [&](auto... place) __attribute__((always_inline)) {
+    for_pixels(s_.out_height, s_.out_width, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
       if (s_.pool == Pool::max) {
-        give_to_largest<kSink>(place...);
+        give_to_largest<kSink>(y, x);
       } else {
-        give_evenly<kSink>(place...);
+        give_evenly<kSink>(y, x);
       }
     });
   }
@@ -335,16 +426,14 @@ class BlockGradient {
   void visit_uncovered(const F& f) const {
     if (s_.pool == Pool::none) return;
     const int64_t height = s_.out_height * s_.pool_height, width = s_.out_width * s_.pool_width;
-    for (int64_t image = 0; image < s_.images; ++image) {
-      for (int64_t y = 0; y < s_.height; ++y) {
-        for (int64_t x = y < height ? width : 0; x < s_.width; ++x) f(image, y, x);
-      }
+    for (int64_t y = 0; y < s_.height; ++y) {
+      for (int64_t x = y < height ? width : 0; x < s_.width; ++x) f(y, x);
     }
   }
 
-  METAFAST_HD Reaching<T> of_result(int64_t image, int64_t y, int64_t x) const {
-    Reaching<T> grad{load(p_.grad.at(task_, image, y, x) + channel_), Vec<T>{}};
-    if constexpr (kTangent) grad.tangent = load(p_.grad_tangent.at(task_, image, y, x) + channel_);
+  METAFAST_HD Reaching<T> of_result(int64_t y, int64_t x) const {
+    Reaching<T> grad{load(p_.grad.at(task_, image_, y, x) + channel_), Vec<T>{}};
+    if constexpr (kTangent) grad.tangent = load(p_.grad_tangent.at(task_, image_, y, x) + channel_);
     return grad;
   }
 
@@ -356,12 +445,12 @@ class BlockGradient {
   }
 
   template <Sink kSink>
-  METAFAST_HD void give_to_largest(int64_t image, int64_t out_y, int64_t out_x) {
+  METAFAST_HD void give_to_largest(int64_t out_y, int64_t out_x) {
     const Window window(s_, out_y, out_x);
     Vec<T> best = Vec<T>{} - static_cast<T>(__builtin_inf()), place{}, number{};
     Point largest{};
     window.each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
-      const Point at = point(image, y, x);
+      const Point at = point(y, x);
       const auto larger = (at.y > best) | (at.y != at.y);
       best = larger ? at.y : best;
       place = larger ? number : place;
@@ -372,51 +461,49 @@ class BlockGradient {
       }
       number += 1;
     });
-    const Reaching<T> part = through(of_result(image, out_y, out_x), best, largest.y_tangent);
-    if constexpr (kSink != Sink::gradient) add_to_sums(part, largest);
-    if constexpr (kSink == Sink::sums) return;
+    const Reaching<T> part = through(of_result(out_y, out_x), best, largest.y_tangent);
+    if constexpr (kSink == Sink::sums) return add_to_sums(part, largest);
     number = Vec<T>{};
     window.each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
       const auto here = number == place;
       const Reaching<T> own{here ? part.grad : Vec<T>{}, here ? part.tangent : Vec<T>{}};
       if constexpr (kSink == Sink::gradient) {
-        const Point at = point(image, y, x);
-        put_gradient(own, at.n, at.n_tangent, image, y, x);
+        put_gradient(own, point(y, x), y, x);
       } else {
-        add(own, image, y, x);
+        add(own, y, x);
       }
       number += 1;
     });
   }
 
   template <Sink kSink>
-  METAFAST_HD void give_evenly(int64_t image, int64_t out_y, int64_t out_x) {
+  METAFAST_HD void give_evenly(int64_t out_y, int64_t out_x) {
     const T share = T(1) / static_cast<T>(s_.pool_height * s_.pool_width);
     const Window window(s_, out_y, out_x);
-    Reaching<T> grad = of_result(image, out_y, out_x);
+    Reaching<T> grad = of_result(out_y, out_x);
     grad = {share * grad.grad, share * grad.tangent};
     if (s_.pools_first) {
       Vec<T> sum{}, tangent{};
       window.each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
-        const Point at = point(image, y, x);
+        const Point at = point(y, x);
         sum += at.y;
         tangent += at.y_tangent;
       });
       grad = through(grad, share * sum, share * tangent);
     }
     window.each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
-      const Point at = point(image, y, x);
-      give<kSink>(s_.pools_first ? grad : through(grad, at.y, at.y_tangent), at, image, y, x);
+      const Point at = point(y, x);
+      give<kSink>(s_.pools_first ? grad : through(grad, at.y, at.y_tangent), at, y, x);
     });
   }
 
   // ---- where it goes ----
 
   template <Sink kSink>
-  METAFAST_HD void give(const Reaching<T>& part, const Point& at, int64_t image, int64_t y, int64_t x) {
-    if constexpr (kSink == Sink::gradient) return put_gradient(part, at.n, at.n_tangent, image, y, x);
-    add_to_sums(part, at);
-    if constexpr (kSink == Sink::addition) add(part, image, y, x);
+  METAFAST_HD void give(const Reaching<T>& part, const Point& at, int64_t y, int64_t x) {
+    if constexpr (kSink == Sink::sums) add_to_sums(part, at);
+    if constexpr (kSink == Sink::gradient) put_gradient(part, at, y, x);
+    if constexpr (kSink == Sink::addition) add(part, y, x);
   }
 
   METAFAST_HD void add_to_sums(const Reaching<T>& part, const Point& at) {
@@ -429,46 +516,50 @@ class BlockGradient {
   }
 
   // The gradient of z from what reaches y.
-  METAFAST_HD void put_gradient(const Reaching<T>& part, Vec<T> n, Vec<T> n_tangent, int64_t image, int64_t y,
-                                int64_t x) {
-    if (!s_.norm) return put(part, image, y, x);
-    Reaching<T> grad{part.grad - sum_ - n * scaled_, Vec<T>{}};
+  METAFAST_HD void put_gradient(const Reaching<T>& part, const Point& at, int64_t y, int64_t x) {
+    if (!s_.norm) return put(part, y, x);
+    Reaching<T> grad{part.grad - sum_ - at.n * scaled_, Vec<T>{}};
     if constexpr (kTangent) {
-      const Vec<T> tangent = part.tangent - sum_tangent_ - n_tangent * scaled_ - n * scaled_tangent_;
+      const Vec<T> tangent = part.tangent - sum_tangent_ - at.n_tangent * scaled_ - at.n * scaled_tangent_;
       grad.tangent = factor_tangent_ * grad.grad + factor_ * tangent;
     }
     grad.grad *= factor_;
-    put(grad, image, y, x);
+    put(grad, y, x);
   }
 
-  METAFAST_HD void put(const Reaching<T>& grad, int64_t image, int64_t y, int64_t x) {
-    store(p_.grad_z.at(task_, image, y, x) + channel_, grad.grad);
-    if constexpr (kTangent) store(p_.grad_z_tangent.at(task_, image, y, x) + channel_, grad.tangent);
+  METAFAST_HD void put(const Reaching<T>& grad, int64_t y, int64_t x) {
+    store(to_grad_.at(0, 0, y, x), grad.grad);
+    if constexpr (kTangent) store(to_tangent_.at(0, 0, y, x), grad.tangent);
   }
 
-  METAFAST_HD Reaching<T> added(int64_t image, int64_t y, int64_t x) const {
-    Reaching<T> sum{load(p_.grad_z.at(task_, image, y, x) + channel_), Vec<T>{}};
-    if constexpr (kTangent) sum.tangent = load(p_.grad_z_tangent.at(task_, image, y, x) + channel_);
+  METAFAST_HD Reaching<T> added(int64_t y, int64_t x) const {
+    Reaching<T> sum{load(to_grad_.at(0, 0, y, x)), Vec<T>{}};
+    if constexpr (kTangent) sum.tangent = load(to_tangent_.at(0, 0, y, x));
     return sum;
   }
 
-  METAFAST_HD void add(const Reaching<T>& part, int64_t image, int64_t y, int64_t x) {
-    const Reaching<T> sum = added(image, y, x);
-    put({sum.grad + part.grad, sum.tangent + part.tangent}, image, y, x);
+  METAFAST_HD void add(const Reaching<T>& part, int64_t y, int64_t x) {
+    const Reaching<T> sum = added(y, x);
+    put({sum.grad + part.grad, sum.tangent + part.tangent}, y, x);
   }
 };
 
+template <bool kTangent, typename T>
+void run_backward(const BlockBackward<T>& p, int64_t begin, int64_t end) {
+  with_arena<T>([&](Arena<T>& arena) {
+    Preactivations<T> maps(p, arena);
+    BlockGradient<kTangent, T> gradient(p, maps, arena);
+    if (arena.counts()) return;
+    for_items<T>(p.shape, begin, end, [&](int64_t task, int64_t channel) { gradient.run(task, channel); });
+  });
+}
+
 template <typename T>
 void run(const BlockBackward<T>& p, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t task = item / p.shape.blocks(), first = item % p.shape.blocks() * kChannelBlock;
-    for (int64_t c = first; c < first + kChannelBlock; c += kLanes<T>) {
-      if (p.z_tangent.data != nullptr) {
-        BlockGradient<true, T>(p, task, c).run();
-      } else {
-        BlockGradient<false, T>(p, task, c).run();
-      }
-    }
+  if (p.tangent()) {
+    run_backward<true>(p, begin, end);
+  } else {
+    run_backward<false>(p, begin, end);
   }
 }
 

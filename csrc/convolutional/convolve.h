@@ -113,6 +113,29 @@ void run(const Convolve<T>& p, int64_t begin, int64_t end) {
   }
 }
 
+// A vector of channels of one image, [height, width] vectors.
+template <typename T>
+void convolve_image(const Convolve<T>& p, int64_t task, int64_t image, int64_t channel, T* out) {
+  constexpr int64_t step = kLanes<T>;
+  const Maps<const T>& source = p.factors[0].source;
+  Convolve<T> to_vector = p;
+  to_vector.out = {out - channel, 0, 0, p.width * step, step};
+  const int64_t pixels = p.height * p.width, tiles = div_up(pixels, kTilePixels);
+  int64_t x = 0, y = 0;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = pixels * i / tiles, size = pixels * (i + 1) / tiles - first;
+    TileOfPixels<T> tile;
+    for (int64_t r = 0; r < kTilePixels; ++r) {
+      tile.source[r] = image * source.image + y * source.row + x * source.pixel;
+      tile.out[r] = (y * p.width + x) * step;
+      if (r + 1 < size && ++x == p.width) x = 0, ++y;
+    }
+    if (++x == p.width) x = 0, ++y;
+    with_size<kTilePixels>(size,
+                           [&]<int kPixels>() { convolve_tile<kPixels, 1>(to_vector, task, tile, channel); });
+  }
+}
+
 // ---- backward to the weights ----
 
 // Adds what the pixels of `lines` rows of the maps give to kRows rows of the gradient.
@@ -155,6 +178,49 @@ METAFAST_HD void weights_tile(const ConvolveWeights<T>& p, const T* source, cons
   }
 }
 
+// Calls f.operator()<kRows>(rows of the gradient from the first on) for tiles of at most kTileRows rows.
+template <class F>
+METAFAST_HD void for_row_tiles(int64_t rows, const F& f) {
+  int64_t row = 0;
+  const auto tiles = [&]<int kRows>() __attribute__((always_inline)) {
+    for (; rows - row >= kRows; row += kRows) f.template operator()<kRows>(row);
+  };
+  if constexpr (kTileRows > 6) tiles.template operator()<kTileRows>();
+  if constexpr (kTileRows > 6) tiles.template operator()<9>();
+  tiles.template operator()<6>();
+  tiles.template operator()<3>();
+  tiles.template operator()<1>();
+}
+
+// Where row r of the gradient finds its source, from that of the first row.
+template <typename T>
+METAFAST_HD int64_t offset_of(const ConvolveWeights<T>& p, int64_t row) {
+  const int64_t tap = row / p.depth;
+  return tap / p.taps_x * p.tap_row + tap % p.taps_x * p.tap_pixel + row % p.depth;
+}
+
+// Adds what one image gives to a vector of all rows and of the bias, from its gradient, [height, width]
+// vectors.
+template <typename T>
+void add_image_weights(const ConvolveWeights<T>& p, int64_t task, int64_t image, int64_t channel,
+                       const T* grad) {
+  constexpr int64_t step = kLanes<T>;
+  ConvolveWeights<T> of_vector = p;
+  of_vector.factors[0].grad = {grad, 0, 0, p.width * step, step};
+  const T* const source = p.factors[0].source.at(task, image, 0, 0);
+  T* const out = p.out + task * p.out_task + channel;
+  for_row_tiles(p.rows(), [&]<int kRows>(int64_t row) {
+    int64_t offsets[kRows];
+    for (int r = 0; r < kRows; ++r) offsets[r] = offset_of(p, row + r);
+    weights_tile<kRows, 1>(of_vector, source, grad, offsets, 0, p.height, out + row * p.pitch);
+  });
+  if (p.out_bias == nullptr) return;
+  Vec<T> sum{};
+  for (int64_t i = 0; i < p.height * p.width; ++i) sum += load(grad + i * step);
+  T* const bias = p.out_bias + task * p.out_task + channel;
+  store(bias, load(bias) + sum);
+}
+
 template <typename T>
 void add_bias_gradient(const ConvolveWeights<T>& p, int64_t task) {
   const Maps<const T>& grad = p.factors[0].grad;
@@ -182,41 +248,23 @@ void run(const ConvolveWeights<T>& p, int64_t begin, int64_t end) {
     T* const out = p.out + task * p.out_task;
     std::fill(out + first * p.pitch, out + last * p.pitch, T(0));
     if (chunk == 0 && p.out_bias != nullptr) add_bias_gradient(p, task);
-    const int64_t lines = p.images * p.height, tiles = div_up(last - first, kTileRows);
+    const int64_t lines = p.images * p.height;
     for (int64_t line = 0; line < lines; line += block) {
       for (int f = 0; f < p.count; ++f) {
         const T* const source = p.factors[f].source.data + task * p.factors[f].source.task;
         const T* const grad = p.factors[f].grad.data + task * p.factors[f].grad.task;
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t row = first + (last - first) * i / tiles,
-                        next = first + (last - first) * (i + 1) / tiles;
-          int64_t offsets[kTileRows];
-          for (int64_t r = row; r < next; ++r) {
-            const int64_t tap = r / p.depth;
-            offsets[r - row] = tap / p.taps_x * p.tap_row + tap % p.taps_x * p.tap_pixel + r % p.depth;
-          }
-          const auto tile = [&]<int kRows>(int64_t at) __attribute__((always_inline)) {
-            int64_t channel = 0;
-            const auto channels = [&]<int kVectors>() __attribute__((always_inline)) {
-              weights_tile<kRows, kVectors>(p, source, grad + channel, offsets + at, line,
-                                            std::min(block, lines - line),
-                                            out + (row + at) * p.pitch + channel);
-              channel += kVectors * kLanes<T>;
-            };
-            while (channel + kTileVectors * kLanes<T> <= p.pitch)
-              channels.template operator()<kTileVectors>();
-            if (channel < p.pitch) channels.template operator()<1>();
+        for_row_tiles(last - first, [&]<int kRows>(int64_t row) __attribute__((always_inline)) {
+          int64_t offsets[kRows], channel = 0;
+          for (int r = 0; r < kRows; ++r) offsets[r] = offset_of(p, first + row + r);
+          const auto channels = [&]<int kVectors>() __attribute__((always_inline)) {
+            weights_tile<kRows, kVectors>(p, source, grad + channel, offsets, line,
+                                          std::min(block, lines - line),
+                                          out + (first + row) * p.pitch + channel);
+            channel += kVectors * kLanes<T>;
           };
-          int64_t at = 0, left = next - row;
-          const auto tiles_of = [&]<int kRows>() __attribute__((always_inline)) {
-            for (; left >= kRows; left -= kRows, at += kRows) tile.template operator()<kRows>(at);
-          };
-          if constexpr (kTileRows > 6) tiles_of.template operator()<kTileRows>();
-          if constexpr (kTileRows > 6) tiles_of.template operator()<9>();
-          tiles_of.template operator()<6>();
-          tiles_of.template operator()<3>();
-          tiles_of.template operator()<1>();
-        }
+          while (channel + kTileVectors * kLanes<T> <= p.pitch) channels.template operator()<kTileVectors>();
+          if (channel < p.pitch) channels.template operator()<1>();
+        });
       }
     }
   }

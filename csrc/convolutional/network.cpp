@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "common/dispatch.h"
+
 namespace metafast {
 namespace {
 
@@ -92,6 +94,9 @@ Network::Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorLi
     width = block.out_width;
     blocks_.push_back(block);
   }
+  constexpr int64_t kFewTerms = 36;  // of a sum, which take less time than a vector from memory
+  const NetworkBlock& first = blocks_[0];
+  thin_ = !runs_cuda(x) && !first.linear && first.kernel_y * first.kernel_x * first.channels <= kFewTerms;
   TORCH_CHECK_VALUE(height == 1 && width == 1,
                     "network: expected a linear layer as its last block, got maps of ", height, " x ", width);
   TORCH_CHECK_VALUE(shapes_.size() == params.size(), "params: expected ", shapes_.size(), " tensors, got ",

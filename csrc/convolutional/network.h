@@ -49,6 +49,8 @@ class Network {
   int64_t outputs() const { return blocks_.back().outputs; }
   bool shared() const { return shared_; }
   int64_t norm_channels() const;
+  // Whether z of block i is not kept but found again (ThinInput in params.h).
+  bool thin(size_t i) const { return i == 0 && thin_; }
 
   // What the input of block i needs around it to be convolved, and what the gradient of its z needs on the
   // way back to that input.
@@ -68,7 +70,7 @@ class Network {
   std::vector<size_t> block_of_;
   std::vector<int64_t> place_;
   int64_t size_ = 0;
-  bool shared_;
+  bool shared_ = true, thin_ = false;
 
   int64_t add_param(at::TensorList params, at::IntArrayRef shape, const char* kind, size_t block,
                     int64_t size, int64_t tasks);

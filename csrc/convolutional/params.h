@@ -75,6 +75,7 @@ struct Convolve {
   bool tf32 = false;  // float32 on CUDA: tensor cores may round to TF32
 
   METAFAST_HD int64_t pixels() const { return images * height * width; }  // of a task
+  int64_t terms() const { return taps_y * taps_x * depth; }               // of a sum
   // On the CPU a work item is a run of a task's pixels.
   static constexpr int64_t kItemPixels = 14 * 16;
   METAFAST_HD int64_t chunks() const { return (pixels() + kItemPixels - 1) / kItemPixels; }
@@ -130,6 +131,13 @@ struct ConvolveWeights {
   int64_t workspace_size() const { return parts() > 1 ? tasks * parts() * (rows() + 1) * pitch : 0; }
 };
 
+// On the CPU, where the input of the first block has few channels, z is not kept: it is found again, an image
+// at a time, whenever it is read, in less time than memory would take. Null: z is where the maps say.
+template <typename T>
+struct ThinInput {
+  const Convolve<T>*z, *z_tangent;
+};
+
 enum class MapActivation { none, relu, tanh };
 enum class Pool { none, max, average };
 
@@ -155,7 +163,7 @@ struct BlockShape {
   int64_t workspace_size() const { return norm ? tasks * parts() * kStatistics * pitch : 0; }
 };
 
-// A block's result, with its statistics. With a tangent (z_tangent not null) that of the result as well, and
+// A block's result, with its statistics. With a tangent (tangent() says) that of the result as well, and
 // the statistics are read, not written.
 template <typename T>
 struct BlockForward {
@@ -171,10 +179,14 @@ struct BlockForward {
   T *mean_tangent, *scale_tangent;
   Maps<T> out, out_tangent;  // the border is not touched; out is not written where there is a tangent
   T* workspace = nullptr;    // on CUDA: shape.workspace_size() elements
+  ThinInput<T> thin = {};
 
+  bool tangent() const { return z_tangent.data != nullptr || thin.z_tangent != nullptr; }
   // On the CPU a work item is a block of a task's channels.
   int64_t items() const { return shape.tasks * shape.blocks(); }
-  int64_t item_cost() const { return shape.pixels() * kChannelBlock * (z_tangent.data ? 3 : 2); }
+  int64_t item_cost() const {
+    return shape.pixels() * kChannelBlock * (tangent() ? 3 : 2) * (thin.z ? thin.z->terms() : 1);
+  }
 };
 
 // The gradient of z from that of the result, and those of gamma and beta. With a tangent those of all, and
@@ -191,9 +203,16 @@ struct BlockBackward {
   T *grad_gamma, *grad_beta;         // [T, pitch], tasks `grad_task` apart, or null
   int64_t grad_task;
   T* workspace = nullptr;  // on CUDA: shape.workspace_size() elements
+  ThinInput<T> thin = {};
+  // With a thin input: its gradient, or its tangent, goes to the weights' at once. grad_z and grad_z_tangent
+  // may then be absent.
+  const ConvolveWeights<T>* weights = nullptr;
 
+  bool tangent() const { return z_tangent.data != nullptr || thin.z_tangent != nullptr; }
   int64_t items() const { return shape.tasks * shape.blocks(); }
-  int64_t item_cost() const { return shape.pixels() * kChannelBlock * (z_tangent.data ? 6 : 3); }
+  int64_t item_cost() const {
+    return shape.pixels() * kChannelBlock * (tangent() ? 6 : 3) * (thin.z ? thin.z->terms() : 1);
+  }
 };
 
 // The loss of a task from the last block's results: mse, the mean over examples and outputs, or cross

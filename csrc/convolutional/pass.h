@@ -81,7 +81,8 @@ Maps<const T> as_const(const Maps<T>& maps) {
   return {maps.data, maps.task, maps.image, maps.row, maps.pixel};
 }
 
-// What a forward leaves for its backward: of each block z, the result and the statistics.
+// What a forward leaves for its backward: of each block z, unless its input is thin, the result and the
+// statistics.
 template <typename T>
 class Activations {
  public:
@@ -94,7 +95,7 @@ class Activations {
     for (size_t i = 0; i < network.blocks().size(); ++i) {
       const NetworkBlock& b = network.blocks()[i];
       OfBlock of{};
-      of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
+      if (!network.thin(i)) of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
       of.out =
           memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
       for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic = memory.take(tasks * b.pitch());
@@ -108,7 +109,7 @@ class Activations {
     Activations moved = *this;
     for (size_t i = 0; i < blocks_.size(); ++i) {
       OfBlock& of = moved.blocks_[i];
-      of.z.data += first * of.z.task;
+      if (of.z.data != nullptr) of.z.data += first * of.z.task;
       of.out.data += first * of.out.task;
       for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic += first * pitches_[i];
     }
@@ -136,7 +137,8 @@ struct Gradients {
     for (size_t i = 0; i < network.blocks().size(); ++i) {
       const NetworkBlock& b = network.blocks()[i];
       OfBlock of{};
-      of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), network.grad_border(i));
+      if (!network.thin(i) || of_input)
+        of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), network.grad_border(i));
       const bool last =
           i + 1 == network.blocks().size();  // of which the channels behind the outputs stay zero
       of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), {}, last);
@@ -163,7 +165,7 @@ struct Tangents {
     for (size_t i = 0; i < network.blocks().size(); ++i) {
       const NetworkBlock& b = network.blocks()[i];
       OfBlock of{};
-      of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
+      if (!network.thin(i)) of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
       of.out =
           memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
       of.mean = memory.take(tasks * b.pitch());
@@ -183,13 +185,15 @@ class Pass {
   void forward(Packed<const T> theta, const Activations<T>& to) const {
     for (size_t i = 0; i < blocks().size(); ++i) {
       const NetworkBlock& b = blocks()[i];
-      Convolve<T> conv = convolution(b, input(i, to), theta, to[i].z);
-      conv.bias = theta.at(b.bias);
-      conv.bias_task = theta.task;
-      launch(conv);
+      Convolve<T> z = convolution(b, input(i, to), theta, to[i].z);
       BlockForward<T> p = block_forward(b, to[i]);
       set_affine(p, b, theta);
       p.out = to[i].out;
+      if (network_.thin(i)) {
+        p.thin.z = &z;
+      } else {
+        launch(z);
+      }
       launch(p);
     }
   }
@@ -204,9 +208,10 @@ class Pass {
       p.grad = as_const(g.out);
       p.grad_z = g.z;
       set_gradients(p, b, grad);
-      launch(p);
+      const Convolve<T> z = convolution(b, input(i, of), theta, of[i].z);
+      if (network_.thin(i)) p.thin.z = &z;
       ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(g.z), grad);
-      launch(weights);
+      launch_with_weights(p, weights);
       const Maps<T>* const to = i > 0 ? &gradients.blocks[i - 1].out : grad_x;
       if (to == nullptr) continue;
       transpose(b, theta, g.transposed);
@@ -219,21 +224,21 @@ class Pass {
                        const Tangents<T>& to) const {
     for (size_t i = 0; i < blocks().size(); ++i) {
       const NetworkBlock& b = blocks()[i];
-      Convolve<T> conv = convolution(b, input(i, of), direction, to.blocks[i].z);
-      conv.bias = direction.at(b.bias);
-      conv.bias_task = direction.task;
+      Convolve<T> tangent = convolution(b, input(i, of), direction, to.blocks[i].z);
       if (i > 0) {
-        conv.factors[1] = conv.factors[0];
-        conv.factors[1].source.data = moved(b, as_const(to.blocks[i - 1].out)).data;
-        conv.factors[1].weights = theta.at(b.weight);
-        conv.factors[1].weights_task = theta.task;
-        conv.count = 2;
+        tangent.factors[1] = {moved(b, as_const(to.blocks[i - 1].out)), theta.at(b.weight), theta.task};
+        tangent.count = 2;
       }
-      launch(conv);
       BlockForward<T> p = block_forward(b, of[i]);
       set_affine(p, b, theta);
       set_tangents(p, b, direction, to.blocks[i]);
       p.out_tangent = to.blocks[i].out;
+      const Convolve<T> z = convolution(b, input(i, of), theta, of[i].z);
+      if (network_.thin(i)) {
+        p.thin = {&z, &tangent};
+      } else {
+        launch(tangent);
+      }
       launch(p);
     }
   }
@@ -254,13 +259,15 @@ class Pass {
       p.grad_z = g.z;
       p.grad_z_tangent = t.z;
       set_gradients(p, b, product);
-      launch(p);
+      const Convolve<T> z = convolution(b, input(i, of), theta, of[i].z),
+                        tangent = convolution(b, input(i, of), direction, tangents.blocks[i].z);
+      if (network_.thin(i)) p.thin = {&z, &tangent};
       ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(t.z), product);
       if (i > 0) {
         weights.factors[1] = {moved(b, as_const(tangents.blocks[i - 1].out)), as_const(g.z)};
         weights.count = 2;
       }
-      launch(weights);
+      launch_with_weights(p, weights);
       const Maps<T>* const to = i > 0 ? &gradient_tangents.blocks[i - 1].out : grad_x;
       if (to == nullptr) continue;
       transpose(b, theta, g.transposed);
@@ -303,6 +310,16 @@ class Pass {
   }
   void launch(BlockForward<T>& p) const { launch_with(p, p.shape.workspace_size()); }
   void launch(BlockBackward<T>& p) const { launch_with(p, p.shape.workspace_size()); }
+  // A block's gradient, and that of its weights from it.
+  void launch_with_weights(BlockBackward<T>& p, ConvolveWeights<T>& weights) const {
+    if (p.thin.z != nullptr && p.grad_z.data == nullptr) {
+      p.weights = &weights;
+      launch(p);
+    } else {
+      launch(p);
+      launch(weights);
+    }
+  }
   template <class Params>
   void launch_with(Params& p, int64_t workspace_size) const {
     Tensor workspace;
@@ -351,6 +368,8 @@ class Pass {
     p.count = 1;
     p.weights_row = b.kernel_x * b.channels * p.pitch;
     p.weights_pixel = b.channels * p.pitch;
+    p.bias = weights.at(b.bias);
+    p.bias_task = weights.task;
     p.out = out;
     return p;
   }
