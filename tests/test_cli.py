@@ -374,6 +374,10 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
         ("train protonet --data {images} --ways 2 --queries 9", "--shots + --queries: expected at most 5"),
         ("train l2l --truncation 7", "--truncation: expected a divisor of the 100 steps, got 7"),
         (
+            "train maml --data sine --device cpu --graph on",
+            "--graph: expected auto or off on the CPU, got on",
+        ),
+        (
             "train maml --data digits --inner-steps 0",
             "--inner-steps: expected at least 1, whose rates are learned, got 0",
         ),

@@ -20,6 +20,7 @@ from metafast.program.learning_curves import final_loss
 from metafast.program.records import Records
 from metafast.program.settings import said, write
 from metafast.program.signals import Stopped, heard
+from metafast.program.steps import check_graph
 from metafast.program.train import autocast_dtype, available, train
 from metafast.runs.checkpoint import Checkpoint, Checkpoints, find_checkpoint, list_checkpoints
 from metafast.runs.lock import locked
@@ -46,6 +47,7 @@ def begin(
         _check_same_run(out, config, base)
     training = config.training
     available(training.device)
+    check_graph(config.pace.graph, torch.device(training.device), ranks)
     torch.manual_seed(training.seed)
     sampler = config.data.sampler("train", seed=training.seed, device=training.device)
     problem = ranks.share(sampler.batch(0)).problem

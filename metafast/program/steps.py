@@ -248,6 +248,14 @@ def _tensors_of(method: nn.Module) -> list[Tensor]:
     return [*method.parameters(), *method.buffers()]
 
 
+def check_graph(graph: Graph, device: torch.device, ranks: Ranks) -> str | None:
+    """Why there are no graphs on a device, ``None`` if there are; ValueError where there have to be."""
+    where = "on the CPU" if device.type != "cuda" else "with several ranks" if ranks.size > 1 else None
+    if graph == "on" and where is not None:
+        raise ValueError(f"graph: expected auto or off {where}, got on")
+    return where
+
+
 def graphs_for(
     graph: Graph, device: torch.device, ranks: Ranks, tell: Callable[[str], None]
 ) -> Graphs | None:
@@ -256,13 +264,11 @@ def graphs_for(
     Raises:
         ValueError: they are to be, and cannot.
     """
+    where = check_graph(graph, device, ranks)
     if graph == "off":
         return None
-    where = "on the CPU" if device.type != "cuda" else "with several ranks" if ranks.size > 1 else None
     if where is None:
         return CudaGraphs(device)
-    if graph == "on":
-        raise ValueError(f"graph: expected auto or off {where}, got on")
     if device.type == "cuda":
         tell(f"without a CUDA graph, which there is none of {where}")
     return None
