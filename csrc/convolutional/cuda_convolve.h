@@ -187,7 +187,7 @@ void launch_in_vectors(const Convolve<T>& p, Stream stream) {
       launch_convolve<FmaTile<T, kLargeRows, kLargeCols, 8, 8>, kVector>(p, stream);
     } else {
       if (p.tf32) return launch_convolve<Tf32Tile<64, 64, 32, 32>, kVector>(p, stream);
-      launch_convolve<FmaTile<T, 64, 64, 8, 8>, kVector>(p, stream);
+      launch_convolve<FmaTile<T, 64, 64, 8, 4>, kVector>(p, stream);
     }
   }
 }

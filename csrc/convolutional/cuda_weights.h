@@ -155,7 +155,7 @@ void launch(const ConvolveWeights<T>& p, Stream stream) {
     if (!vectors) return launch_weights<FmaTile<T, 16, 64, 4, 4>, 1>(p, stream);
     if (p.tf32) {
       if (p.pitch <= kFewChannels) return launch_weights<Tf32Tile<64, 32, 32, 32>, kVector>(p, stream);
-      return launch_weights<Tf32Tile<64, 64, 64, 32>, kVector>(p, stream);
+      return launch_weights<Tf32Tile<128, 64, 64, 64>, kVector>(p, stream);
     }
     if (p.pitch <= kFewChannels) return launch_weights<FmaTile<T, 64, 32, 8, 4>, kVector>(p, stream);
     launch_weights<FmaTile<T, 64, 64, 8, 8>, kVector>(p, stream);
