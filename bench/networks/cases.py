@@ -17,7 +17,7 @@ from bench.networks.workloads import LEARNING_RATE, NETWORKS, Network, Problem
 NOT_SLOWER = Target(1 / 1.1, ("eager", "library"), "the best of loop, torch.func and learn2learn")
 
 
-def ours(problem: Problem, path: str | None) -> Callable[[], object]:
+def ours(problem: Problem, path: str | None, checkpoint_steps: bool = False) -> Callable[[], object]:
     x, y, query_x, query_y = problem.data
 
     def call() -> object:
@@ -29,6 +29,7 @@ def ours(problem: Problem, path: str | None) -> Callable[[], object]:
             lr=LEARNING_RATE,
             steps=problem.steps,
             path=path,
+            checkpoint_steps=checkpoint_steps,
         )
         loss = F.cross_entropy(adapted(query_x).flatten(0, 1), query_y.flatten())
         return loss, *torch.autograd.grad(loss, problem.parameters)

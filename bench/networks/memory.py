@@ -29,10 +29,14 @@ class Workload:
 
 
 def _workloads(device: torch.device, quick: bool) -> Sequence[Workload]:
-    names = ("Conv4-64", "GRU 8-32")
-    return [
-        Workload(name, *size) for name in names for size in ([(2, 1)] if quick else [(4, 1), (4, 5), (32, 1)])
-    ]
+    if quick:
+        return [Workload("GRU 8-32", 2, 1)]
+    sizes = {
+        "Conv4-64": [(4, 1), (4, 5), (32, 1)],
+        "GRU 8-32": [(4, 1), (4, 5), (32, 1)],
+        "ResNet-12, narrow": [(4, 1), (4, 5)],
+    }
+    return [Workload(name, *size) for name, of_network in sizes.items() for size in of_network]
 
 
 MEMORY = MemoryTable(
@@ -40,6 +44,7 @@ MEMORY = MemoryTable(
         "metafast": functools.partial(ours, path=None),
         "torch.func path": functools.partial(ours, path="torch.func"),
         "loop path": functools.partial(ours, path="loop"),
+        "loop, checkpoints": functools.partial(ours, path="loop", checkpoint_steps=True),
         "plain loop": pytorch.loop,
         "learn2learn": libraries.learn2learn,
     },

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from metafast.adaptation.checkpoints import NotCheckpointedError
 from metafast.adaptation.examples import Examples, shapes_of
 from metafast.adaptation.functions import restoring_modes
 from metafast.adaptation.task import Task
@@ -25,7 +26,7 @@ def blamed(path: str, task: Task, x: Examples, run: Callable[[], Result], plain:
         return run()
     try:
         return restoring_modes(run)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NotCheckpointedError):
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         failed = _without_transforms(plain) if path == "torch.func" else error

@@ -20,6 +20,10 @@ def arguments_of(x: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def at(examples: Examples, *index: int) -> Examples:
     """Those of one task, or of one step (and task)."""
+    if isinstance(examples, Tensor):  # for torch's way through a tree is as long as a small step's kernels
+        return examples[index]
+    if type(examples) is tuple:
+        return tuple(at(part, *index) for part in examples)
     return tree_map(lambda leaf: leaf[index], examples)
 
 
@@ -69,9 +73,10 @@ def check_examples(name: str, examples: Examples, lead: str = "T, S", **sizes: i
 
 
 def without(examples: Examples, counts: Tensor, filling: int = 0) -> Examples:
-    """With nothing in the place of the examples [S] that do not count, so that no NaN of theirs spreads."""
+    """With nothing in the place of the examples that do not count, so that no NaN of theirs spreads."""
 
     def cleared(leaf: Tensor) -> Tensor:
-        return torch.where(counts.view(-1, *[1] * (leaf.dim() - 1)), leaf, torch.full_like(leaf, filling))
+        each = counts.view(*counts.shape, *[1] * (leaf.dim() - counts.dim()))
+        return torch.where(each, leaf, torch.full_like(leaf, filling))
 
     return tree_map(cleared, examples)

@@ -16,6 +16,8 @@ from metafast.ops.inner_loop import sgd_update
 
 Loss = str | Callable[[Examples, Examples], Tensor]
 Penalty = Callable[[Tensors, Tensors], Tensor]
+Rate = float | Tensor | list[Tensor]  # of a step, as `sgd_update` takes it
+Momenta = list[Tensor] | None
 Rates = float | Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]
 
 
@@ -33,6 +35,7 @@ class InnerLoop:
     max_norm: float | Tensor | None = None
     penalty: Penalty | None = None
     weighted: bool = False  # whether there are example weights
+    checkpoint_steps: bool = False
 
     def check(self) -> None:
         check_count(steps=self.steps)
@@ -61,8 +64,8 @@ class InnerLoop:
         self,
         params: Tensors,
         grads: Tensors,
-        rates: float | Tensor | list[Tensor],
-        momenta: list[Tensor] | None,
+        rates: Rate,
+        momenta: Momenta,
     ) -> tuple[Tensors, list[Tensor]]:
         """The parameters one step on, and the momentum buffers."""
         updated, momenta = sgd_update(
@@ -101,7 +104,7 @@ class LearningRates:
         elif not isinstance(lr, Tensor) and not is_number(lr):
             self.fixed = _for_each(lr, params)
 
-    def at(self, step: int) -> float | Tensor | list[Tensor]:
+    def at(self, step: int) -> Rate:
         if self.of_layers is None:
             return self.fixed
         return [self.of_layers[step, layer] for layer in self.layer_of]

@@ -1,8 +1,8 @@
 """The path "loop": the tasks one after the other, by plain autograd on a module's double.
 
 It takes whatever autograd takes, branches on values and writes in place among it. The backward of the steps
-holds the graph of all of them, as on the other path; without a graph, or with first order, the memory of a
-step is one task's.
+holds the graph of all of them, as on the other path, unless the steps are checkpointed; without a graph, or
+with first order, the memory of a step is one task's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metafast.adaptation.examples import Examples, at, stacked
-from metafast.adaptation.inner_loop import LearningRates
+from metafast.adaptation.inner_loop import LearningRates, Momenta, Rate
 from metafast.adaptation.states import State, States, Tensors
 from metafast.adaptation.task import Task
 
@@ -45,18 +45,24 @@ def _train_one(
         connected = records and tensor.requires_grad
         return tensor.clone() if connected else tensor.detach().clone().requires_grad_()
 
-    params = {name: leaf(param) for name, param in params.items()}
-    first = dict(params)
-    momenta: list[Tensor] | None = None
-    for step in range(inner.steps):
-        of_step = at(examples, step, number) if inner.per_step else at(examples, number)
+    def moved(
+        params: Tensors, buffers: Tensors, momenta: Momenta, rate: Rate, first: Tensors, of_step: Examples
+    ) -> tuple[Tensors, Tensors, list[Tensor]]:
         task.scratch.renew()
         with torch.enable_grad():
             value, buffers = task.loss(params, buffers, first, *of_step)
             grads = task.clipped(_gradient(value, params, create_graph))
         if not create_graph:
             buffers = {name: buffer.detach() for name, buffer in buffers.items()}
-        params, momenta = inner.moved(params, grads, rates.at(step), momenta)
+        params, momenta = inner.moved(params, grads, rate, momenta)
+        return params, buffers, momenta
+
+    params = {name: leaf(param) for name, param in params.items()}
+    first = dict(params)
+    momenta: Momenta = None
+    for step in range(inner.steps):
+        of_step = at(examples, step, number) if inner.per_step else at(examples, number)
+        params, buffers, momenta = task.step(moved, params, buffers, momenta, rates.at(step), first, of_step)
         if not records:
             params = {name: param.requires_grad_() for name, param in params.items()}
     return (params if records else {name: param.detach() for name, param in params.items()}), buffers

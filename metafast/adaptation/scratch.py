@@ -64,6 +64,11 @@ class Scratch:
         if not self._copied:
             tied = {self._names[p]: tensor for name, tensor in tensors.items() for p in self._places[name]}
             return torch.func.functional_call(self.module, tied, args, kwargs, tie_weights=False)
+        self.place(tensors)
+        return self.module(*args, **kwargs)
+
+    def place(self, tensors: Tensors) -> None:
+        """Puts these tensors where the module has those of their names."""
         for name, tensor in tensors.items():
             for place in self._places[name]:
                 part = self._parts[place.part]
@@ -71,7 +76,6 @@ class Scratch:
                     part._c.setattr(place.key, tensor)
                 else:
                     getattr(part, place.group)[place.key] = tensor
-        return self.module(*args, **kwargs)
 
     def buffers(self, given: Tensors) -> Tensors:
         """What a call has left of the buffers it was given: those it wrote into, or others that it set."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from metafast.adaptation.checkpoints import NotCheckpointedError, checkpointed
 from metafast.adaptation.dimensions import checked
-from metafast.adaptation.examples import Examples, without
+from metafast.adaptation.examples import Examples
 from metafast.adaptation.functions import Exact
 from metafast.adaptation.inner_loop import InnerLoop
 from metafast.adaptation.losses import LOSSES
 from metafast.adaptation.scratch import Scratch
 from metafast.adaptation.states import States, Tensors
-from metafast.reference.labels import IGNORED
+
+Result = TypeVar("Result")
 
 
 class Task:
@@ -24,6 +27,14 @@ class Task:
     def __init__(self, module: nn.Module, inner: InnerLoop, states: States) -> None:
         self.scratch = Scratch(module)
         self.inner = inner
+        self._shared: Tensors = {}  # parameters that do not adapt, and have a gradient
+        if inner.checkpoint_steps:
+            adapting = set(states.names)
+            self._shared = {
+                name: param
+                for name, param in module.named_parameters()
+                if param.requires_grad and name not in adapting
+            }
         self._called = torch.compiler.is_compiling()
         named = {} if self._called else dict(module.named_parameters())
         self._strays = {id(named[name]): name for name in states.names if name in named}
@@ -47,10 +58,6 @@ class Task:
     ) -> tuple[Tensor, Tensors]:
         """The loss, with the penalty; and the buffers. `start` is what the parameters were at first."""
         inner = self.inner
-        if weights is not None:
-            counts = weights != 0
-            x = without(x, counts)
-            y = without(y, counts, IGNORED if inner.loss == "cross_entropy" else 0)
         out, buffers = self.call(params, buffers, x)
         value = LOSSES[inner.loss](out, y, weights) if isinstance(inner.loss, str) else inner.loss(out, y)
         if not isinstance(value, Tensor) or value.dim():
@@ -63,6 +70,21 @@ class Task:
                     f"penalty: expected a function that returns a scalar, got {list(value.shape)}"
                 )
         return value, buffers
+
+    def step(self, moved: Callable[..., Result], *given: Any) -> Result:
+        """``moved(*given)``, checkpointed if the inner loop says so."""
+        if not self.inner.checkpoint_steps or self.inner.first_order or not torch.is_grad_enabled():
+            return moved(*given)  # no graph of a step is kept
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            raise NotCheckpointedError(
+                "checkpoint_steps: expected False in torch.compile and in transforms of torch.func, got True"
+            )
+
+        def with_shared(shared: Tensors, *given: Any) -> Result:
+            self.scratch.place(shared)
+            return moved(*given)
+
+        return checkpointed(with_shared, self._shared, *given)
 
     def clipped(self, grads: Tensors) -> Tensors:
         """As `torch.nn.utils.clip_grad_norm_` leaves them."""

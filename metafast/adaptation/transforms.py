@@ -1,6 +1,6 @@
 """The path "torch.func": all tasks at once, by `vmap` over `grad` of a module's double.
 
-The backward of the steps holds the graph of all of them, for all tasks.
+The backward of the steps holds the graph of all of them, for all tasks, unless they are checkpointed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metafast.adaptation.examples import Examples, at
-from metafast.adaptation.inner_loop import LearningRates
+from metafast.adaptation.inner_loop import LearningRates, Momenta, Rate
 from metafast.adaptation.states import State, States, Tensors
 from metafast.adaptation.task import Task
 
@@ -34,13 +34,20 @@ def train(
         return task.clipped(grads), buffers
 
     of_tasks = torch.vmap(gradient, randomness="different")
-    momenta: list[Tensor] | None = None
+
+    def moved(
+        params: Tensors, buffers: Tensors, momenta: Momenta, rate: Rate, first: Tensors, of_step: Examples
+    ) -> tuple[Tensors, Tensors, list[Tensor]]:
+        with torch.no_grad() if inner.first_order else nullcontext():  # torch.func.grad works in either
+            grads, buffers = of_tasks(params, buffers, first, *of_step)
+        params, momenta = inner.moved(params, grads, rate, momenta)
+        return params, buffers, momenta
+
+    momenta: Momenta = None
     for step in range(inner.steps):
         examples = (x, y) if weights is None else (x, y, weights)
         examples = at(examples, step) if inner.per_step else examples
-        with torch.no_grad() if inner.first_order else nullcontext():  # torch.func.grad works in either
-            grads, buffers = of_tasks(params, buffers, first, *examples)
-        params, momenta = inner.moved(params, grads, rates.at(step), momenta)
+        params, buffers, momenta = task.step(moved, params, buffers, momenta, rates.at(step), first, examples)
     return States(start.tasks, (params, buffers))
 
 
