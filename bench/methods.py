@@ -1,11 +1,12 @@
 """Every method that learns from images, on Omniglot: how well, how fast, and what the operations give it.
 
-Each is trained by its recipe, or a share of its steps; `--runs DIR` takes the run in DIR/METHOD if there is
-one. It is evaluated on 5-way episodes of the test split, with as many shots as it was trained with and a 95 %
-interval, beside what its paper reports. Episodes per second are those of a training step (loss, gradient,
-optimizer), with metafast's operations and with their twins of metafast.reference in their place, interleaved;
-before that both have to give the same gradient. Peak memory is that of a fresh process that trains, torch and
-the images in it.
+Each is trained by its recipe, or a share of its steps; `--runs DIR` takes those that have a run in
+DIR/METHOD, and leaves the others out. It is evaluated on 5-way episodes of the test split, with as many shots
+as it was trained with and a 95 % interval, beside what its paper reports; a recurrent one also by how often
+the first, second, ... example of a class in a sequence is classified right. Episodes per second are those of
+a training step (loss, gradient, optimizer), with metafast's operations and with their twins of
+metafast.reference in their place, interleaved; before that both have to give the same gradient. Peak memory
+is that of a fresh process that trains, torch and the images in it.
 
 All recipes take hours, so `python -m bench` leaves this out. `--only METHOD` runs one.
 """
@@ -36,8 +37,9 @@ from bench.common.report import Report
 from bench.common.run import QUICK, parse
 from metafast import reference
 from metafast.methods import METHODS, Learner
+from metafast.methods.sequence import RecurrentLearner
 from metafast.program.config import Config, compose
-from metafast.program.evaluate import Estimate, evaluate
+from metafast.program.evaluate import Estimate, estimate, evaluate
 from metafast.program.load import load_method
 from metafast.program.run import LOG
 from metafast.program.train import autocast_dtype
@@ -64,6 +66,7 @@ class Row:
     ops: list[str]  # of metafast that a training step calls
     episodes_per_second: float
     reference_episodes_per_second: float | None  # None: it calls none
+    by_instance: list[Estimate] | None  # of a method that reads sequences
 
     def cells(self) -> tuple[str, ...]:
         slow = self.reference_episodes_per_second
@@ -105,6 +108,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> Row:
     records = [record for record in read_log(run / LOG) if "seconds" in record]
     used, fused, plain = speed(method, config, options)
     method, _ = load_method(run, device)  # as it was before steps were timed
+    recurrent = isinstance(method, RecurrentLearner)
     return Row(
         method=name,
         paper=config.learner.paper,
@@ -117,6 +121,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> Row:
         ops=used,
         episodes_per_second=fused,
         reference_episodes_per_second=plain,
+        by_instance=by_instance(method, config, options) if recurrent else None,
     )
 
 
@@ -125,7 +130,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> Row:
 
 def trained(name: str, options: argparse.Namespace, folder: Path) -> tuple[Path, int]:
     """A run, and the peak memory of training it."""
-    if options.runs is not None and (options.runs / name).is_dir():
+    if options.runs is not None:
         return options.runs / name, train(name, options, folder, MEMORY_STEPS)
     steps = compose(name, {"data": DATA}).training.steps
     return folder, train(name, options, folder, max(MEMORY_STEPS, round(options.steps_share * steps)))
@@ -159,6 +164,15 @@ def accuracy(method: Learner, config: Config, options: argparse.Namespace) -> Es
     sampler = data.sampler("test", seed=1, device=str(options.device))
     with autocast(config, options):
         return evaluate(method, map(sampler.batch, range(options.episodes)))
+
+
+def by_instance(method: RecurrentLearner, config: Config, options: argparse.Namespace) -> list[Estimate]:
+    sampler = replace(config.data, tasks=1).sampler("test", seed=1, device=str(options.device))
+    torch.manual_seed(0)  # of the order of a sequence
+    method.eval()
+    with torch.no_grad():
+        rows = [method.accuracy_by_instance(sampler.batch(step)) for step in range(options.episodes)]
+    return [estimate(column) for column in torch.cat(rows).unbind(1)]
 
 
 # --- speed --------------------------------------------------------------------------------------------------
@@ -241,8 +255,14 @@ def table(rows: list[Row]) -> str:
     )
 
 
+def instances(row: Row) -> str:
+    return f"{row.method} by instance: {', '.join(f'{each:.1%}' for each in row.by_instance)}"
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, metavar="DIR", help="trained runs, each in a folder METHOD")
+    parser.add_argument(
+        "--runs", type=Path, metavar="DIR", help="trained runs, each in a folder METHOD: of these"
+    )
     parser.add_argument(
         "--steps-share", type=float, default=1.0, metavar="X", help="of the recipes' steps (%(default)s)"
     )
@@ -255,6 +275,8 @@ def main() -> None:
         options.steps_share, options.episodes = 0.002, 10
     stop_at_sigterm()
     names = [name for name, method in METHODS.items() if "images" in method.recipes and options.only in name]
+    if options.runs is not None:
+        names = [name for name in names if (options.runs / name).is_dir()]
     budget, rows, failed = Budget(options.seconds, len(names)), [], []
     with Report("methods", options) as report, tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -271,6 +293,9 @@ def main() -> None:
             report.add(asdict(row))
             print("  ".join(row.cells()), flush=True)
         report.say(f"\n{options.episodes} test episodes, {QUERIES} queries a class\n{table(rows)}")
+        for row in rows:
+            if row.by_instance is not None:
+                report.say(instances(row))
     sys.exit(1 if failed else 0)
 
 

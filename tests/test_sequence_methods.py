@@ -168,6 +168,61 @@ def test_mann_writes_to_its_least_used_rows() -> None:
     assert (memory[0].abs().sum(-1) > 0.1).sum() == 4  # a row of its own for each step
 
 
+def test_mann_looks_up_what_was_there_before_its_write() -> None:
+    torch.manual_seed(0)
+    method = MANN(nn.Identity(), 3, 2, hidden=5, rows=6, width=4, heads=1)
+    with torch.no_grad():
+        method.interface.weight.zero_()
+        method.interface.bias.copy_(torch.tensor([3.0, -3, 3, -3, 50, -50]))
+    inputs = torch.rand(1, 2, 5)
+    _, (*_, read, _, _) = method.run(inputs[:, :1])
+    torch.testing.assert_close(read, torch.full((1, 1, 6), 1 / 6))  # of a memory where nothing was
+    _, (_, _, memory, read, _, _) = method.run(inputs)
+    written = memory[0].abs().sum(-1) > 0.1
+    assert written.sum() == 2
+    torch.testing.assert_close(read[0, 0].max(), torch.tensor(1.0))  # the row of the first step
+    assert written[read[0, 0].argmax()]
+
+
+def test_every_head_of_mann_empties_the_row_that_it_writes_to() -> None:
+    torch.manual_seed(0)
+    method = MANN(nn.Identity(), 3, 2, hidden=5, rows=4, width=3, heads=2)
+    with torch.no_grad():
+        method.interface.weight.zero_()
+        method.interface.bias.copy_(torch.tensor([1.0, 2, 3, 10, -50, 3, -2, 1, 10, -50]))
+    _, (_, _, memory, *_) = method.run(torch.rand(1, 9, 5))
+    keys = torch.tensor([[1.0, 2, 3], [3, -2, 1]]).tanh()
+    distance = torch.cdist(memory[0], keys).amin(1)  # each row holds one key, not a sum of many
+    torch.testing.assert_close(distance, torch.zeros(4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: RNN(nn.Identity(), 8, 2, hidden=64),
+        lambda: MANN(nn.Identity(), 8, 2, hidden=64, rows=16, width=16, heads=2),
+    ],
+    ids=RECURRENT,
+)
+def test_learns_to_bind_labels_to_what_it_has_not_seen_before(method: Callable[[], RecurrentLearner]) -> None:
+    def draw(tasks: int) -> Episodes:
+        """Two classes, new in every task, with six examples each."""
+        centres = torch.randn(tasks, 2, 1, 8)
+        labels = torch.arange(2).repeat_interleave(3).repeat(tasks, 1)
+        support, query = ((centres + 0.1 * torch.randn(tasks, 2, 3, 8)).flatten(1, 2) for _ in range(2))
+        return Episodes(support, labels, query, labels)
+
+    torch.manual_seed(0)
+    learner = method()
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        learner.loss(draw(32)).backward()
+        optimizer.step()
+    first, *later = learner.accuracy_by_instance(draw(256)).mean(0).tolist()
+    assert first < 0.8 < 0.9 < min(later)
+
+
 @pytest.mark.parametrize(
     "block", [CausalConvolutions(5, 6, 3), CausalAttention(5, 4, 3)], ids=["tc", "attention"]
 )

@@ -102,11 +102,13 @@ class BackboneSettings(Settings):
     )
     hidden: Count = setting(64, "channels of conv4, or of resnet12's first block")
 
-    def build(self, problem: Problem, *, maps: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
+    def build(
+        self, problem: Problem, *, maps: bool = False, pools: int | None = None
+    ) -> tuple[nn.Module, tuple[int, ...]]:
         """The backbone for the examples of a problem, and the shape of an embedding."""
         if len(problem.input_shape) == 1:  # vectors are embeddings
             return nn.Identity(), problem.input_shape
-        return build_backbone(self.backbone, problem.input_shape, self.hidden, maps=maps)
+        return build_backbone(self.backbone, problem.input_shape, self.hidden, maps=maps, pools=pools)
 
 
 def build_backbone(
@@ -115,6 +117,7 @@ def build_backbone(
     hidden: int,
     *,
     maps: bool = False,
+    pools: int | None = None,
     others: Sequence[str] = (),
     track_running_stats: bool = True,
 ) -> tuple[nn.Module, tuple[int, ...]]:
@@ -123,6 +126,7 @@ def build_backbone(
     Args:
         hidden: channels of conv4, or of resnet12's first block.
         maps: [C, H, W] is wanted instead of [D].
+        pools: blocks of conv4 that pool; default: 2 for maps, else 4.
         others: names that the caller knows besides, for a message.
         track_running_stats: of the batch norm of conv4 and resnet12.
 
@@ -144,7 +148,7 @@ def build_backbone(
     elif name == "resnet12":
         network = resnet12(shape[0], hidden, flatten=not maps, track_running_stats=track_running_stats)
     else:
-        pools = 2 if maps else 4
+        pools = (2 if maps else 4) if pools is None else pools
         network = conv4(
             shape[0], hidden, pools=pools, flatten=not maps, track_running_stats=track_running_stats
         )

@@ -40,10 +40,11 @@ class MANN(RecurrentLearner):
       been written to, and what an earlier example left would not be found
     - w^u = decay w^u + w^r + w^w, summed over heads (equation 5)
     - w^w = sigmoid(gate) w^r_{t-1} + (1 - sigmoid(gate)) w^lu_{t-1} (equation 7)
-    - rows += w^w key, the least used one emptied before (equation 8)
+    - rows += w^w key, the least used ones emptied before (equation 8)
 
-    Head h takes the h-th least used row. The strength is learned, as in the Neural Turing Machine, and begins
-    at 10: without it a softmax of cosines over 128 rows is nearly even, and hardly any gradient comes back.
+    Head h takes the h-th least used row, and every head empties its own. The strength is learned, as in the
+    Neural Turing Machine, and begins at 10: without it a softmax of cosines over 128 rows is nearly even, and
+    hardly any gradient comes back.
 
     Args:
         backbone: embeds a batch of examples, [B, ...] -> [B, D].
@@ -62,7 +63,7 @@ class MANN(RecurrentLearner):
             "shots": 5,
             "queries": 5,
             "tasks": 16,
-            "steps": 2000,
+            "steps": 1500,
             "lr": 3e-3,
             "schedule": "cosine",
             "image_size": 20,
@@ -120,14 +121,13 @@ class MANN(RecurrentLearner):
         interface = self.interface(hidden).unflatten(1, (self.heads, -1))
         key, strength, gate = interface.split([self.width, 1, 1], -1)
         key, strength, gate = key.tanh(), 1 + F.softplus(strength), gate.sigmoid()  # [B, heads, ...]
-        found_at = (strength * (1 - pairwise_distance(key, memory, "cosine"))).softmax(-1)
+        now = (strength * (1 - pairwise_distance(key, memory, "cosine"))).softmax(-1)  # [B, heads, rows]
         least = usage.topk(self.heads, largest=False).indices  # [B, heads], which has no gradient
         unused = one_hot(least, self.rows).to(memory.dtype)
-        write = gate * read + (1 - gate) * unused  # [B, heads, rows]
-        memory = memory * (1 - unused[:, 0]).unsqueeze(-1) + write.mT @ key
-        read = found_at
-        usage = self.decay * usage + (read + write).sum(1)
-        return hidden, cell, memory, read, usage, (read @ memory).flatten(1)
+        write = gate * read + (1 - gate) * unused
+        memory = memory * (1 - unused.sum(1)).unsqueeze(-1) + write.mT @ key
+        usage = self.decay * usage + (now + write).sum(1)
+        return hidden, cell, memory, now, usage, (now @ memory).flatten(1)
 
     @classmethod
     def from_settings(cls, settings: MANNSettings, problem: Problem) -> MANN:

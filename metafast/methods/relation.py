@@ -132,8 +132,8 @@ class RelationNet(MetricLearner):
     Settings = RelationNetSettings
     recipes: ClassVar[Recipes] = {
         "images": {
-            "tasks": 2,
-            "steps": 1000,
+            "tasks": 4,
+            "steps": 6000,
             "lr": 1e-3,
             "schedule": "cosine",
             "log_every": 20,

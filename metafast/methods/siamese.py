@@ -17,6 +17,8 @@ from .backbones import BackboneSettings
 from .method import Recipes
 from .metric import MetricLearner, masked_mean
 
+_POOLS = 3  # of conv4: a distance feature by feature tells more by 576 features than by 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiameseSettings(BackboneSettings):
@@ -40,8 +42,8 @@ class Siamese(MetricLearner):
         "images": {
             "ways": 40,
             "queries": 2,
-            "steps": 1200,
-            "lr": 2e-3,
+            "steps": 1500,
+            "lr": 5e-3,
             "schedule": "cosine",
             "log_every": 20,
             "checkpoint_every": 200,
@@ -100,5 +102,5 @@ class Siamese(MetricLearner):
 
     @classmethod
     def from_settings(cls, settings: SiameseSettings, problem: Problem) -> Siamese:
-        backbone, (features,) = settings.build(problem)
+        backbone, (features,) = settings.build(problem, pools=_POOLS)
         return cls(backbone, features)

@@ -50,7 +50,7 @@ class SNAIL(SequenceLearner):
     recipes: ClassVar[Recipes] = {
         "images": {
             "tasks": 8,
-            "steps": 1000,
+            "steps": 4000,
             "lr": 1e-3,
             "schedule": "cosine",
             "log_every": 20,
