@@ -110,6 +110,27 @@ def maml_loss_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """`torch.ops.metafast.maml_loss_backward`, typed."""
 
+def conv_inner_sgd(
+    params: list[Tensor],
+    x: Tensor,
+    y: Tensor,
+    lr: list[Tensor],
+    network: list[int],
+    eps: list[float],
+    loss: str,
+    steps: int,
+    momentum: float,
+    first_order: bool,
+    keep: int,
+    /,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """`torch.ops.metafast.conv_inner_sgd`, typed."""
+
+def conv_forward(
+    params: list[Tensor], x: Tensor, network: list[int], eps: list[float], keep: bool, /
+) -> tuple[Tensor, Tensor]:
+    """`torch.ops.metafast.conv_forward`, typed."""
+
 def sgd_update(
     params: list[Tensor],
     grads: list[Tensor],

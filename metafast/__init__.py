@@ -13,6 +13,7 @@ from metafast._dispatch import batching, fakes
 from metafast._dispatch.doors import trace_doors
 from metafast._dispatch.info import info
 from metafast.adaptation import Adapted, Explanation, adapt, explain
+from metafast.ops.convolutional import ConvBlock, conv_forward, conv_inner_sgd
 from metafast.ops.inner_loop import (
     get_trajectory_bytes,
     inner_sgd,
@@ -52,11 +53,14 @@ _batching = batching.register("metafast")
 
 __all__ = [
     "Adapted",
+    "ConvBlock",
     "CoordinatewiseLSTM",
     "Explanation",
     "LSTMOptimizer",
     "MetaLSTM",
     "adapt",
+    "conv_forward",
+    "conv_inner_sgd",
     "explain",
     "get_trajectory_bytes",
     "info",

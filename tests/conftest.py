@@ -70,6 +70,8 @@ def _typed(ops: Any) -> SimpleNamespace:
         "maml_loss",
         "maml_loss_backward",
         "sgd_update",
+        "conv_inner_sgd",
+        "conv_forward",
         "lstm_unroll",
         "lstm_step_",
     )

@@ -62,20 +62,22 @@ class Problem:
         tensors = (*self.params, *rates, self.x, self.y)
         return [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
 
-    def to(self, dtype: torch.dtype) -> Problem:
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> Problem:
         """The same numbers."""
 
         def leaf(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+            if not isinstance(value, Tensor):
                 return value
-            return value.detach().to(dtype).requires_grad_()
+            if not value.is_floating_point():
+                return value.to(device)
+            return value.detach().to(device, dtype).requires_grad_()
 
         lr = [leaf(rate) for rate in self.lr] if isinstance(self.lr, list) else leaf(self.lr)
         params = [leaf(p) for p in self.params]
         return Problem(self.network, params, lr, leaf(self.x), leaf(self.y), self.options)
 
 
-def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
+def make(case: Case, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
@@ -118,7 +120,7 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
         "momentum": case.momentum,
         "first_order": case.first_order,
     }
-    return Problem(case.network, params, lr, x, y, options).to(dtype)
+    return Problem(case.network, params, lr, x, y, options).to(dtype, device)
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -209,7 +211,9 @@ def plain(problem: Problem) -> tuple[list[Tensor], Tensor]:
 def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
     """Of the outputs, each weighed by its own pattern of numbers."""
     patterns = (torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64).view(o.shape) for o in outputs)
-    total = sum((out.double() * pattern).sum() for out, pattern in zip(outputs, patterns, strict=True))
+    total = sum(
+        (out.double() * pattern.to(out.device)).sum() for out, pattern in zip(outputs, patterns, strict=True)
+    )
     found = torch.autograd.grad(total, leaves, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
 
@@ -244,6 +248,7 @@ CASES = {
     "mse": Case(loss="mse", lr="element", momentum=0.6),
     "left out": Case(ignored=True, support=4),
     "an example a class": Case(support=3, image=(1, 7, 5)),
+    "no examples": Case((ConvBlock(3, padding=1, activation="relu", **POOL), LINEAR), support=0),
     "zeros": Case(images="half"),
     "zeros, pooled first": Case(_with_pools("max", 2, 2, 0, True), images="half", steps=3),
     "constant channels": Case((ConvBlock(3, **NORMED), LINEAR), images="empty"),

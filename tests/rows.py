@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -297,6 +298,94 @@ def _inner_sgd(name: str, *, loss: str, shared: bool = False, **options: object)
     return _inner_loop("inner_sgd", name, ("x", "y"), call, shared=shared, loss=loss)
 
 
+CHANNELS = 4  # of the convolutional networks
+
+
+def _conv_network(m: ModuleType, shape: str) -> list[Any]:
+    """A block and a linear layer; each kind has other options."""
+    if shape == "pooled":
+        pool = {"pool": "max", "pool_kernel": 2, "pool_stride": 2}
+        return [m.ConvBlock(3, padding=1, norm=True, activation="tanh", **pool), m.ConvBlock(None)]
+    pool = {"pool": "average", "pool_kernel": (2, 1), "pool_padding": (1, 0), "pools_first": True}
+    return [m.ConvBlock((3, 2), (2, 1), (1, 0), activation="tanh", **pool), m.ConvBlock(None)]
+
+
+def _conv_params(sizes: Sizes, g: Generator, shape: str, *, shared: bool) -> tuple[Tensor, ...]:
+    """The parameters of the network, for images of `_images`."""
+    lead = () if shared else (sizes.tasks,)
+    columns = 4 + sizes.features % 3
+    if shape == "pooled":
+        kernel, vectors, pixels = (3, 3), 3, 2 * (columns // 2)
+    else:
+        kernel, vectors, pixels = (3, 2), 1, 4 * (columns - 1)
+    shapes = (CHANNELS, 2, *kernel), *[(CHANNELS,)] * vectors, (WAY, CHANNELS * pixels), (WAY,)
+    return tuple(torch.randn(*lead, *of, dtype=torch.float64, generator=g) / 2 for of in shapes)
+
+
+def _images(sizes: Sizes, count: int, g: Generator) -> Tensor:
+    columns = 4 + sizes.features % 3
+    return torch.randn(sizes.tasks, count, 2, 5, columns, dtype=torch.float64, generator=g)
+
+
+def _conv_inner_sgd(name: str, shape: str, *, loss: str, shared: bool = False, **options: object) -> Row:
+    """The adapted parameters in one tensor, [T, P]."""
+    options = {"loss": loss, "steps": STEPS, **options}
+    count = 6 if shape == "pooled" else 4
+
+    def make(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
+        lr = torch.rand(STEPS, 2, dtype=torch.float64, generator=g) / 10
+        data = _images(sizes, sizes.support, g), _targets(sizes, sizes.support, g, loss)
+        return *_conv_params(sizes, g, shape, shared=shared), lr, *data
+
+    def call(m: ModuleType) -> Callable[..., Tensor]:
+        def adapted(*tensors: Tensor) -> Tensor:
+            params, (lr, *data) = tensors[:count], tensors[count:]
+            found, _ = m.conv_inner_sgd(_conv_network(m, shape), params, *data, lr=lr, **options)
+            return torch.cat([parameter.flatten(1) for parameter in found], 1)
+
+        return adapted
+
+    labels = (count + 2,) if loss == "cross_entropy" else ()
+    return Row(
+        f"conv_inner_sgd[{name}]",
+        call,
+        make,
+        tuple(i for i in range(count + 3) if i not in labels),
+        (*(f"params[{i}]" for i in range(count)), "lr", "x", "y"),
+        shared=tuple(range(count + 1)) if shared else (count,),
+        op="conv_inner_sgd",
+        half=False,
+        derivatives=1,
+        kernels=2,
+        leading=False,
+        labels=labels,
+        one_task=True,
+        transform_door="reference",
+    )
+
+
+def _conv_forward(shape: str) -> Row:
+    count = 6 if shape == "pooled" else 4
+
+    def make(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
+        return *_conv_params(sizes, g, shape, shared=False), _images(sizes, sizes.query, g)
+
+    return Row(
+        f"conv_forward[{shape}]",
+        lambda m: lambda *tensors: m.conv_forward(_conv_network(m, shape), tensors[:-1], tensors[-1]),
+        make,
+        tuple(range(count + 1)),
+        (*(f"params[{i}]" for i in range(count)), "x"),
+        op="conv_forward",
+        half=False,
+        derivatives=1,
+        kernels=2,
+        leading=False,
+        one_task=True,
+        transform_door="reference",
+    )
+
+
 def _update(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
     """Two parameters of each task, [S, D] and [D], their gradients, their momentum, and lr [D]."""
     shapes = ((sizes.tasks, sizes.support, sizes.features), (sizes.tasks, sizes.features)) * 3
@@ -472,6 +561,10 @@ ROWS = (
     _maml_loss("mse, per task", loss="mse", reduction="none", activation="relu"),
     _inner_sgd("mse, per task", loss="mse"),
     _inner_sgd("cross_entropy, shared", shared=True, loss="cross_entropy", momentum=0.5),
+    _conv_inner_sgd("mse, per task", "pooled", loss="mse", momentum=0.5),
+    _conv_inner_sgd("cross_entropy, shared", "strided", loss="cross_entropy", shared=True),
+    _conv_forward("strided"),
+    _conv_forward("pooled"),
     Row(
         "sgd_update",
         _updated,

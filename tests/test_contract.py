@@ -163,6 +163,8 @@ def test_second_order_parity(row: Row, dtype: torch.dtype, backend: torch.device
 @pytest.mark.parametrize("row", [row for row in ROWS if row.derivatives is not None], ids=str)
 @pytest.mark.parametrize("transform", [False, True], ids=["eager", "torch.func"])
 def test_one_derivative_too_many_raises(row: Row, transform: bool) -> None:
+    if transform and row.transform_door == "reference":
+        pytest.skip("the reference has all derivatives")
     function, inputs = function_of_differentiable(row, make(row))
     if transform:  # the first derivative by torch.func, the others by autograd
         (result,) = torch.func.grad(lambda *tensors: function(*tensors).pow(3).sum(), (0,))(*inputs)
@@ -496,7 +498,8 @@ def test_wrong_labels_raise_and_name_the_argument(row: Row, door: str) -> None:
             pytest.raises(ValueError, match=f"{row.names[where]}: {message}"),
         ):
             TO_THE_DOORS[door](row, changed)
-        assert {taken for _, taken in doors} == {door.split(",")[0]}
+        by = row.transform_door if door.startswith("function") else door.split(",")[0]
+        assert {taken for _, taken in doors} == {by}
 
     for where in row.labels:
         for label in (WAY, -1, -7):

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from convolutional_problems import CASES, Case, assert_near, forward, gradients, make, plain
-from torch import Tensor
+from convolutional_problems import (
+    CASES,
+    LARGE,
+    LINEAR,
+    NORMED,
+    SHORT,
+    Case,
+    Problem,
+    assert_near,
+    forward,
+    gradients,
+    make,
+    plain,
+)
+from torch import Tensor, nn
 
-from metafast import reference
+import metafast
+from metafast import ConvBlock, reference
+
+DTYPES = (torch.float64, torch.float32)
 
 
-def _results(module: ModuleType, case: Case, dtype: torch.dtype) -> list[Tensor]:
+@pytest.fixture
+def device(backend: torch.device, request: pytest.FixtureRequest) -> torch.device:
+    emulated = "emulated" in request.node.name
+    namespace = "metafast_emulated" if emulated else "metafast"
+    key = "CUDA" if backend.type == "cuda" else "CPU"
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"{namespace}::conv_inner_sgd", key):
+        pytest.skip("conv_inner_sgd has no CUDA kernel")
+    return backend
+
+
+def _adapted(module: ModuleType, problem: Problem) -> list[Tensor]:
     """The adapted parameters, the statistics, and the gradients of all that can have one."""
-    problem = make(case, dtype)
     params, statistics = module.conv_inner_sgd(
         problem.network, problem.params, problem.x, problem.y, lr=problem.lr, **problem.options
     )
-    return [*params, statistics, *gradients(params, problem.leaves)]
+    return [t.cpu() for t in (*params, statistics, *gradients(params, problem.leaves))]
 
 
 def _expected(case: Case) -> list[Tensor]:
@@ -30,20 +56,141 @@ def _expected(case: Case) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_conv_inner_sgd(name: str) -> None:
-    case = CASES[name]
-    assert_near(_results(reference, case, torch.float64), _expected(case), torch.float64)
+def test_the_definition(name: str) -> None:
+    problem = make(CASES[name], torch.float64)
+    assert_near(_adapted(reference, problem), _expected(CASES[name]), torch.float64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_conv_forward(name: str) -> None:
+def test_conv_inner_sgd(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    problem = make(CASES[name], dtype, device=device)
+    assert_near(_adapted(metafast, problem), _expected(CASES[name]), dtype)
+
+
+def test_large_images(device: torch.device) -> None:
+    assert_near(
+        _adapted(metafast, make(LARGE, torch.float32, device=device)), _expected(LARGE), torch.float32
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_conv_forward(name: str, dtype: torch.dtype, device: torch.device) -> None:
     case = CASES[name]
-    problem = make(case, torch.float64)
-    leaves = [*problem.params, problem.x]
-    out = reference.conv_forward(problem.network, problem.params, problem.x)
+    wide = make(case, torch.float64)
     of_tasks = [
-        forward(case.network, [p[t] if case.per_task else p for p in problem.params], x, [])
-        for t, x in enumerate(problem.x)
+        forward(case.network, [p[t] if case.per_task else p for p in wide.params], x, [])
+        for t, x in enumerate(wide.x)
     ]
     expected = torch.stack(of_tasks)
-    assert_near([out, *gradients([out], leaves)], [expected, *gradients([expected], leaves)], torch.float64)
+    expected = [expected, *gradients([expected], [*wide.params, wide.x])]
+    problem = make(case, dtype, device=device)
+    for module in (metafast, reference):
+        out = module.conv_forward(problem.network, problem.params, problem.x)
+        found = [out, *gradients([out], [*problem.params, problem.x])]
+        assert_near([t.cpu() for t in found], expected, dtype)
+
+
+def test_without_a_graph_the_same_bits(device: torch.device) -> None:
+    problem = make(CASES["Conv4"], torch.float32, device=device)
+    given = problem.network, problem.params, problem.x
+    found, statistics = metafast.conv_inner_sgd(*given, problem.y, lr=problem.lr, **problem.options)
+    out = metafast.conv_forward(*given)
+    with torch.no_grad():
+        again, seen = metafast.conv_inner_sgd(*given, problem.y, lr=problem.lr, **problem.options)
+        assert torch.equal(out, metafast.conv_forward(*given))
+    assert all(map(torch.equal, (*found, statistics), (*again, seen)))
+    assert not statistics.requires_grad
+
+
+def test_nan_stays_in_its_task(device: torch.device) -> None:
+    problem = make(CASES["per task"], torch.float32, device=device)
+    options = {"lr": problem.lr, **problem.options}
+    expected, _ = metafast.conv_inner_sgd(problem.network, problem.params, problem.x, problem.y, **options)
+    with torch.no_grad():
+        problem.x[1] = torch.nan
+    found, _ = metafast.conv_inner_sgd(problem.network, problem.params, problem.x, problem.y, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[2], other[2])
+    assert found[0][1].isnan().all()
+
+
+def test_a_parameter_list_and_sizes_as_numbers_or_pairs(device: torch.device) -> None:
+    problem = make(Case(), torch.float64, device=device)
+    block = ConvBlock((3, 3), (1, 1), (1, 1), **NORMED, pool="max", pool_kernel=(2, 2), pool_stride=(2, 2))
+    params = nn.ParameterList(p.detach() for p in problem.params)
+    for module in (metafast, reference):
+        pairs, numbers = (
+            module.conv_inner_sgd(net, params, problem.x, problem.y, lr=0.1, **problem.options)[0]
+            for net in ((block, LINEAR), SHORT)
+        )
+        assert all(map(torch.equal, pairs, numbers))
+
+
+def _called(network: Any = SHORT, **changed: Any) -> None:
+    problem = make(Case(), torch.float64)
+    given = {"params": problem.params, "x": problem.x, "y": problem.y, "lr": 0.1, **problem.options}
+    metafast.conv_inner_sgd(network, **{**given, **changed})
+
+
+@pytest.mark.parametrize(
+    ("network", "error", "message"),
+    [
+        (SHORT[0], TypeError, "network: expected a sequence of ConvBlock, got ConvBlock"),
+        (None, TypeError, "network: expected a sequence of ConvBlock, got None"),
+        ([nn.Linear(2, 2)], TypeError, r"network\[0\]: expected ConvBlock, got Linear"),
+        ([], ValueError, "network: expected a linear layer as its last block, got no block"),
+        (SHORT[:1], ValueError, "network: expected a linear layer as its last block, got a convolution"),
+        ([ConvBlock(0), LINEAR], ValueError, r"network\[0\].kernel: expected a number >= 1, got 0"),
+        ([ConvBlock((3, 3, 3)), LINEAR], ValueError, r"network\[0\].kernel: expected a number or a pair"),
+        ([ConvBlock(3.0), LINEAR], TypeError, r"network\[0\].kernel: expected an integer, got 3.0"),
+        ([ConvBlock(3, stride=(1, 0)), LINEAR], ValueError, r"network\[0\].stride: expected a number >= 1"),
+        ([ConvBlock(3, padding=-1), LINEAR], ValueError, r"network\[0\].padding: expected a number >= 0"),
+        ([ConvBlock(3, eps=-1.0), LINEAR], ValueError, r"network\[0\].eps: expected a number >= 0"),
+        ([ConvBlock(3, activation="gelu"), LINEAR], ValueError, r"network\[0\].activation: expected one of"),
+        ([ConvBlock(3, pool="mean"), LINEAR], ValueError, r"network\[0\].pool: expected one of none, max, a"),
+        (
+            [ConvBlock(3, pool="max", pool_kernel=2, pool_padding=2), LINEAR],
+            ValueError,
+            r"network\[0\].pool_padding: expected at most half of pool_kernel, 2, got 2",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_network(network: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _called(network)
+    with pytest.raises(error, match=message):
+        metafast.conv_forward(network, [torch.zeros(1, 1, 3, 3)], torch.zeros(1, 1, 1, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"params": torch.zeros(3)}, TypeError, "params: expected a sequence of tensors, got Tensor"),
+        ({"params": []}, ValueError, "params: expected the parameters of 2 blocks, got none"),
+        ({"x": None}, TypeError, "x: expected a tensor, got None"),
+        ({"y": 3}, TypeError, "y: expected a tensor, got int"),
+        ({"steps": 1.5}, TypeError, "steps: expected an integer, got 1.5"),
+        ({"steps": -1}, ValueError, "steps: expected a number >= 0, got -1"),
+        ({"momentum": "a"}, TypeError, "momentum: expected a number, got 'a'"),
+        ({"momentum": -0.5}, ValueError, "momentum: expected a number >= 0, got -0.5"),
+        ({"loss": "hinge"}, ValueError, "loss: expected mse or cross_entropy, got hinge"),
+        ({"loss": 1}, TypeError, "loss: expected a string, got int"),
+        ({"first_order": "yes"}, TypeError, "first_order: expected True or False, got 'yes'"),
+        ({"lr": -0.1}, ValueError, "lr: expected a number >= 0, got -0.1"),
+        ({"lr": "big"}, TypeError, "lr: expected a number, a tensor or a sequence of tensors, got str"),
+        ({"lr": [torch.zeros(())]}, ValueError, "lr: expected one tensor for each of params, 6, got 1"),
+        ({"lr": torch.zeros(2, 3).double()}, ValueError, r"lr: expected shape \[K, L\]"),
+        ({"x": torch.zeros(3, 5, 2, 6, 5)}, TypeError, "expected .*dtype"),
+        ({"x": torch.zeros(3, 5, 2, 1, 1).double()}, ValueError, "x: expected images on which the pooling"),
+        ({"x": torch.zeros(3, 5, 2, 4, 4).double()}, ValueError, r"params\[4\]: expected shape \[O, I\]"),
+        ({"y": torch.full((3, 5), 3)}, ValueError, r"y: expected classes in \[0, 3\) or -100 \(ignored\)"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _called(**changed)

@@ -112,6 +112,11 @@ class PackedOutput {
     for (int64_t i = 0; i < packed.size(0); ++i) sum_.add_(packed[i]);
   }
 
+  // Where there is nothing to store.
+  void clear() {
+    for (const Tensor& tensor : tensors_) tensor.zero_();
+  }
+
   std::vector<Tensor> finish() {
     if (sum_.defined()) unpack(0, sum_.unsqueeze(0));
     return tensors_;
@@ -122,7 +127,8 @@ class PackedOutput {
   const Tensor sum_;
   std::vector<Tensor> tensors_;
 
-  void unpack(int64_t first, const Tensor& packed) {
+  void unpack(int64_t first, const Tensor& rows) {
+    const Tensor packed = rows.contiguous();  // of tasks that share a row as well
     for (size_t i = 0; i < tensors_.size(); ++i) {
       with_layouts(network_, i, packed.size(0), [&](auto size, auto strides, auto packed_strides) {
         permute<T>(packed, packed.const_data_ptr<T>() + network_.place_of(i),

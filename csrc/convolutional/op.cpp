@@ -257,6 +257,8 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
         }
         maps.data += count * maps.task;
       }
+    } else {
+      grad_params.clear();
     }
     std::vector<Tensor> all = wanted[0] ? grad_params.finish() : nothing(params.size(), options);
     append(all, {grad_x});

@@ -98,8 +98,9 @@ class Activations {
       if (!network.thin(i)) of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
       of.out =
           memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
-      for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic = memory.take(tasks * b.pitch());
-      pitches_.push_back(b.pitch());
+      const int64_t statistics = b.shape.norm ? b.pitch() : 0;
+      for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic = memory.take(tasks * statistics);
+      pitches_.push_back(statistics);
       blocks_.push_back(of);
     }
   }

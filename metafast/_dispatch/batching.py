@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-_OPS = ("inner_sgd_backward", "maml_loss_backward", "lstm_unroll_backward")
+_OPS = (
+    "inner_sgd_backward",
+    "maml_loss_backward",
+    "conv_inner_sgd_backward",
+    "conv_forward_backward",
+    "lstm_unroll_backward",
+)
 
 
 def register(namespace: str) -> torch.library.Library:

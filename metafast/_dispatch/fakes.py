@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metafast._dispatch import conv_shapes
+
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
@@ -134,6 +136,46 @@ def _maml_loss_backward(
     return _gradient(grad), _wanted_gradients(params, lr, data, wanted)
 
 
+def _conv_inner_sgd(
+    params: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    lr: Sequence[Tensor],
+    network: Sequence[int],
+    eps: Sequence[float],
+    loss: str,
+    steps: int,
+    *args: Any,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    *_, keep = args
+    blocks, tasks = conv_shapes.blocks_of(network, params, x), x.shape[0]
+    shared = params[0].dim() == (4 if network[0] else 2)
+    adapted = [x.new_empty(tasks, *(p.shape if shared else p.shape[1:])) for p in params]
+    statistics = x.new_empty(steps, 2, tasks, sum(block.width for block in blocks if block.norm))
+    kept = (keep, steps, tasks, sum(block.packed for block in blocks)) if keep else (0,)
+    return adapted, statistics, x.new_empty(kept)
+
+
+def _conv_inner_sgd_backward(
+    grads: Sequence[Tensor], params: Sequence[Tensor], x: Tensor, y: Tensor, lr: Sequence[Tensor], *args: Any
+) -> list[Tensor]:
+    *_, wanted = args
+    return _wanted_gradients(params, lr, (x, y), wanted)
+
+
+def _conv_forward(
+    params: Sequence[Tensor], x: Tensor, network: Sequence[int], eps: Sequence[float], keep: bool
+) -> tuple[Tensor, Tensor]:
+    blocks = conv_shapes.blocks_of(network, params, x)
+    kept = conv_shapes.activations(blocks, *x.shape[:2]) if keep else 0
+    return x.new_empty(*x.shape[:2], blocks[-1].width), x.new_empty(kept)
+
+
+def _conv_forward_backward(grad: Tensor, params: Sequence[Tensor], x: Tensor, *args: Any) -> list[Tensor]:
+    *_, (of_params, of_x) = args
+    return _wanted_gradients(params, [], [x], [of_params, False, of_x])
+
+
 def _sgd_update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -190,6 +232,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "maml_loss": _maml_loss,
     "maml_loss_backward": _maml_loss_backward,
     "sgd_update": _sgd_update,
+    "conv_inner_sgd": _conv_inner_sgd,
+    "conv_inner_sgd_backward": _conv_inner_sgd_backward,
+    "conv_forward": _conv_forward,
+    "conv_forward_backward": _conv_forward_backward,
     "lstm_unroll": _lstm_unroll,
     "lstm_unroll_backward": _lstm_unroll_backward,
     "lstm_step_": _lstm_step_,

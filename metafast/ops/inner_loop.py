@@ -131,7 +131,7 @@ def inner_sgd(
             lambda: reference.inner_sgd(params, x, y, lr=lr, example_weights=example_weights, **options),
         )
     try:
-        rates = _rates(lr, params, x)
+        rates = rates_listed(lr, params, x)
         return doors.call_listed(
             "inner_sgd",
             (params, x, y, rates, *values),
@@ -226,7 +226,7 @@ def maml_loss(
         )
     try:
         step_weights = _step_weights(step_weights, support_x)
-        rates = _rates(lr, params, support_x)
+        rates = rates_listed(lr, params, support_x)
 
         def reduced(op: Callable[..., tuple[Tensor]]) -> Tensor:
             (losses,) = op(*params, *data, *rates, step_weights, *values)
@@ -289,7 +289,7 @@ def maml_value_and_grad(
     records = torch.is_grad_enabled()
     try:
         weights = _step_weights(step_weights, support_x)
-        rates = _rates(lr, params, support_x)
+        rates = rates_listed(lr, params, support_x)
         one = torch.ones((), dtype=support_x.dtype, device=support_x.device)
 
         def by_transform() -> tuple[Tensor, list[Tensor]]:
@@ -376,7 +376,7 @@ def sgd_update(
         like = params[0] if params else grads[0]
         return doors.call_listed(
             "sgd_update",
-            (params, grads, _rates(lr, params, like), buffers, momentum, weight_decay, nesterov),
+            (params, grads, rates_listed(lr, params, like), buffers, momentum, weight_decay, nesterov),
             lambda: reference.sgd_update(
                 params,
                 grads,
@@ -521,7 +521,7 @@ def _blame(tensors: dict[str, Tensor], params: list[Tensor], options: dict[str, 
     blame(tensors, {"params": params}, of("steps"), of("momentum"), strings, flags)
 
 
-def _rates(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+def rates_listed(lr: LearningRate, params: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """lr as the ops take it: one tensor, or one for each parameter."""
     if isinstance(lr, Tensor):
         return [lr]

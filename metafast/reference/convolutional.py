@@ -119,10 +119,18 @@ def _pooled(x: Tensor, block: ConvBlock) -> Tensor:
     """Of each window the mean, or the largest: of equal ones the first, in rows."""
     if block.pool == "none":
         return x
-    pool = F.max_pool2d if block.pool == "max" else F.avg_pool2d
     size = x.shape[3:] if block.pool_kernel is None else block.pool_kernel
-    maps = x.flatten(0, 1)
-    return pool(maps, size, block.pool_stride, block.pool_padding).unflatten(0, x.shape[:2])
+    (height, width), (down, right), (rows, columns) = map(
+        _pair, (size, block.pool_stride, block.pool_padding)
+    )
+    largest = block.pool == "max"
+    padded = F.pad(x, (columns, columns, rows, rows), value=-torch.inf if largest else 0.0)
+    windows = padded.unfold(3, height, down).unfold(4, width, right).flatten(-2)  # [T, S, C, H', W', pixels]
+    return windows.max(-1).values if largest else windows.mean(-1)
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 @float32_under_autocast

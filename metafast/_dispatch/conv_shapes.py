@@ -1,0 +1,65 @@
+"""The shapes of a convolutional network's maps and parameters, as csrc/convolutional lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_NUMBERS = 17  # of a block: see csrc/library.cpp
+
+
+@dataclass(frozen=True)
+class Block:
+    width: int  # channels of the result
+    norm: bool
+    packed: int  # elements of its parameters
+    padding: tuple[int, int]  # around its input
+    convolved: tuple[int, int]  # height and width of what the convolution gives
+    size: tuple[int, int]  # of the result
+
+
+def blocks_of(network: Sequence[int], params: Sequence[Tensor], x: Tensor) -> list[Block]:
+    """The blocks of the network that the numbers describe, for images x [T, B, C, H, W]."""
+    blocks, size, first = [], x.shape[3:], 0
+    for start in range(0, len(network), _NUMBERS):
+        numbers = network[start : start + _NUMBERS]
+        kernel, stride, padding, pool, pool_kernel = (numbers[i : i + 2] for i in (0, 2, 4, 9, 10))
+        linear = kernel[0] == 0
+        width = params[first].shape[-2 if linear else -4]
+        inputs = params[first].shape[-1] if linear else params[first].shape[-3:].numel()
+        vectors = numbers[6] + 2 * (numbers[7] == 2)  # bias; gamma and beta
+        convolved = _after(size, size if linear else kernel, stride, padding)
+        size = convolved
+        if pool[0]:
+            window = pool_kernel if pool_kernel[0] else convolved
+            size = _after(convolved, window, numbers[12:14], numbers[14:16])
+        packed = (inputs + vectors) * _pitch(width)
+        blocks.append(Block(width, numbers[7] > 0, packed, tuple(padding), convolved, size))
+        first += 1 + vectors
+    return blocks
+
+
+def activations(blocks: Sequence[Block], tasks: int, images: int) -> int:
+    """The elements that a forward keeps: of each block two maps, and of a norm three statistics."""
+    total = 0
+    paddings = [block.padding for block in blocks[1:]] + [(0, 0)]
+    for block, (rows, columns) in zip(blocks, paddings, strict=True):
+        pitch = _pitch(block.width)
+        height, width = block.size[0] + 2 * rows, block.size[1] + 2 * columns
+        for pixels in (block.convolved[0] * block.convolved[1], height * width):
+            total += tasks * _pitch(images * pixels * pitch)
+        total += 3 * tasks * pitch * block.norm
+    return total
+
+
+def _pitch(elements: int) -> int:
+    return (elements + 15) // 16 * 16
+
+
+def _after(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int]:
+    numbers = zip(size, kernel, stride, padding, strict=True)
+    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in numbers)
