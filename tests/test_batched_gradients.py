@@ -39,6 +39,14 @@ def adapted() -> tuple[Tensor, Sequence[Tensor]]:
     return outputs, [*module.parameters(), x]
 
 
+def adapted_convolutions() -> tuple[Tensor, Sequence[Tensor]]:
+    layers = nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 4)
+    module, (_, y) = nn.Sequential(*layers).double(), examples()
+    x = torch.randn(T, S, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    outputs = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=2, path="fused")(x)
+    return outputs, [*module.parameters(), x]
+
+
 def lstm_unroll() -> tuple[Tensor, Sequence[Tensor]]:
     cell = metafast.CoordinatewiseLSTM(hidden=4, layers=1).double()
     weights = list(cell.parameters())
@@ -48,7 +56,10 @@ def lstm_unroll() -> tuple[Tensor, Sequence[Tensor]]:
     return updates[0], weights
 
 
-@pytest.mark.parametrize("of", [inner_sgd, maml_loss, adapted, lstm_unroll], ids=lambda f: f.__name__)
+OF = [inner_sgd, maml_loss, adapted, adapted_convolutions, lstm_unroll]
+
+
+@pytest.mark.parametrize("of", OF, ids=lambda f: f.__name__)
 def test_many_gradients_at_once(of: Callable[[], tuple[Tensor, Sequence[Tensor]]]) -> None:
     torch.manual_seed(0)
     outputs, inputs = of()

@@ -1,7 +1,8 @@
 """`adapt`: the inner loop of any `torch.nn.Module`, for all tasks.
 
-It has three paths: `metafast.inner_sgd` where the kernels know the module (fused.py), `torch.func` for all
-tasks at once (transforms.py), and plain autograd for one task after the other (loop.py). path.py picks.
+It has three paths: `metafast.inner_sgd` or `metafast.conv_inner_sgd` where the kernels know the module
+(fused.py), `torch.func` for all tasks at once (transforms.py), and plain autograd for one task after the
+other (loop.py). path.py picks.
 
 Shapes: T tasks, S support and Q query examples per task, K steps, L layers.
 """
@@ -21,7 +22,7 @@ from metafast.adaptation.examples import Examples, at, check_examples, leaves_of
 from metafast.adaptation.inner_loop import InnerLoop, LearningRates, Loss, Penalty, Rates
 from metafast.adaptation.path import GENERAL, Plan, plan
 from metafast.adaptation.states import States, Tensors
-from metafast.adaptation.structure import Mlp
+from metafast.adaptation.structure import ConvNet, Mlp
 from metafast.adaptation.task import Task
 from metafast.reference.labels import IGNORED
 
@@ -42,7 +43,7 @@ class Adapted:
     path: str  # "fused", "torch.func" or "loop"
     module: nn.Module  # what was adapted, as it was
     _states: States
-    _mlp: Mlp | None = None  # on the fused path
+    _known: Mlp | ConvNet | None = None  # the module as the kernels know it, on the fused path
 
     @property
     def tasks(self) -> int:
@@ -56,13 +57,13 @@ class Adapted:
 
     @property
     def buffers(self) -> Tensors:
-        """By their names, each [T, ...]; empty on the fused path."""
+        """By their names, each [T, ...]; empty where the fused path runs an MLP."""
         return self._states.stacked()[1]
 
     def __call__(self, x: Examples) -> Any:
         check_examples("x", x, "T, Q", T=self.tasks)
-        if self._mlp is not None and self._mlp.still():
-            return fused.call(self._mlp, self.params, x)
+        if self._known is not None and self._known.still():
+            return fused.call(self._known, self.params, x)
         _refuse_no_tasks(self.tasks)
         task = Task(self.module, InnerLoop(), self._states)
         return blamed(
@@ -103,9 +104,15 @@ def adapt(
     The module itself does not change: the tasks run on a structural copy of it. There are three paths:
 
     ``"fused"``
-        `metafast.inner_sgd`, for a linear chain of `torch.nn.Linear` with ReLU, Tanh or nothing between (1 to
-        8 layers, with biases), behind what does not adapt; or a module whose forward runs such a chain, and
-        whose code refers to nothing else. No graph; differentiable once.
+        For a chain of layers of these two kinds, behind what does not adapt; or a module whose forward runs
+        such a chain, and whose code refers to nothing else. No graph; differentiable once.
+
+        - `metafast.inner_sgd`: `torch.nn.Linear` with ReLU, Tanh or nothing between (1 to 8 layers, with
+          biases).
+        - `metafast.conv_inner_sgd`: blocks of `Conv2d` (without groups and dilation), `BatchNorm2d` by the
+          statistics of the batch or none, and, in either order, ReLU or Tanh or none and `MaxPool2d`,
+          `AvgPool2d` or none; then `Flatten`, perhaps after a mean over the image (`AdaptiveAvgPool2d(1)`);
+          then `Linear`, one or more.
     ``"torch.func"``
         All tasks at once, by `vmap` over `grad`, for modules that these take: no branch on a value, no
         write in place into what is not the task's. The backward holds the graph of all steps, unless
@@ -197,6 +204,7 @@ def adapt(
         penalty=penalty,
         weighted=example_weights is not None,
         checkpoint_steps=checkpoint_steps,
+        layered=isinstance(lr, Tensor) and lr.dim() > 0,
     )
     inner.check()
     before = module if isinstance(module, Adapted) else None
@@ -211,10 +219,13 @@ def adapt(
         x, y = without(x, counts), without(y, counts, IGNORED if loss == "cross_entropy" else 0)
     found = plan(module, inner, params, path, x)
     rates = LearningRates(lr, found.params, steps)
-    if found.mlp is not None:
+    if found.known is not None:
         theta = found.params if before is None else before.params
-        theta = fused.train(found.mlp, theta, inner, rates, found.features, y)
-        return Adapted("fused", module, States(tasks, (theta, {})), found.mlp)
+        start = _start(module, found, before, tasks).stacked()
+        buffers = start[1] if isinstance(found.known, ConvNet) else {}
+        moved, buffers = fused.train(found.known, (theta, buffers), inner, rates, found.features, y)
+        ends = {name: moved.get(name, at_first) for name, at_first in start[0].items()}  # some may not run
+        return Adapted("fused", module, States(tasks, (ends, buffers)), found.known)
     _refuse_no_tasks(tasks)
     start = _start(module, found, before, tasks)
     task, given = Task(module, inner, start), (x, y, example_weights)

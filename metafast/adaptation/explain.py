@@ -14,7 +14,6 @@ from metafast.adaptation.inner_loop import InnerLoop, Loss
 from metafast.adaptation.path import plan
 
 _HOW = {
-    "fused": "metafast.inner_sgd",
     "torch.func": "vmap(grad(functional_call)) over tasks",
     "loop": "torch.autograd.grad, one task after the other",
 }
@@ -25,13 +24,14 @@ class Explanation:
     """Which path `adapt` takes for a module, and why. Printing it gives a few lines."""
 
     path: str  # "fused", "torch.func" or "loop"
+    how: str  # what runs
     reason: str
     adapts: dict[str, tuple[int, ...]]  # the names and shapes of the parameters that each task has its own of
     shares: tuple[str, ...]  # the names of those that all tasks share
     refused: dict[str, str] = field(default_factory=dict)  # by the paths that were tried in vain, why
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {_HOW[self.path]}; {self.reason}"]
+        lines = [f"{self.path}: {self.how}; {self.reason}"]
         lines += [f"  not {path}: {why}" for path, why in self.refused.items()]
         lines += [f"  adapts {name} {list(shape)}" for name, shape in self.adapts.items()]
         lines += [f"  shares {name}" for name in self.shares]
@@ -53,7 +53,7 @@ def explain(
         module, loss, weight_decay, nesterov, params: as for `adapt`.
         x: [T, S, ...], what `adapt` is to have. With it, "torch.func" and "loop" are tried: a step and its
             derivative on two tasks, with the squares of the outputs as loss. Without it, what the first
-            Linear has is taken to be [T, S, D].
+            Linear has is taken to be [T, S, D], and what the first Conv2d has [T, S, C, H, W].
 
     Example::
 
@@ -65,7 +65,8 @@ def explain(
     inner = InnerLoop(loss=loss, weight_decay=weight_decay, nesterov=nesterov)
     with torch.no_grad():
         found = plan(module, inner, params, None, x)
-    path, reason, refused = found.path, found.reason or f"the kernels know {found.mlp}", {}
+    path, reason, refused = found.path, found.reason or f"the kernels know {found.known}", {}
+    how = f"metafast.{found.known.op}" if found.known is not None else _HOW[path]
     if path != "fused" and x is not None:
         for tried in ("torch.func", "loop"):
             if (why := _tried(module, x, params, tried)) is not None:
@@ -74,7 +75,7 @@ def explain(
             reason += f"; but that does not take it: path={({'torch.func', 'loop'} - {path}).pop()!r}"
     shares = tuple(name for name, _ in module.named_parameters() if name not in found.params)
     adapts = {name: tuple(p.shape) for name, p in found.params.items()}
-    return Explanation(path, reason, adapts, shares, refused)
+    return Explanation(path, how, reason, adapts, shares, refused)
 
 
 def _tried(module: nn.Module, x: Examples, params: str | Iterable[str] | None, path: str) -> str | None:

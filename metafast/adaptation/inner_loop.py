@@ -36,6 +36,7 @@ class InnerLoop:
     penalty: Penalty | None = None
     weighted: bool = False  # whether there are example weights
     checkpoint_steps: bool = False
+    layered: bool = False  # whether there is a learning rate of each step and layer
 
     def check(self) -> None:
         check_count(steps=self.steps)
@@ -92,6 +93,7 @@ class LearningRates:
         check_not_negative(lr=lr)
         self.of_layers = None  # [K, L]
         self.fixed = lr
+        self.names = list(params)
         if isinstance(lr, Tensor) and lr.dim():
             layers = layers_of(params)
             if lr.shape != (steps, len(layers)):
@@ -109,13 +111,26 @@ class LearningRates:
             return self.fixed
         return [self.of_layers[step, layer] for layer in self.layer_of]
 
-    def for_kernels(self, params: Tensors) -> float | Tensor | list[Tensor]:
-        """As `inner_sgd` takes it."""
-        if self.of_layers is not None:
-            return self.of_layers
-        if not isinstance(self.fixed, list):
-            return self.fixed
-        return [rate.expand(p.shape) for rate, p in zip(self.fixed, params.values(), strict=True)]
+    def for_kernels(
+        self, params: Tensors, blocks: Sequence[int]
+    ) -> float | Tensor | list[Tensor] | list[list[Tensor]]:
+        """As the kernels take it; or, where these have no such rates for more steps than one, of each step.
+
+        Args:
+            params: Those of one task, in the order of the kernels.
+            blocks: The numbers of the kernels' layers that these are in, which have a rate for each step.
+        """
+        if self.of_layers is None:
+            return self._expanded(self.fixed, params) if isinstance(self.fixed, list) else self.fixed
+        owners = [self.layer_of[self.names.index(name)] for name in params]
+        of_blocks = dict(zip(blocks, owners, strict=True))
+        if len(self.of_layers) and any(of_blocks[b] != o for b, o in zip(blocks, owners, strict=True)):
+            return [self._expanded(self.at(step), params) for step in range(len(self.of_layers))]
+        chosen = list(of_blocks.values())
+        return self.of_layers if chosen == list(range(len(chosen))) else self.of_layers[:, chosen]
+
+    def _expanded(self, rates: list[Tensor], params: Tensors) -> list[Tensor]:
+        return [rates[self.names.index(name)].expand(p.shape) for name, p in params.items()]
 
 
 def layers_of(names: Iterable[str]) -> list[str]:

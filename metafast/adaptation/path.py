@@ -13,13 +13,16 @@ from metafast._dispatch.arguments import check_choice
 from metafast.adaptation import loop, transforms
 from metafast.adaptation.examples import Examples, leaves_of
 from metafast.adaptation.inner_loop import InnerLoop
-from metafast.adaptation.structure import Mlp, recognise
+from metafast.adaptation.structure import ConvNet, Mlp, recognise
 
 PATHS = ("fused", "torch.func", "loop")
 GENERAL: dict[str, ModuleType] = {"torch.func": transforms, "loop": loop}
 
 _has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
-_DEVICES = [key.lower() for key in ("CPU", "CUDA") if _has_kernel("metafast::inner_sgd", key)]
+_DEVICES = {
+    kind.op: [key.lower() for key in ("CPU", "CUDA") if _has_kernel(f"metafast::{kind.op}", key)]
+    for kind in (Mlp, ConvNet)
+}
 
 _MANY = 200_000  # parameters that adapt, from which on a CPU is faster task by task
 
@@ -31,7 +34,7 @@ class Plan:
     path: str
     reason: str  # of another than the fused one
     params: dict[str, nn.Parameter]  # those that adapt
-    mlp: Mlp | None = None  # the module as the kernels know it
+    known: Mlp | ConvNet | None = None  # the module as the kernels know it
     features: Tensor | None = None  # what the body of that makes of x
 
 
@@ -45,20 +48,21 @@ def plan(
     if path is not None:
         check_choice(PATHS, path=path)
     params = adapted(module, names)
-    found: Mlp | str = f"path={path!r} was asked for"
+    found: Mlp | ConvNet | str = f"path={path!r} was asked for"
     if path in (None, "fused"):
         found = _known(module, params, inner, x)
-    if isinstance(found, Mlp):
-        features = None if x is None else found.features(x)
-        if features is None or features.dim() == 3:
-            return Plan("fused", "", found.params, found, features)
+    if not isinstance(found, str):
+        features, shape = None if x is None else found.features(x), f"[T, S, {found.example}]"
         name, weight = next(iter(found.params.items()))
-        if features.dim() < 3:
+        if features is None or features.dim() == weight.dim() + 1:
+            return Plan("fused", "", params, found, features)
+        if features.dim() <= weight.dim():
             raise ValueError(
-                f"x: expected shape [T, S, ...], so that {name} {list(weight.shape)} gets [T, S, "
-                f"{weight.shape[1]}], got {list(x.shape)}; one task is a batch of one"
+                f"x: expected shape [T, S, ...], so that {name} {list(weight.shape)} gets {shape}, got "
+                f"{list(x.shape)}; one task is a batch of one"
             )
-        found = f"a Linear has {list(features.shape)} before it, and the kernels know [T, S, D]"
+        layer = "Linear" if isinstance(found, Mlp) else "Conv2d"
+        found = f"a {layer} has {list(features.shape)} before it, and the kernels know {shape}"
     if path == "fused":
         raise ValueError(
             f"path: expected a module and options that the kernels know for 'fused', but {found}"
@@ -102,17 +106,20 @@ def _names(prefix: str, name: str) -> bool:
 
 def _known(
     module: nn.Module, params: dict[str, nn.Parameter], inner: InnerLoop, x: Examples | None
-) -> Mlp | str:
+) -> Mlp | ConvNet | str:
     """The module as the kernels know it, or what they do not know in it or in the options."""
     if (unknown := inner.beyond_kernels()) is not None:
         return unknown
     if x is not None and not isinstance(x, Tensor):
         return f"x is a {type(x).__name__} of tensors"
     found = recognise(module, set(params), x)
-    if isinstance(found, Mlp):
-        device = next(iter(found.params.values())).device.type
-        if device not in _DEVICES:
-            return f"the kernels do not run on {device}"
+    if isinstance(found, str):
+        return found
+    if isinstance(found, ConvNet) and found.affine and inner.layered and inner.momentum:
+        return "the kernels have no rates of batch norm's own for each step together with momentum"
+    device = next(iter(found.params.values())).device.type
+    if device not in _DEVICES[found.op]:
+        return f"the kernels do not run on {device}"
     return found
 
 

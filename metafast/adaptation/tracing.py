@@ -10,6 +10,7 @@ are the same.
 from __future__ import annotations
 
 import builtins
+import dis
 import math
 import types
 import weakref
@@ -17,28 +18,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as _transforms_active
 from torch.overrides import TorchFunctionMode
 
 from metafast.adaptation.functions import restoring_modes
+from metafast.adaptation.recorded import Call, Layers, chain_of
 from metafast.adaptation.scratch import Scratch, called
 
-Layers = list[
-    tuple[str, nn.Module]
-]  # what runs one after the other, with the prefix of its parameters' names
-
-_ACTIVATIONS: dict[Callable[..., Any], Callable[[], nn.Module]] = {
-    F.relu: nn.ReLU,
-    torch.relu: nn.ReLU,
-    Tensor.relu: nn.ReLU,
-    F.tanh: nn.Tanh,
-    torch.tanh: nn.Tanh,
-    Tensor.tanh: nn.Tanh,
-}
 _PARTS = (nn.Linear, nn.ReLU, nn.Tanh, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleList)
-_FLATTENS = (torch.flatten, Tensor.flatten)
+_PARTS += (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+# By these names a forward gets at the sizes of a tensor, or depends on them.
+_SIZES = {"size", "shape", "dim", "ndim", "numel", "view", "reshape", "len"}
 _BUILTINS = {"super", "len", "range", "zip", "enumerate", "reversed"}
 
 _found: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Layers | str]] = weakref.WeakKeyDictionary()
@@ -82,6 +73,21 @@ def signature(module: nn.Module) -> Any:
 
 
 def _recorded(module: nn.Module, x: Tensor) -> Layers | str:
+    layers = _try(module, x)
+    kinds = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
+    asking = [codes for codes in map(_codes, kinds) if any(_SIZES & _names(code) for code in codes)]
+    if isinstance(layers, str) or not asking:
+        return layers
+    if any(_branches(code) for codes in asking for code in codes):
+        return "its code asks for sizes, and may branch by them"
+    others = _try(module, torch.cat([x, x[:1]]))  # what depends on the number of examples shows
+    if isinstance(others, str) or [*map(str, others)] != [*map(str, layers)]:
+        return "its layers depend on how many examples there are"
+    return layers
+
+
+def _try(module: nn.Module, x: Tensor) -> Layers | str:
+    """The layers that a call runs, or why it is no chain of them."""
     double = Scratch(module).module
     for name, part in double.named_modules():
         if type(part) in _PARTS:
@@ -90,6 +96,8 @@ def _recorded(module: nn.Module, x: Tensor) -> Layers | str:
             return f"{called(name, part)} is part of it"
         if (foreign := _foreign(type(part), "forward", set())) is not None:
             return f"its code refers to {foreign}, which may change"
+    for part in double.modules():  # batch norm writes into them
+        part._buffers.update({name: b.clone() for name, b in part._buffers.items() if b is not None})
     before = signature(double)
     record = _Record()
 
@@ -103,34 +111,7 @@ def _recorded(module: nn.Module, x: Tensor) -> Layers | str:
         return "its forward raises"  # and will again, with a message
     if signature(double) != before:
         return "its forward changes it"
-    return _chain(module, double, x, record.calls, out)
-
-
-def _chain(
-    module: nn.Module, double: nn.Module, x: Tensor, calls: list[tuple[Any, ...]], out: Any
-) -> Layers | str:
-    """The layers, if the calls (function, args, kwargs, result) are a chain of them from x to out."""
-    linear = {
-        id(part.weight): (name, part) for name, part in double.named_modules() if type(part) is nn.Linear
-    }
-    layers: Layers = []
-    for function, args, kwargs, result in calls:
-        if not args or args[0] is not x:
-            return "its layers do not run one after the other"
-        options = {key: value for key, value in kwargs.items() if key != "inplace"}
-        if function is F.linear and len(args) == 3 and id(args[1]) in linear:
-            name, part = linear[id(args[1])]
-            if args[2] is not part.bias:
-                return f"{name} does not run with its own bias"
-            layers.append((f"{name}.", module.get_submodule(name)))
-        elif function in _ACTIVATIONS and not options and all(value in (True, False) for value in args[1:]):
-            layers.append(("", _ACTIVATIONS[function]()))
-        elif function in _FLATTENS and (args[1:] in ((1,), (1, -1)) or options == {"start_dim": 1}):
-            layers.append(("", nn.Flatten()))
-        else:
-            return f"it runs {getattr(function, '__name__', function)}, which the kernels do not know"
-        x = result
-    return layers if out is x else "it returns something else than its last layer's output"
+    return chain_of(module, double, x, record.calls, out)
 
 
 class _Record(TorchFunctionMode):
@@ -138,13 +119,13 @@ class _Record(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[Call] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
+        self.calls.append(Call(func, args, kwargs or {}, result))
         return result
 
 
@@ -158,15 +139,16 @@ def _foreign(kind: type, name: str, seen: set[str]) -> str | None:
         return None if function is None or hasattr(nn.Module, name) else name
     if set(function.__code__.co_freevars) - {"__class__"}:
         return "variables around it"
+    own = _globals(function.__code__)
     for used in _names(function.__code__):
-        if used in function.__globals__:
+        if used in own and used in function.__globals__:
             value = function.__globals__[used]
             owner = (
                 value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
             )
             if value is not math and not str(owner).startswith("torch"):
                 return used
-        elif used in vars(builtins) and used not in _BUILTINS:
+        elif used in own and used in vars(builtins) and used not in _BUILTINS:
             return used
         if not hasattr(nn.Module, used) and (foreign := _foreign(kind, used, seen)) is not None:
             return foreign
@@ -177,3 +159,34 @@ def _names(code: types.CodeType) -> set[str]:
     """All names that the code and what is nested in it refer to."""
     nested = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*nested)
+
+
+def _globals(code: types.CodeType) -> set[str]:
+    """Of these those that are no attributes."""
+    nested = [_globals(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    loads = (step.argval for step in dis.get_instructions(code) if step.opname.startswith("LOAD_GLOBAL"))
+    return set(loads).union(*nested)
+
+
+def _codes(kind: type, name: str = "forward") -> list[types.CodeType]:
+    """Those of a method and of what it calls, and of what is nested in them."""
+    found: dict[str, list[types.CodeType]] = {}
+
+    def add(name: str) -> None:
+        function = next((vars(c)[name] for c in kind.__mro__ if name in vars(c)), None)
+        if name in found or not isinstance(function, types.FunctionType):
+            return
+        found[name] = [function.__code__]
+        found[name] += [c for c in function.__code__.co_consts if isinstance(c, types.CodeType)]
+        for used in _names(function.__code__):
+            if not hasattr(nn.Module, used):
+                add(used)
+
+    add(name)
+    return [code for codes in found.values() for code in codes]
+
+
+def _branches(code: types.CodeType) -> bool:
+    """Does it go by a comparison or a condition?"""
+    conditional = ("POP_JUMP", "JUMP_IF", "COMPARE", "CONTAINS")
+    return any(step.opname.startswith(conditional) for step in dis.get_instructions(code))

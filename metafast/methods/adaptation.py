@@ -20,7 +20,7 @@ from metafast.adaptation.inner_loop import layers_of
 from metafast.adaptation.path import PATHS
 from metafast.adaptation.scratch import called, structural_copy
 from metafast.adaptation.states import States
-from metafast.adaptation.structure import Mlp, recognise
+from metafast.adaptation.structure import ConvNet, Mlp, recognise
 from metafast.data import Episodes, Problem
 from metafast.ops.inner_loop import inner_sgd, maml_loss, task_linear
 from metafast.reference.inner_loop import LearningRate
@@ -28,7 +28,7 @@ from metafast.reference.labels import IGNORED
 from metafast.settings import Count, NotNegative, Settings, Whole, setting
 
 from .backbones import NETWORKS, build_backbone
-from .method import Method
+from .method import Method, Recipes
 from .mlp import mlp
 
 # Finn, Abbeel, Levine 2017, section 5.1 and appendix A.2.
@@ -54,6 +54,21 @@ IMAGES: Mapping[str, Any] = {
 }
 
 
+def of_convolutions(**changes: Any) -> Recipes:
+    """For the networks with convolutions of section 5.2, by backbone: an inner step in training, three in
+    evaluation, and as many queries as shots."""
+    recipe = {
+        "center": False,
+        "queries": 1,
+        "inner_lr": 0.4,
+        "inner_steps": 1,
+        "test_steps": 3,
+        "tasks": 32,
+        "steps": 8000,
+    }
+    return {backbone: {**recipe, **changes} for backbone in ("conv4", "conv4-strided")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdaptationSettings(Settings):
     hidden: tuple[Count, ...] = setting((40, 40), "widths of the hidden layers")
@@ -72,8 +87,8 @@ class AdaptationSettings(Settings):
 class AnyNetworkSettings(AdaptationSettings):
     backbone: str = setting(
         "mlp",
-        "the network: mlp, or what embeds an example below a linear layer: conv4, resnet12, or "
-        "FILE.py:FUNCTION, which takes the shape of an example and returns a module",
+        "the network: mlp, or what embeds an example below a linear layer: conv4, conv4-strided, resnet12, "
+        "or FILE.py:FUNCTION, which takes the shape of an example and returns a module",
     )
     hidden: tuple[Count, ...] = setting(
         (40, 40), "widths of the mlp's hidden layers", only_with=("backbone", ("mlp",))
@@ -81,7 +96,9 @@ class AnyNetworkSettings(AdaptationSettings):
     activation: Literal["relu", "tanh"] = setting(
         "relu", "between layers of the mlp", only_with=("backbone", ("mlp",))
     )
-    channels: Count = setting(64, "of conv4, or of resnet12's first block", only_with=("backbone", NETWORKS))
+    channels: Count = setting(
+        64, "of conv4 and conv4-strided, or of resnet12's first block", only_with=("backbone", NETWORKS)
+    )
     transductive: bool = setting(
         True,
         "batch norm goes by the queries of a task together; else by the support, each query by itself",
@@ -108,10 +125,11 @@ class AnyNetworkSettings(AdaptationSettings):
 class Adaptation(Method):
     """A network that is good after a few steps of gradient descent on a task's support.
 
-    An MLP, `nn.Sequential` of `nn.Linear` with the same `nn.ReLU` or `nn.Tanh` between them (what
-    :func:`metafast.explain` calls fused), runs in the fused operations, the inner loops of all tasks in one
-    call, on examples that are flattened. Any other module runs through :func:`metafast.adapt`, on examples as
-    they are. The weights stay the network's own: they are what training changes and what a checkpoint keeps.
+    An MLP, `nn.Sequential` of `nn.Linear` with the same `nn.ReLU` or `nn.Tanh` between them, runs in the
+    fused operations, the inner loops of all tasks in one call, on examples that are flattened. Any other
+    module runs through :func:`metafast.adapt`, on examples as they are, a Conv4 fused as well
+    (:func:`metafast.explain` tells). The weights stay the network's own: they are what training changes and
+    what a checkpoint keeps.
 
     Batch norm goes by the statistics of a task, in training and in evaluation: by those of the support in the
     inner loop, and for the queries by those of the task's queries together. What is predicted for a query
@@ -286,7 +304,7 @@ class Adaptation(Method):
             with torch.no_grad():  # a step that goes nowhere, for what batch norm sees of the support on it
                 seen = adapt(adapted, *examples, loss=self.loss_name, lr=0.0, steps=1, path=self.path)
             states = States(adapted.tasks, (adapted.params, seen.buffers))
-            adapted = replace(adapted, module=self._double(by_batch=False), _states=states)
+            adapted = replace(adapted, module=self._double(by_batch=False), _states=states, _known=None)
         return adapted(episodes.query)
 
     def _double(self, *, by_batch: bool) -> nn.Module:
@@ -320,7 +338,7 @@ class Adaptation(Method):
         }
 
 
-def _is_flat(known: Mlp | str) -> bool:
+def _is_flat(known: Mlp | ConvNet | str) -> bool:
     """Is it an MLP behind nothing, or behind what flattens?"""
     return isinstance(known, Mlp) and all(type(layer) is nn.Flatten for layer in known.body)
 

@@ -37,8 +37,8 @@ def test_adapted_outputs_and_meta_gradients(
     adapted = metafast.adapt(module, x, y, loss=loss, lr=lr, steps=STEPS, path=path, **options)
     rates = [lr] * len(list(module.parameters()))
     expected, _ = plain(module, x, y, query_x, loss=LOSSES[loss], lr=rates, **options)
-    convolves = name in ("conv with batch norm", "normed", "embedded")
-    of_kind = "fused" if name in ("mlp", "nested") else "loop" if convolves else "torch.func"
+    known = name in ("mlp", "nested", "conv with batch norm", "embedded")
+    of_kind = "fused" if known else "loop" if name == "normed" else "torch.func"
     assert adapted.path == (path or of_kind)
     torch.testing.assert_close(
         with_gradients(adapted(query_x), query_y, loss, leaves),
