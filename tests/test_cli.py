@@ -91,7 +91,7 @@ def test_variants_train(method: str, options: str, images: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("conv5", "--backbone: expected conv4, resnet12 or FILE.py:FUNCTION, got conv5"),
+        ("conv5", "--backbone: expected conv4, conv4-strided, resnet12 or FILE.py:FUNCTION, got conv5"),
         ("absent.py:f", "there is no file absent.py"),
         ("{own}:g", "--backbone: expected a function of {own}, got g"),
         ("{own}:f", "--backbone: expected a result of shape [B, D], got [B, 1, 16, 16]"),
@@ -297,6 +297,7 @@ def test_networks_that_adapt_learn_images(
     ("method", "options"),
     [
         ("maml", "--backbone conv4 --channels 4"),
+        ("maml", "--backbone conv4-strided --channels 4 --learn-inner-lr"),
         ("fomaml", "--backbone conv4 --channels 4 --no-transductive"),
         ("metasgd", "--backbone {own}:vectors --no-transductive"),
         ("reptile", "--backbone resnet12 --channels 2 --inner-steps 1"),
@@ -329,8 +330,8 @@ def test_backbones_adapt_and_resume(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--backbone conv5", "--backbone: expected mlp, conv4, resnet12 or FILE.py:FUNCTION, got conv5"),
-        ("--channels 4", "--channels: expected only with backbone conv4 or resnet12, got 4 with mlp"),
+        ("--backbone conv5", "--backbone: expected mlp, conv4, conv4-strided, resnet12 or FILE.py:FUNCTION"),
+        ("--channels 4", "--channels: expected only with backbone conv4, conv4-strided or resnet12, got 4"),
         ("--backbone conv4 --hidden 4", "--hidden: expected only with backbone mlp, got 4 with conv4"),
         ("--no-transductive", "--transductive: expected a network with batch norm"),
         ("--backbone conv4 --image-size 8", "--image-size: expected at least 16, which conv4 halves"),
@@ -349,9 +350,24 @@ def test_defaults_follow_the_data(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "maml", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "(default: images 4000, sine 70000)" in said
-    assert "tasks per step (default: images 16, sine 25)" in said
-    assert "else --inner-steps (default: images 5)" in said
+    assert "(default: omniglot 8000, images 4000, sine 70000)" in said
+    assert "tasks per step (default: omniglot 32, images 16, sine 25)" in said
+    assert "else --inner-steps (default: omniglot 3, images 5)" in said
+
+
+def test_defaults_follow_the_backbone() -> None:
+    from metafast.program.config import compose
+
+    named = {backbone: compose("maml", {"backbone": backbone}) for backbone in ("mlp", "conv4", "resnet12")}
+    named["default"] = compose("maml", {})
+    found = {name: (c.settings.backbone, c.settings.inner_lr, c.training.steps) for name, c in named.items()}
+    assert found == {
+        "default": ("conv4-strided", 0.4, 8000),
+        "conv4": ("conv4", 0.4, 8000),
+        "mlp": ("mlp", 0.1, 4000),
+        "resnet12": ("resnet12", 0.1, 4000),
+    }
+    assert compose("maml", {"data": "digits"}).settings.backbone == "mlp"
 
 
 @pytest.mark.parametrize(
@@ -466,6 +482,9 @@ def test_recipes_name_settings_that_there_are() -> None:
         for kind, recipe in method.recipes.items():
             sources = [source for source in sources_of(method).values() if source.kind == kind]
             check_names(recipe, stated(method.Settings, *sources, TrainingSettings, Pace))
+            for backbone in method.by_backbone if kind == "images" else ():
+                names = method.recipe(sources[0], backbone)
+                check_names(names, stated(method.Settings, *sources, TrainingSettings, Pace))
 
 
 def test_the_configuration_of_a_run_is_read_strictly(trained: Path, tmp_path: Path) -> None:

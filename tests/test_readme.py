@@ -73,9 +73,8 @@ def small(words: list[str]) -> list[str]:
         words += SMALL[kind].split()
         settings = METHODS[subject].Settings.__dataclass_fields__
         if "backbone" in settings:
-            words += SMALL[
-                "channels" if "channels" in settings and "--backbone" in words else "hidden"
-            ].split()
+            of_adapting = "channels" in settings and "--backbone" in words and "mlp" not in words
+            words += SMALL["channels" if of_adapting else "hidden"].split()
     elif command == "eval":
         words += SMALL.get(f"eval {Path(subject).name}", SMALL["eval"]).split()
     elif command == "compare":

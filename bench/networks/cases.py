@@ -14,7 +14,9 @@ from bench.common.cases import Case, Target, Variant
 from bench.networks.peers import libraries, pytorch
 from bench.networks.workloads import LEARNING_RATE, NETWORKS, Network, Problem
 
-NOT_SLOWER = Target(1 / 1.1, ("eager", "library"), "the best of loop, torch.func and learn2learn")
+BEST = ("eager", "library"), "the best of loop, torch.func and learn2learn"
+NOT_SLOWER = (Target(1 / 1.1, *BEST),)
+FUSED = Target(2, *BEST), Target(1.5)
 
 
 def ours(problem: Problem, path: str | None, checkpoint_steps: bool = False) -> Callable[[], object]:
@@ -38,9 +40,10 @@ def ours(problem: Problem, path: str | None, checkpoint_steps: bool = False) -> 
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
-    sizes = [(4, 1)] if quick else [(4, 1), (4, 5), (32, 1), (1, 1)]
+    sizes = [(4, 1)] if quick else [(4, 1), (4, 5), (16, 1), (16, 5), (32, 1), (1, 1)]
     for tasks, steps in sizes:
-        for network in NETWORKS[2:3] if quick else NETWORKS:
+        networks = NETWORKS[:2] if tasks == 16 else NETWORKS  # the fused ones
+        for network in NETWORKS[1:3] if quick else networks:
             name = f"{network.name}, T={tasks}, K={steps}"
             yield name, functools.partial(case, network, tasks, steps, device)
 
@@ -71,6 +74,6 @@ def case(network: Network, tasks: int, steps: int, device: torch.device) -> Case
         flops=problem.flops(pytorch.loop(problem)),
         traffic=0.0,
         expected=expected,
-        targets=[NOT_SLOWER],
+        targets=FUSED if path == "fused" else NOT_SLOWER,
         tolerance=1e-3,  # of a gradient through batch norm of five examples
     )

@@ -32,7 +32,7 @@ def _workloads(device: torch.device, quick: bool) -> Sequence[Workload]:
     if quick:
         return [Workload("GRU 8-32", 2, 1)]
     sizes = {
-        "Conv4-64": [(4, 1), (4, 5), (32, 1)],
+        "Conv4-64": [(4, 1), (4, 5), (16, 5), (32, 1)],
         "GRU 8-32": [(4, 1), (4, 5), (32, 1)],
         "ResNet-12, narrow": [(4, 1), (4, 5)],
     }
@@ -41,7 +41,7 @@ def _workloads(device: torch.device, quick: bool) -> Sequence[Workload]:
 
 MEMORY = MemoryTable(
     {
-        "metafast": functools.partial(ours, path=None),
+        "metafast": functools.partial(ours, path=None),  # of Conv4 fused
         "torch.func path": functools.partial(ours, path="torch.func"),
         "loop path": functools.partial(ours, path="loop"),
         "loop, checkpoints": functools.partial(ours, path="loop", checkpoint_steps=True),

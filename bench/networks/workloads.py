@@ -1,4 +1,4 @@
-"""Networks that are not MLPs of ReLU or Tanh, episodes for them, and the right results of a meta-step."""
+"""Networks that are no MLPs of ReLU or Tanh, episodes for them, and the right results of a meta-step."""
 
 from __future__ import annotations
 

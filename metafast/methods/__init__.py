@@ -16,7 +16,7 @@ The command line trains, resumes, evaluates and lists it; its options, their hel
 from __future__ import annotations
 
 from .adaptation import Adaptation
-from .backbones import conv4, resnet12
+from .backbones import conv4, conv4_strided, resnet12
 from .fomaml import FOMAML
 from .imaginary import Hallucinator, ImaginaryData
 from .learned_optimizer import LearnedOptimizer
@@ -82,6 +82,7 @@ __all__ = [
     "SequenceLearner",
     "Siamese",
     "conv4",
+    "conv4_strided",
     "mlp",
     "resnet12",
 ]

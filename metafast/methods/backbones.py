@@ -15,7 +15,7 @@ from metafast._dispatch.arguments import check_count
 from metafast.data import Problem
 from metafast.settings import Count, Settings, setting
 
-NETWORKS = ("conv4", "resnet12")
+NETWORKS = ("conv4", "conv4-strided", "resnet12")
 
 
 def conv4(
@@ -48,6 +48,26 @@ def conv4(
         layers += [nn.MaxPool2d(2)] if block < pools else []
         layers += [nn.ReLU(inplace=True)]
     layers += [nn.Flatten()] if flatten else []
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def conv4_strided(
+    in_channels: int = 1, hidden: int = 64, *, flatten: bool = True, track_running_stats: bool = True
+) -> nn.Sequential:
+    """Four blocks of 3x3 convolution of stride 2, batch norm and ReLU, then the mean over the image.
+
+    The network of Finn et al. 2017 for Omniglot (section 5.2). [B, in_channels, H, W] -> [B, hidden].
+
+    Args:
+        flatten: whether the result is that mean; else [B, hidden, H', W'], a 16th of H and W, rounded up.
+        track_running_stats: of batch norm; without, it goes by the batch in evaluation too.
+    """
+    check_count(1, in_channels=in_channels, hidden=hidden)
+    layers: list[nn.Module] = []
+    for channels in (in_channels, hidden, hidden, hidden):
+        layers += [nn.Conv2d(channels, hidden, kernel_size=3, stride=2, padding=1)]
+        layers += [nn.BatchNorm2d(hidden, track_running_stats=track_running_stats), nn.ReLU(inplace=True)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if flatten else []
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
@@ -97,10 +117,10 @@ class BackboneSettings(Settings):
 
     backbone: str = setting(
         "conv4",
-        "what embeds an example: conv4, resnet12, or FILE.py:FUNCTION, which takes the shape of an example "
-        "and returns a module",
+        "what embeds an example: conv4, conv4-strided, resnet12, or FILE.py:FUNCTION, which takes the shape "
+        "of an example and returns a module",
     )
-    hidden: Count = setting(64, "channels of conv4, or of resnet12's first block")
+    hidden: Count = setting(64, "channels of conv4 and conv4-strided, or of resnet12's first block")
 
     def build(
         self, problem: Problem, *, maps: bool = False, pools: int | None = None
@@ -124,11 +144,11 @@ def build_backbone(
     """The backbone of this name for examples of a shape, and the shape of an embedding.
 
     Args:
-        hidden: channels of conv4, or of resnet12's first block.
+        hidden: channels of conv4 and conv4-strided, or of resnet12's first block.
         maps: [C, H, W] is wanted instead of [D].
         pools: blocks of conv4 that pool; default: 2 for maps, else 4.
         others: names that the caller knows besides, for a message.
-        track_running_stats: of the batch norm of conv4 and resnet12.
+        track_running_stats: of the batch norm of these.
 
     Raises:
         ValueError: there is no such backbone, or it does not fit the examples.
@@ -145,8 +165,9 @@ def build_backbone(
         raise ValueError(
             f"image_size: expected at least 16, which {name} halves four times, got {min(shape[1:])}"
         )
-    elif name == "resnet12":
-        network = resnet12(shape[0], hidden, flatten=not maps, track_running_stats=track_running_stats)
+    elif name != "conv4":
+        build = resnet12 if name == "resnet12" else conv4_strided
+        network = build(shape[0], hidden, flatten=not maps, track_running_stats=track_running_stats)
     else:
         pools = (2 if maps else 4) if pools is None else pools
         network = conv4(

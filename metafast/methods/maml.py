@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from metafast.data import Episodes, Problem
 from metafast.reference.inner_loop import LearningRate
 from metafast.settings import setting
 
-from .adaptation import IMAGES, SINE, Adaptation, AnyNetworkSettings
+from .adaptation import IMAGES, SINE, Adaptation, AnyNetworkSettings, of_convolutions
 from .method import Recipes, Reported
 
 
@@ -37,14 +38,18 @@ class MAML(Adaptation):
 
     paper = "Finn, Abbeel, Levine 2017"
     reported: ClassVar[Reported] = {
-        ("omniglot", 5, 1): 0.897,
-        ("omniglot", 5, 5): 0.975,
-    }  # without convolutions
+        ("omniglot", 5, 1): 0.987,
+        ("omniglot", 5, 5): 0.999,
+        ("omniglot", 20, 1): 0.958,
+        ("omniglot", 20, 5): 0.989,
+    }  # with convolutions; without, 0.897 and 0.975
     Settings = MAMLSettings
     recipes: ClassVar[Recipes] = {
         "sine": SINE,
         "images": {**IMAGES, "learn_inner_lr": True, "test_steps": 5},
     }
+    backbone_on: ClassVar[Mapping[str, str]] = {"omniglot": "conv4-strided"}
+    by_backbone: ClassVar[Recipes] = of_convolutions(learn_inner_lr=False)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metafast.data import Episodes
 
-from .adaptation import IMAGES, SINE, Adaptation
+from .adaptation import IMAGES, SINE, Adaptation, of_convolutions
 from .method import Recipes, Reported
 
 
@@ -26,6 +26,7 @@ class MetaSGD(Adaptation):
         ("omniglot", 20, 5): 0.9897,
     }
     recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_lr": 0.05, "inner_steps": 1}}
+    by_backbone: ClassVar[Recipes] = of_convolutions(test_steps=1)
 
     def __init__(
         self,

@@ -32,6 +32,12 @@ class Learner(nn.Module, ABC):
     recipes: ClassVar[Recipes]
     """The kinds of data that the method learns from, and what it does by default on each."""
 
+    backbone_on: ClassVar[Mapping[str, str]] = {}
+    """Data -> the backbone that is its default there, where that is another than the recipe's."""
+
+    by_backbone: ClassVar[Recipes] = {}
+    """Backbone -> setting -> its default on images with that one, in place of the recipe's."""
+
     sources: ClassVar[Mapping[str, type[Source]]] = DATA
     """What it may learn from: those of a kind that has a recipe."""
 
@@ -43,6 +49,15 @@ class Learner(nn.Module, ABC):
 
     reported: ClassVar[Reported] = {}
     """What the paper reports."""
+
+    @classmethod
+    def recipe(cls, source: type[Source], backbone: str | None = None) -> Mapping[str, Any]:
+        """Setting -> its default on these data, with a backbone that was asked for or the data's own."""
+        recipe = cls.recipes[source.kind]
+        if source.kind != "images":
+            return recipe
+        backbone = cls.backbone_on.get(source.name) if backbone is None else backbone
+        return {**recipe, **cls.by_backbone.get(backbone, {}), **({"backbone": backbone} if backbone else {})}
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from metafast.data import Episodes
 
-from .adaptation import IMAGES, SINE, Adaptation
+from .adaptation import IMAGES, SINE, Adaptation, of_convolutions
 from .method import Recipes, Reported
 
 
@@ -51,6 +52,20 @@ class Reptile(Adaptation):
             "schedule": "linear",
         },
     }
+
+    # The paper's inner loop is 5 steps of Adam in training and 50 in evaluation, on 10 shots and on 5.
+    backbone_on: ClassVar[Mapping[str, str]] = {"omniglot": "conv4-strided"}
+    by_backbone: ClassVar[Recipes] = of_convolutions(
+        shots=5,
+        queries=5,
+        inner_lr=0.1,
+        inner_steps=5,
+        test_steps=20,
+        tasks=5,
+        optimizer="sgd",
+        lr=1.0,
+        schedule="linear",
+    )
 
     def loss(self, episodes: Episodes) -> Tensor:
         """Half the squared distance to the mean of the adapted weights: a scalar.

@@ -125,10 +125,9 @@ def compose(method: str, given: Mapping[str, Any], base: Mapping[str, Any] | Non
             raise ValueError(f"{option}: expected only for {having}, got {said(value)} for {source.name}")
     check_names(given, known)
     settings = {}
+    recipe = learner.recipe(source, given.get("backbone"))
+    recipe = {name: value for name, value in recipe.items() if name not in source.own}
     for section, cls in sections.items():
-        recipe = {
-            name: value for name, value in learner.recipes[source.kind].items() if name not in source.own
-        }
         defaults = recipe | (base[section] if base is not None else {}) | path
         ours = stated(cls)
         settings[section] = read(
@@ -194,13 +193,17 @@ def rebuild_from(path: Path, described: Any) -> tuple[Config, Any]:
 
 
 def defaults_of(learner: type[Learner]) -> dict[str, dict[str, Any]]:
-    """Kind of data -> setting -> its default, of all sections, for the help."""
+    """Kind of data -> setting -> its default, of all sections, for the help.
+
+    Data with a backbone of their own are a kind of their own.
+    """
     found = {}
     for source in sources_of(learner).values():
-        recipe = learner.recipes[source.kind]
+        kind = source.name if source.name in learner.backbone_on else source.kind
+        recipe = learner.recipe(source)
         own = stated(learner.Settings, source, TrainingSettings, Pace)
         defaults = {name: recipe.get(name, field.default) for name, field in own.items()}
-        found[source.kind] = defaults | found.get(source.kind, {})  # of the first of a kind, if they differ
+        found[kind] = defaults | found.get(kind, {})  # of the first of a kind, if they differ
     return found
 
 
