@@ -197,6 +197,6 @@ def _factory(name: str) -> Callable[[tuple[int, ...]], nn.Module]:
 def _embedding_shape(network: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """What the network makes of an example, without a trace in it."""
     training = network.training
-    embedded = network.eval()(torch.zeros(1, *shape))
+    embedded = network.eval()(torch.zeros(2, *shape))  # of one, batch norm by the batch may not know
     network.train(training)
     return tuple(embedded.shape[1:])
