@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 _NUMBERS = 17  # of a block: see csrc/library.cpp
+_FEW_TERMS = 36  # see csrc/convolutional/network.cpp
 
 
 @dataclass(frozen=True)
 class Block:
     width: int  # channels of the result
     norm: bool
+    thin: bool  # whether what the convolution gives is not kept: of few terms, on a CPU, of the first block
     packed: int  # elements of its parameters
     padding: tuple[int, int]  # around its input
     convolved: tuple[int, int]  # height and width of what the convolution gives
@@ -35,21 +37,23 @@ def blocks_of(network: Sequence[int], params: Sequence[Tensor], x: Tensor) -> li
         if pool[0]:
             window = pool_kernel if pool_kernel[0] else convolved
             size = _after(convolved, window, numbers[12:14], numbers[14:16])
+        terms = kernel[0] * kernel[1] * x.shape[2]
+        thin = start == 0 and not linear and x.device.type == "cpu" and terms <= _FEW_TERMS
         packed = (inputs + vectors) * _pitch(width)
-        blocks.append(Block(width, numbers[7] > 0, packed, tuple(padding), convolved, size))
+        blocks.append(Block(width, numbers[7] > 0, thin, packed, tuple(padding), convolved, size))
         first += 1 + vectors
     return blocks
 
 
 def activations(blocks: Sequence[Block], tasks: int, images: int) -> int:
-    """The elements that a forward keeps: of each block two maps, and of a norm three statistics."""
+    """The elements that a forward keeps: of each block one map or two, and of a norm three statistics."""
     total = 0
     paddings = [block.padding for block in blocks[1:]] + [(0, 0)]
     for block, (rows, columns) in zip(blocks, paddings, strict=True):
         pitch = _pitch(block.width)
         height, width = block.size[0] + 2 * rows, block.size[1] + 2 * columns
-        for pixels in (block.convolved[0] * block.convolved[1], height * width):
-            total += tasks * _pitch(images * pixels * pitch)
+        maps = [height * width] if block.thin else [block.convolved[0] * block.convolved[1], height * width]
+        total += sum(tasks * _pitch(images * pixels * pitch) for pixels in maps)
         total += 3 * tasks * pitch * block.norm
     return total
 
