@@ -159,8 +159,6 @@ PYBIND11_MODULE(_C, m) {
       release);
   using Numbers = std::vector<int64_t>;
   using Epsilons = std::vector<double>;
-  m.def("conv_forward_kept", [](const Tensors& params, const Tensor& x, const Numbers& network,
-                                const Epsilons& eps) { return conv_forward_kept(params, x, network, eps); });
   m.def(
       "conv_inner_sgd",
       [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr, const Numbers& network,

@@ -275,13 +275,6 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-int64_t conv_forward_kept(at::TensorList params, const Tensor& x, at::IntArrayRef numbers,
-                          at::ArrayRef<double> eps) {
-  Workspace<float> count;
-  Activations<float>(Network(numbers, eps, params, x), x.size(0), x.size(1), count);
-  return count.elements();
-}
-
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
 #ifdef METAFAST_WITH_CUDA
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CUDA, m) { implement(m); }

@@ -29,8 +29,4 @@ std::vector<Tensor> conv_forward_backward(const Tensor& grad, at::TensorList par
                                           const Tensor& kept, at::IntArrayRef network,
                                           at::ArrayRef<double> eps, std::array<bool, 2> wanted);
 
-// The elements that conv_forward keeps for its backward.
-int64_t conv_forward_kept(at::TensorList params, const Tensor& x, at::IntArrayRef network,
-                          at::ArrayRef<double> eps);
-
 }  // namespace metafast
