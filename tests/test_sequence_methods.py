@@ -136,6 +136,16 @@ def test_a_sequence_goes_on_from_its_state(name: str) -> None:
     torch.testing.assert_close(torch.cat([first, second], 1), whole)
 
 
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_learners_read_embeddings_without_what_all_have_in_common(name: str) -> None:
+    torch.manual_seed(0)
+    method: RecurrentLearner = METHODS[name]()
+    examples = 100 + 9 * torch.rand(5, 6, 256)
+    embedded = method.embed(examples).flatten(0, 1)
+    torch.testing.assert_close(embedded.mean(0), torch.zeros(D), rtol=0, atol=1e-4)
+    torch.testing.assert_close(embedded.var(0, correction=0), torch.ones(D), rtol=1e-2, atol=0)
+
+
 def test_accuracy_by_instance_counts_a_class_as_it_comes() -> None:
     class Oracle(RecurrentLearner):
         """Right from a class's second instance on: it looks the example up among those that it has seen."""
@@ -151,7 +161,7 @@ def test_accuracy_by_instance_counts_a_class_as_it_comes() -> None:
         @classmethod
         def from_settings(cls, settings, problem): ...
 
-    by_instance = Oracle(backbone(), 4).accuracy_by_instance(episodes())
+    by_instance = Oracle(backbone(), D, 4).accuracy_by_instance(episodes())
     assert by_instance.shape == (3, 5)
     assert by_instance.mean(0).tolist() == [0, 1, 1, 1, 1]
 

@@ -63,7 +63,7 @@ class MANN(RecurrentLearner):
             "shots": 5,
             "queries": 5,
             "tasks": 16,
-            "steps": 1500,
+            "steps": 2000,
             "lr": 3e-3,
             "schedule": "cosine",
             "image_size": 20,
@@ -85,8 +85,8 @@ class MANN(RecurrentLearner):
         heads: int = 4,
         decay: float = 0.95,
     ) -> None:
-        super().__init__(backbone, ways)
-        check_count(1, features=features, hidden=hidden, width=width, heads=heads)
+        super().__init__(backbone, features, ways)
+        check_count(1, hidden=hidden, width=width, heads=heads)
         check_count(heads, rows=rows)
         self.rows, self.width, self.heads, self.decay = rows, width, heads, decay
         self.controller = nn.LSTMCell(features + ways + heads * width, hidden)

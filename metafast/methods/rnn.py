@@ -42,7 +42,7 @@ class RNN(RecurrentLearner):
             "shots": 5,
             "queries": 5,
             "tasks": 16,
-            "steps": 1500,
+            "steps": 2000,
             "lr": 3e-3,
             "schedule": "cosine",
             "image_size": 20,
@@ -53,8 +53,8 @@ class RNN(RecurrentLearner):
     }
 
     def __init__(self, backbone: nn.Module, features: int, ways: int, *, hidden: int = 200) -> None:
-        super().__init__(backbone, ways)
-        check_count(1, features=features, hidden=hidden)
+        super().__init__(backbone, features, ways)
+        check_count(1, hidden=hidden)
         self.lstm = nn.LSTM(features + ways, hidden, batch_first=True)
         self.out = nn.Linear(hidden, ways)
 

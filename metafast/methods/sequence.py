@@ -82,7 +82,17 @@ class RecurrentLearner(SequenceLearner):
 
     It trains on whole sequences: the examples of an episode, support and query, in random order, with a loss
     at each; so a class is guessed at its first instance, and known at later ones.
+
+    Args:
+        backbone: embeds a batch of examples, [B, ...] -> [B, D].
+        features: D.
+        ways: N, the classes of an episode.
     """
+
+    def __init__(self, backbone: nn.Module, features: int, ways: int) -> None:
+        super().__init__(backbone, ways)
+        check_count(1, features=features)
+        self.norm = nn.BatchNorm1d(features, affine=False)
 
     @abstractmethod
     def run(
@@ -95,13 +105,12 @@ class RecurrentLearner(SequenceLearner):
         """
 
     def embed(self, examples: Tensor) -> Tensor:
-        """[T, B, ...] -> [T, B, D], of one size whatever the backbone learns.
+        """[T, B, ...] -> [T, B, D], each feature around 0 and of one size, whatever the backbone learns.
 
         Before the network has learned to read them, embeddings are noise to it, and training would make them
-        vanish for good.
+        vanish for good; and what all examples have in common would make all keys alike.
         """
-        embedded = super().embed(examples)
-        return F.layer_norm(embedded, embedded.shape[-1:])
+        return self.norm(super().embed(examples).flatten(0, 1)).unflatten(0, examples.shape[:2])
 
     def sequence(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """All examples of each task in random order, and their labels: [T, L, ...], [T, L].
