@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -136,21 +137,32 @@ def trained(name: str, options: argparse.Namespace, folder: Path) -> tuple[Path,
     return folder, train(name, options, folder, max(MEMORY_STEPS, round(options.steps_share * steps)))
 
 
+# Between this process and the one that trains: a fresh process begins with the peak of the one that starts it.
+_LAUNCHER = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
 def train(name: str, options: argparse.Namespace, folder: Path, steps: int) -> int:
     """Trains a method in a process of its own, and gives the most memory that it had, in bytes."""
-    words = [sys.executable, "-m", "metafast", "train", name, "--data", DATA, "--out", str(folder)]
+    words = [sys.executable, "-c", _LAUNCHER]
+    words += [sys.executable, "-m", "metafast", "train", name, "--data", DATA, "--out", str(folder)]
     words += ["--steps", str(steps), "--device", options.device.type]
     threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    process = subprocess.Popen(words, env={**os.environ, **threads}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, env={**os.environ, **threads}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        _, status, usage = os.wait4(process.pid, 0)
+        peak, _ = process.communicate()
     except BaseException:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         raise
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, words)
-    return usage.ru_maxrss * 1024
+    return int(peak) * 1024
 
 
 def autocast(config: Config, options: argparse.Namespace) -> torch.autocast:
