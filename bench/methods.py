@@ -137,7 +137,7 @@ def trained(name: str, options: argparse.Namespace, folder: Path) -> tuple[Path,
     return folder, train(name, options, folder, max(MEMORY_STEPS, round(options.steps_share * steps)))
 
 
-# Between this process and the one that trains: a fresh process begins with the peak of the one that starts it.
+# Stands between this process and the one that trains, which begins with the peak of what starts it.
 _LAUNCHER = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
