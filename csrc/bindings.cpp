@@ -133,28 +133,32 @@ PYBIND11_MODULE(_C, m) {
   using Tensors = std::vector<Tensor>;  // pybind11 fills no reference to a list
   m.def(
       "inner_sgd",
-      [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr, std::string_view loss,
-         int64_t steps, std::string_view activation, double momentum, bool first_order) {
-        return inner_sgd(params, x, y, lr, loss, steps, activation, momentum, first_order);
+      [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr,
+         const OptionalTensor& example_weights, std::string_view loss, int64_t steps,
+         std::string_view activation, double momentum, bool first_order) {
+        return inner_sgd(params, x, y, lr, example_weights, loss, steps, activation, momentum, first_order);
       },
       release);
   m.def(
       "maml_loss",
       [](const Tensors& params, const Tensor& support_x, const Tensor& support_y, const Tensor& query_x,
-         const Tensor& query_y, const Tensors& lr, const OptionalTensor& step_weights, std::string_view loss,
+         const Tensor& query_y, const Tensors& lr, const OptionalTensor& step_weights,
+         const OptionalTensor& support_weights, const OptionalTensor& query_weights, std::string_view loss,
          int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean) {
-        return maml_loss(params, support_x, support_y, query_x, query_y, lr, step_weights, loss, steps,
-                         activation, momentum, first_order, mean);
+        return maml_loss(params, support_x, support_y, query_x, query_y, lr, step_weights, support_weights,
+                         query_weights, loss, steps, activation, momentum, first_order, mean);
       },
       release);
   m.def(
       "maml_loss_backward",
       [](const Tensor& grad, const Tensors& params, const Tensor& support_x, const Tensor& support_y,
          const Tensor& query_x, const Tensor& query_y, const Tensors& lr, const OptionalTensor& step_weights,
-         std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-         bool mean, std::array<bool, 7> wanted) {
+         const OptionalTensor& support_weights, const OptionalTensor& query_weights, std::string_view loss,
+         int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
+         std::array<bool, 9> wanted) {
         return maml_loss_backward(grad, params, support_x, support_y, query_x, query_y, lr, step_weights,
-                                  loss, steps, activation, momentum, first_order, mean, wanted);
+                                  support_weights, query_weights, loss, steps, activation, momentum,
+                                  first_order, mean, wanted);
       },
       release);
   using Numbers = std::vector<int64_t>;

@@ -81,28 +81,32 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   // I], [T, O]). x [T, S, D], y [T, S, O] for loss mse or int64 [T, S] for cross_entropy. lr is one tensor,
   // [] or [K, L], or one for each parameter, of its shape. activation: relu, tanh or none.
 
-  // K = steps steps of SGD on each task -> the adapted parameters, each [T, ...].
+  // K = steps steps of SGD on each task -> the adapted parameters, each [T, ...]. example_weights [T, S]: of
+  // the examples in their task's mean; 0 leaves one out, whatever it holds.
   m.def(
-      "inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, str loss, int steps, str activation, "
-      "float momentum, bool first_order) -> Tensor[]");
-  // grads: of the adapted parameters. -> gradients of params, lr, x, y, in one list; of size 0 where not
-  // wanted (wanted: params, lr, x, y). It cannot be differentiated.
+      "inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, Tensor? example_weights, str loss, "
+      "int steps, str activation, float momentum, bool first_order) -> Tensor[]");
+  // grads: of the adapted parameters. -> gradients of params, lr, x, y, example_weights, in one list; of size
+  // 0 where not wanted (wanted: params, lr, x, y, example_weights). It cannot be differentiated.
   m.def(
-      "inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, str loss, "
-      "int steps, str activation, float momentum, bool first_order, bool[4] wanted) -> Tensor[]");
+      "inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, "
+      "Tensor? example_weights, str loss, int steps, str activation, float momentum, bool first_order, "
+      "bool[5] wanted) -> Tensor[]");
 
   // The query loss after inner_sgd on the support: [T], or with `mean` their mean []. With step_weights [K],
-  // the sum of the losses after each step, weighed.
+  // the sum of the losses after each step, weighed. support_weights [T, S], query_weights [T, Q]: as
+  // example_weights.
   m.def(
       "maml_loss(Tensor[] params, Tensor support_x, Tensor support_y, Tensor query_x, Tensor query_y, "
-      "Tensor[] lr, Tensor? step_weights, str loss, int steps, str activation, float momentum, "
-      "bool first_order, bool mean) -> Tensor");
+      "Tensor[] lr, Tensor? step_weights, Tensor? support_weights, Tensor? query_weights, str loss, "
+      "int steps, str activation, float momentum, bool first_order, bool mean) -> Tensor");
   // grad: of the result. -> the result again, and gradients as of inner_sgd_backward (wanted: params, lr,
-  // support_x, support_y, query_x, query_y, step_weights).
+  // support_x, support_y, query_x, query_y, step_weights, support_weights, query_weights).
   m.def(
       "maml_loss_backward(Tensor grad, Tensor[] params, Tensor support_x, Tensor support_y, "
-      "Tensor query_x, Tensor query_y, Tensor[] lr, Tensor? step_weights, str loss, int steps, "
-      "str activation, float momentum, bool first_order, bool mean, bool[7] wanted) -> (Tensor, Tensor[])");
+      "Tensor query_x, Tensor query_y, Tensor[] lr, Tensor? step_weights, Tensor? support_weights, "
+      "Tensor? query_weights, str loss, int steps, str activation, float momentum, bool first_order, "
+      "bool mean, bool[9] wanted) -> (Tensor, Tensor[])");
 
   // One step of SGD on many tensors. lr: one tensor, or one for each of params, that broadcasts to it.
   // momentum_buffers may be empty: zeros. -> the new params, the new buffers (none without momentum).

@@ -240,12 +240,26 @@ def _examples(sizes: Sizes, g: Generator, loss: str, *counts: int) -> tuple[Tens
     return tuple(tensor for examples in sets for tensor in examples)
 
 
-def _inner_loop(op: str, name: str, data: tuple[str, ...], call: Callable, *, shared: bool, loss: str) -> Row:
-    """An op of networks' parameters, the learning rates, and these examples: inputs and targets by turns."""
+def _inner_loop(
+    op: str,
+    name: str,
+    data: tuple[str, ...],
+    weights: tuple[str, ...],
+    call: Callable,
+    *,
+    shared: bool,
+    loss: str,
+) -> Row:
+    """An op of networks' parameters, learning rates, these examples, inputs and targets by turns, and
+    their weights."""
 
     def make(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
         counts = (sizes.support, sizes.query)[: len(data) // 2]
-        return *_networks(sizes, g, shared=shared), *_examples(sizes, g, loss, *counts)
+        examples = _examples(sizes, g, loss, *counts)
+        weighs = (
+            torch.rand(sizes.tasks, n, dtype=torch.float64, generator=g) + 0.1 for n in counts[: len(weights)]
+        )
+        return *_networks(sizes, g, shared=shared), *examples, *weighs
 
     given = PARAMETERS + 1  # before the data
     targets = tuple(range(given + 1, given + len(data), 2))
@@ -254,8 +268,8 @@ def _inner_loop(op: str, name: str, data: tuple[str, ...], call: Callable, *, sh
         f"{op}[{name}]",
         call,
         make,
-        tuple(i for i in range(given + len(data)) if i not in labels),
-        (*(f"params[{i}]" for i in range(PARAMETERS)), "lr", *data),
+        tuple(i for i in range(given + len(data) + len(weights)) if i not in labels),
+        (*(f"params[{i}]" for i in range(PARAMETERS)), "lr", *data, *weights),
         shared=tuple(range(given)) if shared else (PARAMETERS,),
         op=op,
         half=False,
@@ -268,34 +282,45 @@ def _inner_loop(op: str, name: str, data: tuple[str, ...], call: Callable, *, sh
 
 
 def _maml_loss(
-    name: str, *, loss: str, reduction: str = "mean", shared: bool = False, **options: object
+    name: str,
+    *,
+    loss: str,
+    reduction: str = "mean",
+    shared: bool = False,
+    weighted: bool = False,
+    **options: object,
 ) -> Row:
     options = {"activation": "tanh", "loss": loss, "steps": STEPS, "reduction": reduction, **options}
 
     def call(m: ModuleType) -> Callable[..., Tensor]:
         def query_loss(*tensors: Tensor) -> Tensor:
-            params, (lr, *data) = tensors[:PARAMETERS], tensors[PARAMETERS:]
-            return m.maml_loss(params, *data, lr=lr, **options)
+            params, (lr, *examples) = tensors[:PARAMETERS], tensors[PARAMETERS:]
+            given = dict(zip(weights, examples[len(data) :], strict=True))
+            return m.maml_loss(params, *examples[: len(data)], lr=lr, **given, **options)
 
         return query_loss
 
     data = ("support_x", "support_y", "query_x", "query_y")
-    return _inner_loop("maml_loss", name, data, call, shared=shared, loss=loss)
+    weights = ("support_weights", "query_weights") if weighted else ()
+    return _inner_loop("maml_loss", name, data, weights, call, shared=shared, loss=loss)
 
 
-def _inner_sgd(name: str, *, loss: str, shared: bool = False, **options: object) -> Row:
+def _inner_sgd(
+    name: str, *, loss: str, shared: bool = False, weighted: bool = False, **options: object
+) -> Row:
     """The adapted parameters in one tensor, [T, P]."""
     options = {"activation": "tanh", "loss": loss, "steps": STEPS, **options}
 
     def call(m: ModuleType) -> Callable[..., Tensor]:
         def adapted(*tensors: Tensor) -> Tensor:
-            params, (lr, *data) = tensors[:PARAMETERS], tensors[PARAMETERS:]
-            found = m.inner_sgd(params, *data, lr=lr, **options)
+            params, (lr, x, y, *examples) = tensors[:PARAMETERS], tensors[PARAMETERS:]
+            found = m.inner_sgd(params, x, y, lr=lr, **dict(zip(weights, examples, strict=True)), **options)
             return torch.cat([parameter.flatten(1) for parameter in found], 1)
 
         return adapted
 
-    return _inner_loop("inner_sgd", name, ("x", "y"), call, shared=shared, loss=loss)
+    weights = ("example_weights",) if weighted else ()
+    return _inner_loop("inner_sgd", name, ("x", "y"), weights, call, shared=shared, loss=loss)
 
 
 CHANNELS = 4  # of the convolutional networks
@@ -561,6 +586,9 @@ ROWS = (
     _maml_loss("mse, per task", loss="mse", reduction="none", activation="relu"),
     _inner_sgd("mse, per task", loss="mse"),
     _inner_sgd("cross_entropy, shared", shared=True, loss="cross_entropy", momentum=0.5),
+    _maml_loss("mse, weighted", shared=True, weighted=True, loss="mse"),
+    _maml_loss("cross_entropy, weighted", weighted=True, loss="cross_entropy", reduction="none"),
+    _inner_sgd("cross_entropy, weighted", weighted=True, loss="cross_entropy", momentum=0.5),
     _conv_inner_sgd("mse, per task", "pooled", loss="mse", momentum=0.5),
     _conv_inner_sgd("cross_entropy, shared", "strided", loss="cross_entropy", shared=True),
     _conv_forward("strided"),

@@ -45,17 +45,17 @@ def classify(queries=6000):
 
 def many_tasks():
     params, data = mlp(1, 40, 40, 1), [torch.randn(80000, 10, 1) for _ in range(4)]
-    lr, rest = [torch.tensor(0.01)], (None, "mse", 100, "relu", 0.0, False, True)
+    lr, rest = [torch.tensor(0.01)], (None, None, None, "mse", 100, "relu", 0.0, False, True)
     one = torch.tensor(1.0)
     yield lambda: ops.maml_loss(params, *data, lr, *rest)
-    yield lambda: ops.maml_loss_backward(one, params, *data, lr, *rest, [True] * 7)
+    yield lambda: ops.maml_loss_backward(one, params, *data, lr, *rest, [True] * 9)
 
 def one_task():  # nothing but its steps to stop between
     params, x, y = mlp(64, 256, 256, 10), torch.randn(1, 25, 64), torch.randn(1, 25, 10)
     grads = [torch.ones(1, *p.shape) for p in params]
-    lr, rest = [torch.tensor(0.001)], ("mse", 60000, "relu", 0.0, False)
+    lr, rest = [torch.tensor(0.001)], (None, "mse", 60000, "relu", 0.0, False)
     yield lambda: ops.inner_sgd(params, x, y, lr, *rest)
-    yield lambda: ops.inner_sgd_backward(grads, params, x, y, lr, *rest, [True, False, False, False])
+    yield lambda: ops.inner_sgd_backward(grads, params, x, y, lr, *rest, [True] + [False] * 4)
 
 def lstm(shapes=[(80, 2), (80, 20), (80,), (80, 20), (80, 20), (80,), (1, 20), (1,)]):
     weights = [torch.randn(shape) / 10 for shape in shapes]

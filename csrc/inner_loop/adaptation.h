@@ -252,8 +252,10 @@ class Adaptation {
   void store_examples(const Examples<T>& examples, const Batch<Layout, T>& batch) const {
     keep_in_use(batch.grad_x, batch.rows * Layout::row(batch.features));
     keep_in_use(batch.grad_y, batch.rows * batch.out_pitch);
+    keep_in_use(batch.grad_share, batch.rows);
     if (examples.grad_x) batch.store_tasks(batch.grad_x, batch.features, first_, tasks_, examples.grad_x);
     if (examples.grad_y) batch.store_tasks(batch.grad_y, batch.outputs, first_, tasks_, examples.grad_y);
+    if (examples.grad_weights) batch.store_weights(examples, first_, tasks_);
   }
 
   // ---- steps ----
@@ -313,6 +315,7 @@ class Adaptation {
     if (weight == 0) return;
     losses_ += weight * loss;
     if (!p_.backward) return;
+    if (query_.grad_share != nullptr) query_network_.add_share_gradient(query_, weight * task_weights_);
     query_network_.backward(theta(k), query_, weight * task_weights_);
     const auto consume = [&](const auto& consumer) {
       query_network_.gradient(theta(k), query_, [&](int) { return consumer; });

@@ -43,15 +43,16 @@ T* present(T* data) {
 }
 
 struct Set {  // of examples of every task
-  Tensor x, y;
+  Tensor x, y, weights;
 };
 
 // The checked, dense arguments that all ops share, and the part of the kernel's struct that they fill.
 class Problem {
  public:
-  Problem(at::TensorList params, const Tensor& x, const Tensor& y, const char* x_name, const char* y_name,
-          at::TensorList lr, std::string_view loss, int64_t steps, std::string_view activation,
-          double momentum, bool first_order)
+  Problem(at::TensorList params, const Tensor& x, const Tensor& y, const OptionalTensor& weights,
+          const char* x_name, const char* y_name, const char* weights_name, at::TensorList lr,
+          std::string_view loss, int64_t steps, std::string_view activation, double momentum,
+          bool first_order)
       : loss_(loss_of(loss)),
         activation_(activation_of(activation)),
         steps_(steps),
@@ -64,12 +65,13 @@ class Problem {
     check_real({x, x_name});
     tasks_ = x.size(0);
     load_network(params, x, x_name);
-    support_ = load_set(x, y, x_name, y_name);
+    support_ = load_set(x, y, weights, x_name, y_name, weights_name);
     load_lr(lr);
   }
 
-  void set_query(const Tensor& x, const Tensor& y, const OptionalTensor& step_weights) {
-    query_ = load_set(x, y, "query_x", "query_y", 'Q');
+  void set_query(const Tensor& x, const Tensor& y, const OptionalTensor& weights,
+                 const OptionalTensor& step_weights) {
+    query_ = load_set(x, y, weights, "query_x", "query_y", "query_weights", 'Q');
     if (!step_weights) return;
     const Arg arg{*step_weights, "step_weights"}, like{support_.x, "support_x"};
     TORCH_CHECK_VALUE(steps_ > 0, "step_weights: expected None with steps = 0, got a tensor");
@@ -177,8 +179,8 @@ class Problem {
     }
   }
 
-  Set load_set(const Tensor& x, const Tensor& y, const char* x_name, const char* y_name,
-               char letter = 'S') const {
+  Set load_set(const Tensor& x, const Tensor& y, const OptionalTensor& weights, const char* x_name,
+               const char* y_name, const char* weights_name, char letter = 'S') const {
     const Arg ax{x, x_name}, ay{y, y_name}, like{params_[0], "params[0]"};
     check_same_dtype(like, {ax});
     check_same_device(like, {ax, ay});
@@ -195,9 +197,23 @@ class Problem {
       check_labels_dtype(ay);
       check_sizes(ay, {tasks_, x.size(1)}, letter == 'Q' ? "[T, Q]" : "[T, S]");
     }
-    Set set{x.contiguous(), y.contiguous()};
+    Set set{x.contiguous(), y.contiguous(), Tensor()};
+    if (weights) weigh(set, {*weights, weights_name}, letter == 'Q' ? "[T, Q]" : "[T, S]");
     if (loss_ == Loss::cross_entropy) check_label_values(set.y, outputs, y_name);
     return set;
+  }
+
+  // With nothing in the place of the examples of weight 0: whatever they hold, no product of it with 0 is
+  // NaN, and their labels need not be classes.
+  void weigh(Set& set, const Arg& weights, const char* shape) const {
+    const Arg like{params_[0], "params[0]"};
+    check_same_dtype(like, {weights});
+    check_same_device(like, {weights});
+    check_sizes(weights, set.x.sizes().slice(0, 2), shape);
+    set.weights = weights.tensor.contiguous();
+    const Tensor out = set.weights == 0;
+    set.x = set.x.masked_fill(out.unsqueeze(-1), 0);
+    if (loss_ == Loss::cross_entropy) set.y = set.y.masked_fill(out, kIgnoreLabel);
   }
 
   // On the CPU; a CUDA kernel asserts on the device instead, which does not synchronise.
@@ -238,6 +254,7 @@ class Problem {
     } else {
       examples.labels = set.y.const_data_ptr<int64_t>();
     }
+    if (set.weights.defined()) examples.weights = present(set.weights.const_data_ptr<T>());
   }
 };
 

@@ -18,34 +18,37 @@ namespace metafast {
   return handle.call(__VA_ARGS__)
 
 std::vector<Tensor> inner_sgd(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
-                              std::string_view loss, int64_t steps, std::string_view activation,
-                              double momentum, bool first_order) {
-  METAFAST_CALL(inner_sgd, params, x, y, lr, loss, steps, activation, momentum, first_order);
+                              const OptionalTensor& example_weights, std::string_view loss, int64_t steps,
+                              std::string_view activation, double momentum, bool first_order) {
+  METAFAST_CALL(inner_sgd, params, x, y, lr, example_weights, loss, steps, activation, momentum, first_order);
 }
 
 std::vector<Tensor> inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                       const Tensor& y, at::TensorList lr, std::string_view loss,
+                                       const Tensor& y, at::TensorList lr,
+                                       const OptionalTensor& example_weights, std::string_view loss,
                                        int64_t steps, std::string_view activation, double momentum,
-                                       bool first_order, std::array<bool, 4> wanted) {
-  METAFAST_CALL(inner_sgd_backward, grads, params, x, y, lr, loss, steps, activation, momentum, first_order,
-                wanted);
+                                       bool first_order, std::array<bool, 5> wanted) {
+  METAFAST_CALL(inner_sgd_backward, grads, params, x, y, lr, example_weights, loss, steps, activation,
+                momentum, first_order, wanted);
 }
 
 Tensor maml_loss(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
                  const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
-                 const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                 const OptionalTensor& step_weights, const OptionalTensor& support_weights,
+                 const OptionalTensor& query_weights, std::string_view loss, int64_t steps,
                  std::string_view activation, double momentum, bool first_order, bool mean) {
-  METAFAST_CALL(maml_loss, params, support_x, support_y, query_x, query_y, lr, step_weights, loss, steps,
-                activation, momentum, first_order, mean);
+  METAFAST_CALL(maml_loss, params, support_x, support_y, query_x, query_y, lr, step_weights, support_weights,
+                query_weights, loss, steps, activation, momentum, first_order, mean);
 }
 
 std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
-    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 7> wanted) {
+    const OptionalTensor& support_weights, const OptionalTensor& query_weights, std::string_view loss,
+    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
+    std::array<bool, 9> wanted) {
   METAFAST_CALL(maml_loss_backward, grad, params, support_x, support_y, query_x, query_y, lr, step_weights,
-                loss, steps, activation, momentum, first_order, mean, wanted);
+                support_weights, query_weights, loss, steps, activation, momentum, first_order, mean, wanted);
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update(at::TensorList params, at::TensorList grads,
@@ -62,8 +65,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 
-// Inputs lie in one list: the parameters, then lr, then the examples' tensors. Gradients come in the same
-// order.
+// Inputs lie in one list: the parameters, then lr, then the examples' tensors and what weighs them, undefined
+// where it is not given. Gradients come in the same order.
 struct Inputs {
   variable_list tensors;
   int64_t params, lr;
@@ -79,14 +82,25 @@ struct Inputs {
   at::TensorList params_list() const { return at::TensorList(tensors).slice(0, params); }
   at::TensorList lr_list() const { return at::TensorList(tensors).slice(params, lr); }
   const Tensor& example(int64_t i) const { return tensors[params + lr + i]; }
+  OptionalTensor weights(int64_t i) const { return optional_of(example(i)); }
 
-  // Whether any parameter, any lr, each example tensor satisfies f(position).
+  // Those that are defined: what a graph has edges to.
+  variable_list given() const {
+    variable_list result;
+    for (const Tensor& tensor : tensors) {
+      if (tensor.defined()) result.push_back(tensor);
+    }
+    return result;
+  }
+
+  // Whether any parameter, any lr, each example tensor satisfies f(place among those given).
   template <size_t kCount, class F>
   std::array<bool, kCount> any(const F& f) const {
     std::array<bool, kCount> result{};
-    for (int64_t i = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
+    for (int64_t i = 0, place = 0; i < static_cast<int64_t>(tensors.size()); ++i) {
+      if (!tensors[i].defined()) continue;
       const int64_t group = i < params ? 0 : (i < params + lr ? 1 : 2 + i - params - lr);
-      result[group] |= f(i);
+      result[group] |= f(place++);
     }
     return result;
   }
@@ -123,30 +137,34 @@ struct Call : torch::CustomClassHolder {
   Inputs inputs(AutogradContext* ctx) const { return {ctx->get_saved_variables(), params, lr}; }
 };
 
-// What a backward returns: gradients of size 0 were not wanted, and what is no tensor has none.
-variable_list gradients(variable_list grads, const Inputs& inputs, size_t options) {
+// What a backward returns, for what was given: gradients of size 0 were not wanted, and what is no tensor has
+// none.
+variable_list gradients(const variable_list& grads, const Inputs& inputs, size_t options) {
+  variable_list result;
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (grads[i].sizes() != inputs.tensors[i].sizes()) grads[i] = Tensor();
+    const Tensor& input = inputs.tensors[i];
+    if (input.defined()) result.push_back(grads[i].sizes() == input.sizes() ? grads[i] : Tensor());
   }
-  grads.resize(grads.size() + options);
-  return grads;
+  result.resize(result.size() + options);
+  return result;
 }
 
 // ---- inner_sgd ----
 
 std::vector<Tensor> inner_sgd_backward_autograd(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                                const Tensor& y, at::TensorList lr, std::string_view loss,
+                                                const Tensor& y, at::TensorList lr,
+                                                const OptionalTensor& example_weights, std::string_view loss,
                                                 int64_t steps, std::string_view activation, double momentum,
-                                                bool first_order, std::array<bool, 4> wanted) {
+                                                bool first_order, std::array<bool, 5> wanted) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return inner_sgd_backward(grads, params, x, y, lr, loss, steps, activation, momentum, first_order,
-                              wanted);
+    return inner_sgd_backward(grads, params, x, y, lr, example_weights, loss, steps, activation, momentum,
+                              first_order, wanted);
   };
-  Inputs inputs(params, lr, {x, y});
+  Inputs inputs(params, lr, {x, y, tensor_or_undefined(example_weights)});
   inputs.tensors.insert(inputs.tensors.end(), grads.begin(), grads.end());
   if (!needs_graph_of("inner_sgd_backward", inputs.tensors)) return compute();
-  return LastDerivative::apply(at::TensorList(inputs.tensors), std::function<variable_list()>(compute),
+  return LastDerivative::apply(at::TensorList(inputs.given()), std::function<variable_list()>(compute),
                                "inner_sgd");
 }
 
@@ -155,50 +173,64 @@ struct InnerSgdFunction : Function<InnerSgdFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward(in.tensors);
     Call::save(ctx, c10::make_intrusive<Call>(o, in));
-    return inner_sgd(in.params_list(), in.example(0), in.example(1), in.lr_list(), o.loss, o.steps,
-                     o.activation, o.momentum, o.first_order);
+    return inner_sgd(in.params_list(), in.example(0), in.example(1), in.lr_list(), in.weights(2), o.loss,
+                     o.steps, o.activation, o.momentum, o.first_order);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Call& call = Call::restore(ctx);
     const Inputs in = call.inputs(ctx);
     const Options& o = call.options;
-    const auto wanted = in.any<4>([&](int64_t i) { return ctx->needs_input_grad(i); });
-    return gradients(inner_sgd_backward(grads, in.params_list(), in.example(0), in.example(1), in.lr_list(),
-                                        o.loss, o.steps, o.activation, o.momentum, o.first_order, wanted),
-                     in, 2);
+    const auto wanted = in.any<5>([&](int64_t i) { return ctx->needs_input_grad(i); });
+    return gradients(
+        inner_sgd_backward(grads, in.params_list(), in.example(0), in.example(1), in.lr_list(), in.weights(2),
+                           o.loss, o.steps, o.activation, o.momentum, o.first_order, wanted),
+        in, 2);
   }
 };
 
 std::vector<Tensor> inner_sgd_autograd(at::TensorList params, const Tensor& x, const Tensor& y,
-                                       at::TensorList lr, std::string_view loss, int64_t steps,
-                                       std::string_view activation, double momentum, bool first_order) {
-  const Inputs in(params, lr, {x, y});
+                                       at::TensorList lr, const OptionalTensor& example_weights,
+                                       std::string_view loss, int64_t steps, std::string_view activation,
+                                       double momentum, bool first_order) {
+  const Inputs in(params, lr, {x, y, tensor_or_undefined(example_weights)});
   if (needs_graph_of("inner_sgd", in.tensors)) {
     return InnerSgdFunction::apply(
-        at::TensorList(in.tensors), in,
+        at::TensorList(in.given()), in,
         Options{std::string(loss), steps, std::string(activation), momentum, first_order});
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return inner_sgd(params, x, y, lr, loss, steps, activation, momentum, first_order);
+  return inner_sgd(params, x, y, lr, example_weights, loss, steps, activation, momentum, first_order);
 }
 
 // ---- maml_loss ----
 
+Inputs maml_inputs(at::TensorList params, at::TensorList lr, const Tensor& support_x, const Tensor& support_y,
+                   const Tensor& query_x, const Tensor& query_y, const OptionalTensor& step_weights,
+                   const OptionalTensor& support_weights, const OptionalTensor& query_weights) {
+  return {params,
+          lr,
+          {support_x, support_y, query_x, query_y, tensor_or_undefined(step_weights),
+           tensor_or_undefined(support_weights), tensor_or_undefined(query_weights)}};
+}
+
 std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_autograd(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
-    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 7> wanted) {
+    const OptionalTensor& support_weights, const OptionalTensor& query_weights, std::string_view loss,
+    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
+    std::array<bool, 9> wanted) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return maml_loss_backward(grad, params, support_x, support_y, query_x, query_y, lr, step_weights, loss,
-                              steps, activation, momentum, first_order, mean, wanted);
+    return maml_loss_backward(grad, params, support_x, support_y, query_x, query_y, lr, step_weights,
+                              support_weights, query_weights, loss, steps, activation, momentum, first_order,
+                              mean, wanted);
   };
-  Inputs inputs(params, lr, {support_x, support_y, query_x, query_y, grad});
-  if (step_weights) inputs.tensors.push_back(*step_weights);
+  Inputs inputs = maml_inputs(params, lr, support_x, support_y, query_x, query_y, step_weights,
+                              support_weights, query_weights);
+  inputs.tensors.push_back(grad);
   if (!needs_graph_of("maml_loss_backward", inputs.tensors)) return compute();
   variable_list results =
-      LastDerivative::apply(at::TensorList(inputs.tensors), std::function<variable_list()>([&] {
+      LastDerivative::apply(at::TensorList(inputs.given()), std::function<variable_list()>([&] {
                               auto [value, grads] = compute();
                               grads.push_back(value);
                               return grads;
@@ -219,10 +251,11 @@ struct MamlLossFunction : Function<MamlLossFunction> {
     Call& call = Call::save(ctx, c10::make_intrusive<Call>(o, in, mean));
     if (!mean) {
       return maml_loss(in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3),
-                       in.lr_list(), step_weights_of(in), o.loss, o.steps, o.activation, o.momentum,
-                       o.first_order, mean);
+                       in.lr_list(), in.weights(4), in.weights(5), in.weights(6), o.loss, o.steps,
+                       o.activation, o.momentum, o.first_order, mean);
     }
-    const auto wanted = in.any<7>([&](int64_t i) { return in.tensors[i].requires_grad(); });
+    const variable_list given = in.given();
+    const auto wanted = in.any<9>([&](int64_t i) { return given[i].requires_grad(); });
     auto [value, grads] =
         differentiate(call, in, at::scalar_tensor(1, in.tensors[0].options().requires_grad(false)), wanted);
     call.of_one = std::move(grads);
@@ -234,7 +267,7 @@ struct MamlLossFunction : Function<MamlLossFunction> {
     variable_list result;
     if (call.of_one.empty() || at::GradMode::is_enabled()) {
       const Inputs in = call.inputs(ctx);
-      const auto wanted = in.any<7>([&](int64_t i) { return ctx->needs_input_grad(i); });
+      const auto wanted = in.any<9>([&](int64_t i) { return ctx->needs_input_grad(i); });
       result = std::get<1>(differentiate(call, in, grad, wanted));
     } else {
       result = std::exchange(call.of_one, {});
@@ -253,36 +286,31 @@ struct MamlLossFunction : Function<MamlLossFunction> {
   // The result, and the gradients of the inputs where they are wanted.
   static std::tuple<Tensor, variable_list> differentiate(const Call& call, const Inputs& in,
                                                          const Tensor& grad,
-                                                         const std::array<bool, 7>& wanted) {
+                                                         const std::array<bool, 9>& wanted) {
     const Options& o = call.options;
-    auto [value, grads] = maml_loss_backward(
-        grad, in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3), in.lr_list(),
-        step_weights_of(in), o.loss, o.steps, o.activation, o.momentum, o.first_order, call.mean, wanted);
-    grads.resize(in.tensors.size());  // without step_weights, without theirs
-    return {value, gradients(std::move(grads), in, 0)};
-  }
-
-  // Behind the examples, if there are any.
-  static OptionalTensor step_weights_of(const Inputs& in) {
-    return in.params + in.lr + 4 < static_cast<int64_t>(in.tensors.size()) ? OptionalTensor(in.example(4))
-                                                                           : std::nullopt;
+    auto [value, grads] =
+        maml_loss_backward(grad, in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3),
+                           in.lr_list(), in.weights(4), in.weights(5), in.weights(6), o.loss, o.steps,
+                           o.activation, o.momentum, o.first_order, call.mean, wanted);
+    return {value, gradients(grads, in, 0)};
   }
 };
 
 Tensor maml_loss_autograd(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
                           const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
-                          const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                          const OptionalTensor& step_weights, const OptionalTensor& support_weights,
+                          const OptionalTensor& query_weights, std::string_view loss, int64_t steps,
                           std::string_view activation, double momentum, bool first_order, bool mean) {
-  Inputs in(params, lr, {support_x, support_y, query_x, query_y});
-  if (step_weights) in.tensors.push_back(*step_weights);
+  const Inputs in = maml_inputs(params, lr, support_x, support_y, query_x, query_y, step_weights,
+                                support_weights, query_weights);
   if (needs_graph_of("maml_loss", in.tensors)) {
     return MamlLossFunction::apply(
-        at::TensorList(in.tensors), in,
+        at::TensorList(in.given()), in,
         Options{std::string(loss), steps, std::string(activation), momentum, first_order}, mean);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return maml_loss(params, support_x, support_y, query_x, query_y, lr, step_weights, loss, steps, activation,
-                   momentum, first_order, mean);
+  return maml_loss(params, support_x, support_y, query_x, query_y, lr, step_weights, support_weights,
+                   query_weights, loss, steps, activation, momentum, first_order, mean);
 }
 
 // ---- sgd_update ----

@@ -50,6 +50,7 @@ struct Batch {
   T* share;                  // [rows]: share of the example in its task's mean, 0: left out
   T* grad_x;                 // [rows, features] or null
   T* grad_y;                 // [rows, outputs] or null
+  T* grad_share;             // [rows] or null
   Dual<T> dual;
   Vec<T> undefined;  // NaN for tasks without any example, to be added to their loss
 
@@ -65,7 +66,8 @@ struct Batch {
         y(arena.take(rows * out_pitch)),
         share(arena.take(rows)),
         grad_x(arena.take_if(examples.grad_x != nullptr, rows * Layout::row(features))),
-        grad_y(arena.take_if(examples.grad_y != nullptr, rows * out_pitch)) {}
+        grad_y(arena.take_if(examples.grad_y != nullptr, rows * out_pitch)),
+        grad_share(arena.take_if(examples.grad_weights != nullptr, rows)) {}
 
   // The dual form of the first layer, for the examples from `first` on of the S + Q of a task.
   void take_dual(Arena<T>& arena, const InnerLoop<T>& p, int64_t first) {
@@ -87,6 +89,7 @@ struct Batch {
     clear(share, rows);
     if (grad_x) clear(grad_x, rows * Layout::row(features));
     if (grad_y) clear(grad_y, rows * out_pitch);
+    if (grad_share) clear(grad_share, rows);
     undefined = Vec<T>{};
     for (int64_t r = 0; r < rows; ++r) {
       T* one = x + lane_offset<Layout, T>(r, pitch, features, 0);
@@ -94,7 +97,7 @@ struct Batch {
     }
     for (int t = 0; t < tasks; ++t) {
       const int64_t begin = (first + t) * samples;
-      int64_t valid = 0;
+      T total = 0;
       for (int64_t s = 0; s < samples; ++s) {
         const int64_t row = row_of(s);
         const int lane = lane_of(t, s);
@@ -111,17 +114,26 @@ struct Batch {
             y[lane_offset<Layout, T>(row, out_pitch, o, lane)] = target[o];
           }
         }
-        share[lane_offset<Layout, T>(row, 1, 0, lane)] = 1;
-        ++valid;
+        const T weight = examples.weights != nullptr ? examples.weights[begin + s] : T(1);
+        share[share_of(t, s)] = weight;
+        total += weight;
       }
-      if (valid == 0) undefined[lane_of(t, 0)] = std::numeric_limits<T>::quiet_NaN();
-      const T mean = T(1) / static_cast<T>(valid * (examples.labels != nullptr ? 1 : outputs));
-      for (int64_t s = 0; s < samples && valid > 0; ++s)
-        share[lane_offset<Layout, T>(row_of(s), 1, 0, lane_of(t, s))] *= mean;
+      if (total == 0) undefined[lane_of(t, 0)] = std::numeric_limits<T>::quiet_NaN();
+      const T mean = total == 0 ? T(0) : T(1) / (total * terms(examples));
+      for (int64_t s = 0; s < samples; ++s) share[share_of(t, s)] *= mean;
     }
     if (Layout::kTransposes) {
       transpose_samples<Layout>(x, features + 1, samples, Layout::columns(features + 1), x_transposed);
     }
+  }
+
+  // Where the share of a task's sample lies.
+  static int64_t share_of(int task, int64_t sample) {
+    return lane_offset<Layout, T>(row_of(sample), 1, 0, lane_of(task, sample));
+  }
+  // Of which the loss of an example is the mean.
+  T terms(const Examples<T>& examples) const {
+    return static_cast<T>(examples.labels != nullptr ? 1 : outputs);
   }
 
   // After load_tasks of both batches. start: [T, samples, H]. Of the inner products with queries, those of
@@ -144,6 +156,25 @@ struct Batch {
         const T* from = array + lane_offset<Layout, T>(row_of(s), Layout::row(width), 0, lane_of(t, s));
         T* to = out + ((first + t) * samples + s) * width;
         for (int64_t i = 0; i < width; ++i) to[i] = from[i * kStep<Layout, T>];
+      }
+    }
+  }
+
+  // The gradients of the weights w, from those of the shares w_s / (terms sum w). What is left out has none.
+  void store_weights(const Examples<T>& examples, int64_t first, int tasks) const {
+    for (int t = 0; t < tasks; ++t) {
+      const int64_t begin = (first + t) * samples;
+      T total = 0, mean = 0;
+      for (int64_t s = 0; s < samples; ++s) {
+        const int64_t i = share_of(t, s);
+        if (share[i] == 0) continue;
+        total += examples.weights[begin + s];
+        mean += share[i] * grad_share[i];
+      }
+      for (int64_t s = 0; s < samples; ++s) {
+        const int64_t i = share_of(t, s);
+        const T grad = (grad_share[i] / terms(examples) - mean) / total;
+        examples.grad_weights[begin + s] = share[i] != 0 ? grad : T(0);
       }
     }
   }

@@ -86,6 +86,8 @@ class Adaptation {
       }
       if (i >= steps && i < last) step_back(support, k - 1);
     }
+#pragma unroll 1
+    for (int of_query = p_.has_query(); of_query >= 0; --of_query) finish_weights(task, of_query);
     finish(task, Team::sum(loss, scratch_), task_weight);
   }
 
@@ -239,22 +241,56 @@ class Adaptation {
     if (T* const grad_y = batch.grad_y()) {
       Team::for_each(static_cast<int64_t>(count) * outputs, [&](int64_t i) { grad_y[i] = 0; });
     }
-    if (from.labels == nullptr) {
+    if (T* const grad_weights = batch.grad_weights()) {
+      Team::for_each(count, [&](int64_t s) { grad_weights[s] = 0; });
+    }
+    if (from.labels == nullptr && from.weights == nullptr) {
       batch.share = T(1) / static_cast<T>(from.count * outputs);
       batch.empty = count == 0;
       return batch;
     }
-    T valid = 0;
+    T total = 0;
     Team::for_each(from.count, [&](int64_t s) {
-      const int64_t label = from.labels[row + s];
+      const int64_t label = from.labels == nullptr ? 0 : from.labels[row + s];
       METAFAST_DEVICE_CHECK(label == kIgnoreLabel || (label >= 0 && label < outputs),
                             "labels: expected classes in [0, O) or -100 (ignored)");
-      valid += label != kIgnoreLabel;
+      if (label != kIgnoreLabel) total += from.weights == nullptr ? T(1) : from.weights[row + s];
     });
-    valid = Team::sum(valid, scratch_);
-    batch.share = T(1) / valid;
-    batch.empty = valid == 0;
+    total = Team::sum(total, scratch_);
+    batch.empty = total == 0;
+    batch.share = batch.empty ? T(0) : T(1) / (total * terms(from));
     return batch;
+  }
+
+  // Of which the loss of an example is the mean.
+  __device__ __forceinline__ T terms(const Examples<T>& examples) const {
+    return T(examples.labels == nullptr ? at_.width[p_.mlp.layers] : 1);
+  }
+
+  // The gradients of the weights w, from those g of the shares w_s / (terms sum w):
+  // (g_s - sum w g / sum w) / (terms sum w). What is left out has none.
+  __device__ __forceinline__ void finish_weights(int64_t task, bool of_query) const {
+    const Examples<T>& from = of_query ? p_.query : p_.support;
+    if (from.grad_weights == nullptr) return;
+    const int64_t row = task * from.count;
+    T* const grads = from.grad_weights + row;
+    const auto weight_of = [&](int64_t s) {
+      const bool ignored = from.labels != nullptr && from.labels[row + s] == kIgnoreLabel;
+      return ignored ? T(0) : from.weights[row + s];
+    };
+    Team::sync();
+    T total = 0, weighed = 0;
+    Team::for_each(from.count, [&](int64_t s) {
+      const T weight = weight_of(s);
+      total += weight;
+      if (weight != T(0)) weighed += weight * grads[s];
+    });
+    total = Team::sum(total, scratch_);
+    const T mean = Team::sum(weighed, scratch_) / total;
+    Team::for_each(from.count, [&](int64_t s) {
+      const bool counts = weight_of(s) != T(0) && total != T(0);
+      grads[s] = counts ? (grads[s] - mean) / (terms(from) * total) : T(0);
+    });
   }
 
   // In dual form the inner products of all examples with those of the support, the 1 of the bias included. A

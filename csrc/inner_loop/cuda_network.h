@@ -17,9 +17,9 @@ struct Batch {
   const Layout<T>& at;
   int64_t task;
   bool of_query;
-  T share;         // of an example in the task's mean
+  T share;         // of an example in the task's mean, or, with weights, of its weight
   bool empty;      // no example counts: the mean is undefined
-  bool has_grads;  // of x and y, if they are wanted
+  bool has_grads;  // of x, y and weights, if they are wanted
 
   __device__ __forceinline__ int count() const {
     return static_cast<int>(of_query ? p.query.count : p.support.count);
@@ -39,6 +39,15 @@ struct Batch {
   // [count, H], the dual form's X [W b]_0^T.
   __device__ __forceinline__ const T* start() const {
     return (of_query ? p.dual.query : p.dual.support) + row() * at.width[1];
+  }
+  __device__ __forceinline__ T share_of(int s) const {
+    const T* const weights = of_query ? p.query.weights : p.support.weights;
+    return weights == nullptr ? share : share * weights[row() + s];
+  }
+  // [count] or null. On the way back the gradients of shares, and in the end those of weights.
+  __device__ __forceinline__ T* grad_weights() const {
+    T* const all = of_query ? p.query.grad_weights : p.support.grad_weights;
+    return has_grads && all != nullptr ? all + row() : nullptr;
   }
   __device__ __forceinline__ T* grad_x() const {  // [count, D] or null
     T* const all = of_query ? p.query.grad_x : p.support.grad_x;
@@ -98,9 +107,13 @@ struct Network {
     using L = MeanSquaredError;
     const int last = mlp.layers, outputs = at.width[last];
     T loss = 0;
+    if (weight != T(0) && batch.grad_weights() != nullptr) {
+      add_share_gradients<kTangent>(batch, weight);
+      Team::sync();  // what it reads is overwritten
+    }
     Team::for_each(batch.count(), outputs, [&](int s, int o) {
       const int64_t i = s * at.pitch[last] + o, target = static_cast<int64_t>(s) * outputs + o;
-      const T z = home[at.out[last] + i], y = batch.targets()[target], share = batch.share;
+      const T z = home[at.out[last] + i], y = batch.targets()[target], share = batch.share_of(s);
       loss += L::value(&z, &y, share, 1);
       T grad;
       L::gradient(&z, &y, share, 1, &grad);
@@ -116,6 +129,21 @@ struct Network {
     return loss;
   }
 
+  // Of an example its squares times `weight`, or how they change along the tangent.
+  template <bool kTangent>
+  __device__ __forceinline__ void add_share_gradients(const Batch<T>& batch, T weight) const {
+    const int last = mlp.layers, outputs = at.width[last];
+    Team::for_each(batch.count(), [&](int64_t s) {
+      const T* const z = home + at.out[last] + s * at.pitch[last];
+      const T* const tangent = kTangent ? home + at.grad_tangent[last] + s * at.pitch[last] : nullptr;
+      const T* const y = batch.targets() + s * outputs;
+      T sum = 0;
+#pragma unroll 1
+      for (int o = 0; o < outputs; ++o) sum += (z[o] - y[o]) * (kTangent ? 2 * tangent[o] : z[o] - y[o]);
+      if (batch.share_of(static_cast<int>(s)) != T(0)) batch.grad_weights()[s] += weight * sum;
+    });
+  }
+
   // A warp to an example.
   template <bool kTangent>
   __device__ __forceinline__ T differentiate_cross_entropy(const Batch<T>& batch, T weight) const {
@@ -127,8 +155,8 @@ struct Network {
       T* grad = home + at.grad[last] + s * at.pitch[last];
       T* tangent = kTangent ? home + at.grad_tangent[last] + s * at.pitch[last] : nullptr;
       const int64_t label = batch.labels()[s];
-      const T share = label == kIgnoreLabel ? T(0) : batch.share;
-      const bool valid = share > T(0);
+      const T share = label == kIgnoreLabel ? T(0) : batch.share_of(s);
+      const bool valid = share != T(0);
       T top = z[0], others = 0, mean = 0;
 #pragma unroll 1
       for (int o = lane; o < outputs; o += kWarpSize) top = z[o] > top ? z[o] : top;
@@ -145,7 +173,13 @@ struct Network {
         }
         mean = warp_sum(mean) / (own + others);
       }
-      if (lane == 0 && valid) loss += share * L::nll(top - z[label], own, others);
+      if (lane == 0 && valid) {
+        const T nll = L::nll(top - z[label], own, others);
+        loss += share * nll;
+        if (T* const grad_weights = batch.grad_weights(); grad_weights != nullptr && weight != T(0)) {
+          grad_weights[s] += kTangent ? mean : weight * nll;  // `mean` is already beside the label's own
+        }
+      }
 #pragma unroll 1
       for (int o = lane; o < outputs; o += kWarpSize) {
         const T e = Math<T>::exp(z[o] - top);

@@ -67,16 +67,16 @@ struct MeanSquaredError {
   static METAFAST_HD V value(const V* z, const V* y, V w, int64_t outputs) {
     V sum{};
     for (int64_t o = 0; o < outputs; ++o) sum += (z[o] - y[o]) * (z[o] - y[o]);
-    return w > V{} ? w * sum : V{};
+    return w != V{} ? w * sum : V{};
   }
   template <typename V>
   static METAFAST_HD void gradient(const V* z, const V* y, V w, int64_t outputs, V* grad) {
-    for (int64_t o = 0; o < outputs; ++o) grad[o] = w > V{} ? 2 * w * (z[o] - y[o]) : V{};
+    for (int64_t o = 0; o < outputs; ++o) grad[o] = w != V{} ? 2 * w * (z[o] - y[o]) : V{};
   }
   // Overwrites the tangent of z by that of the gradient.
   template <typename V>
   static METAFAST_HD void tangent(const V*, const V*, V w, int64_t outputs, V* tangent) {
-    for (int64_t o = 0; o < outputs; ++o) tangent[o] = w > V{} ? 2 * w * tangent[o] : V{};
+    for (int64_t o = 0; o < outputs; ++o) tangent[o] = w != V{} ? 2 * w * tangent[o] : V{};
   }
 };
 
@@ -109,7 +109,7 @@ struct CrossEntropy {
       own = y[o] > V{} ? e : own;
       others += y[o] > V{} ? V{} : e;
     }
-    return w > V{} ? w * nll<V>(top - label, own, others) : V{};
+    return w != V{} ? w * nll<V>(top - label, own, others) : V{};
   }
   template <typename V>
   static METAFAST_HD void gradient(const V* z, const V* y, V w, int64_t outputs, V* grad) {
@@ -121,7 +121,7 @@ struct CrossEntropy {
       others += y[o] > V{} ? V{} : e;
     }
     const V scale = w / (own + others);
-    for (int64_t o = 0; o < outputs; ++o) grad[o] = w > V{} ? slope<V>(grad[o], y[o], others, scale) : V{};
+    for (int64_t o = 0; o < outputs; ++o) grad[o] = w != V{} ? slope<V>(grad[o], y[o], others, scale) : V{};
   }
   template <typename V>
   static METAFAST_HD void tangent(const V* z, const V* y, V w, int64_t outputs, V* tangent) {
@@ -136,7 +136,7 @@ struct CrossEntropy {
     }
     mean /= sum;
     for (int64_t o = 0; o < outputs; ++o) {
-      tangent[o] = w > V{} ? w / sum * Math<V>::exp(z[o] - top) * (tangent[o] - mean) : V{};
+      tangent[o] = w != V{} ? w / sum * Math<V>::exp(z[o] - top) * (tangent[o] - mean) : V{};
     }
   }
 };

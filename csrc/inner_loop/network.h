@@ -93,6 +93,19 @@ class Network {
     return Layout::lanes(sum) + batch.undefined;
   }
 
+  // After forward: to the gradients of the examples' shares, those of `weight` times the loss.
+  void add_share_gradient(const Batch<Layout, T>& batch, Vec<T> weight) const {
+    const Layer& last = layers_[layers()];
+    with_loss(mlp_.loss, [&]<class L>() {
+      for (int64_t r = 0; r < batch.rows; ++r) {
+        const Number counts = *row(batch.share, r, 1) != Number{} ? Number{} + 1 : Number{};
+        *row(batch.grad_share, r, 1) +=
+            Layout::number(weight) *
+            L::value(row(last.out, r, last.pitch), row(batch.y, r, last.pitch), counts, batch.outputs);
+      }
+    });
+  }
+
   // After forward: the gradients dloss/dz of all layers from `first` on, of `weight` times the loss.
   void backward(const T* theta, const Batch<Layout, T>& batch, Vec<T> weight, int first = 1) {
     loss_gradient(batch, weight);
@@ -136,11 +149,12 @@ class Network {
   }
 
   // After backward, of the loss itself: consume(i, v) takes vector i of the Hessian of the loss times the
-  // tangent u of the parameters theta. Gradients of the inputs and targets get the derivative of <u, gradient
-  // of the loss>.
+  // tangent u of the parameters theta. Gradients of the inputs, targets and shares get the derivative of <u,
+  // gradient of the loss>.
   template <class Consume>
   void hessian_product(const T* theta, const T* u, const Batch<Layout, T>& batch, const Consume& consume) {
     forward_tangent(theta, u, batch);
+    if (batch.grad_share != nullptr) add_share_tangent(batch);
     loss_tangent(batch);
     for (int l = layers() - 1; l >= 0; --l) {
       const Layer in = layers_[l], out = layers_[l + 1];
@@ -306,6 +320,18 @@ class Network {
         for (int64_t o = 0; o < batch.outputs; ++o) grad[o] *= Layout::number(weight);
       }
     });
+  }
+
+  // That of <u, gradient of the loss> is how an example's loss changes along the outputs' tangent.
+  void add_share_tangent(const Batch<Layout, T>& batch) const {
+    const Layer& last = layers_[layers()];
+    for (int64_t r = 0; r < batch.rows; ++r) {
+      const Number *grad = row(last.grad, r, last.pitch), *tangent = row(last.grad_tangent, r, last.pitch);
+      const Number share = *row(batch.share, r, 1);
+      Number sum{};
+      for (int64_t o = 0; o < batch.outputs; ++o) sum += grad[o] * tangent[o];
+      *row(batch.grad_share, r, 1) += share != Number{} ? sum / share : Number{};
+    }
   }
 
   void loss_tangent(const Batch<Layout, T>& batch) {

@@ -57,23 +57,28 @@ class Run {
   SumColumns<T> sums_{};
 };
 
-// What a backward returns: gradients of params, lr, support x and y, and of maml_loss query x and y and
-// step_weights; of size 0 where not wanted.
+// What a backward returns: gradients of params, lr, support x and y, of maml_loss query x and y and
+// step_weights, and of the weights of the support and the query; of size 0 where not wanted.
 class Gradients {
  public:
-  Gradients(const Problem& problem, bool params, bool lr, bool support_x, bool support_y,
-            bool query_x = false, bool query_y = false, bool step_weights = false)
-      : problem_(problem), want_params_(params), want_lr_(lr), want_step_weights_(step_weights) {
-    const at::TensorOptions options = problem.options();
-    const auto like = [&](const Tensor& tensor, bool wanted) {
-      return wanted ? empty(tensor.sizes(), options) : empty({0}, options);
+  struct Wanted {
+    bool params, lr, support_x, support_y, query_x, query_y, step_weights, support_weights, query_weights;
+  };
+
+  Gradients(const Problem& problem, const Wanted& wanted)
+      : problem_(problem),
+        want_params_(wanted.params),
+        want_lr_(wanted.lr),
+        want_step_weights_(wanted.step_weights) {
+    const auto like = [&](const Tensor& tensor, bool wants) {
+      wants = wants && tensor.defined() && tensor.is_floating_point();  // labels have no gradient
+      return wants ? empty(tensor.sizes(), problem.options()) : empty({0}, problem.options());
     };
-    const auto like_targets = [&](const Tensor& tensor, bool wanted) {  // labels have no gradient
-      return like(tensor, wanted && tensor.is_floating_point());
+    const auto like_set = [&](const Set& set, bool x, bool y, bool weights) {
+      return Set{like(set.x, x), like(set.y, y), like(set.weights, weights)};
     };
-    support_ = {like(problem.support().x, support_x), like_targets(problem.support().y, support_y)};
-    if (problem.query().x.defined())
-      query_ = {like(problem.query().x, query_x), like_targets(problem.query().y, query_y)};
+    support_ = like_set(problem.support(), wanted.support_x, wanted.support_y, wanted.support_weights);
+    query_ = like_set(problem.query(), wanted.query_x, wanted.query_y, wanted.query_weights);
   }
 
   template <typename T>
@@ -82,12 +87,13 @@ class Gradients {
     const auto data = [](const Tensor& tensor) {
       return tensor.numel() ? tensor.mutable_data_ptr<T>() : nullptr;
     };
-    p.support.grad_x = data(support_.x);
-    p.support.grad_y = data(support_.y);
-    if (query_.x.defined()) {
-      p.query.grad_x = data(query_.x);
-      p.query.grad_y = data(query_.y);
-    }
+    const auto fill_set = [&](Examples<T>& examples, const Set& grads) {
+      examples.grad_x = data(grads.x);
+      examples.grad_y = data(grads.y);
+      examples.grad_weights = data(grads.weights);
+    };
+    fill_set(p.support, support_);
+    fill_set(p.query, query_);
     if (want_lr_) {
       p.sums.lr = p.sums.columns;
       p.sums.columns += problem_.lr_columns();
@@ -141,7 +147,10 @@ class Gradients {
     std::vector<Tensor> all = params_;
     all.insert(all.end(), lr.begin(), lr.end());
     all.insert(all.end(), {support_.x, support_.y});
-    if (query_.x.defined()) all.insert(all.end(), {query_.x, query_.y, step_weights});
+    const bool has_query = problem_.query().x.defined();
+    if (has_query) all.insert(all.end(), {query_.x, query_.y, step_weights});
+    all.push_back(support_.weights);
+    if (has_query) all.push_back(query_.weights);
     return all;
   }
 
@@ -165,9 +174,10 @@ class Gradients {
 // ---- inner_sgd ----
 
 std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
-                                 std::string_view loss, int64_t steps, std::string_view activation,
-                                 double momentum, bool first_order) {
-  const Problem problem(params, x, y, "x", "y", lr, loss, steps, activation, momentum, first_order);
+                                 const OptionalTensor& example_weights, std::string_view loss, int64_t steps,
+                                 std::string_view activation, double momentum, bool first_order) {
+  const Problem problem(params, x, y, example_weights, "x", "y", "example_weights", lr, loss, steps,
+                        activation, momentum, first_order);
   std::vector<Tensor> adapted;
   for (size_t i = 0; i < params.size(); ++i)
     adapted.push_back(empty(problem.task_shape(i), problem.options()));
@@ -180,10 +190,12 @@ std::vector<Tensor> inner_sgd_op(at::TensorList params, const Tensor& x, const T
 }
 
 std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                          const Tensor& y, at::TensorList lr, std::string_view loss,
+                                          const Tensor& y, at::TensorList lr,
+                                          const OptionalTensor& example_weights, std::string_view loss,
                                           int64_t steps, std::string_view activation, double momentum,
-                                          bool first_order, std::array<bool, 4> wanted) {
-  const Problem problem(params, x, y, "x", "y", lr, loss, steps, activation, momentum, first_order);
+                                          bool first_order, std::array<bool, 5> wanted) {
+  const Problem problem(params, x, y, example_weights, "x", "y", "example_weights", lr, loss, steps,
+                        activation, momentum, first_order);
   TORCH_CHECK_VALUE(grads.size() == params.size(), "grads: expected ", params.size(), " tensors, got ",
                     grads.size());
   std::vector<Tensor> dense_grads;
@@ -195,7 +207,13 @@ std::vector<Tensor> inner_sgd_backward_op(at::TensorList grads, at::TensorList p
     check_sizes(arg, problem.task_shape(i), "of the adapted parameter");
     dense_grads.push_back(grads[i].contiguous());
   }
-  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3]);
+  Gradients::Wanted which{};
+  which.params = wanted[0];
+  which.lr = wanted[1];
+  which.support_x = wanted[2];
+  which.support_y = wanted[3];
+  which.support_weights = wanted[4];
+  Gradients gradients(problem, which);
   return with_scalar(x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     for (size_t i = 0; i < dense_grads.size(); ++i)
@@ -231,11 +249,12 @@ Tensor finish_loss(const InnerLoop<T>& p, const Tensor& losses, Run<T>& run, con
 
 Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
                     const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
-                    const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                    const OptionalTensor& step_weights, const OptionalTensor& support_weights,
+                    const OptionalTensor& query_weights, std::string_view loss, int64_t steps,
                     std::string_view activation, double momentum, bool first_order, bool mean) {
-  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation,
-                  momentum, first_order);
-  problem.set_query(query_x, query_y, step_weights);
+  Problem problem(params, support_x, support_y, support_weights, "support_x", "support_y", "support_weights",
+                  lr, loss, steps, activation, momentum, first_order);
+  problem.set_query(query_x, query_y, query_weights, step_weights);
   return with_scalar(support_x, [&]<typename T>() {
     InnerLoop<T> p = problem.kernel<T>();
     const Tensor losses = prepare_loss(p, problem, mean);
@@ -251,11 +270,12 @@ Tensor maml_loss_op(at::TensorList params, const Tensor& support_x, const Tensor
 std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
-    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 7> wanted) {
-  Problem problem(params, support_x, support_y, "support_x", "support_y", lr, loss, steps, activation,
-                  momentum, first_order);
-  problem.set_query(query_x, query_y, step_weights);
+    const OptionalTensor& support_weights, const OptionalTensor& query_weights, std::string_view loss,
+    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
+    std::array<bool, 9> wanted) {
+  Problem problem(params, support_x, support_y, support_weights, "support_x", "support_y", "support_weights",
+                  lr, loss, steps, activation, momentum, first_order);
+  problem.set_query(query_x, query_y, query_weights, step_weights);
   const Arg arg{grad, "grad"};
   check_same_dtype({support_x, "support_x"}, {arg});
   check_same_device({support_x, "support_x"}, {arg});
@@ -264,7 +284,8 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_op(
   } else {
     check_sizes(arg, {problem.tasks()}, "[T]");
   }
-  Gradients gradients(problem, wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5], wanted[6]);
+  Gradients gradients(problem, {wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5], wanted[6],
+                                wanted[7], wanted[8]});
   return with_scalar(support_x, [&]<typename T>() -> std::tuple<Tensor, std::vector<Tensor>> {
     InnerLoop<T> p = problem.kernel<T>();
     const Tensor dense_grad = grad.contiguous();

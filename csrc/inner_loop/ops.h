@@ -16,22 +16,25 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 std::vector<Tensor> inner_sgd(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
-                              std::string_view loss, int64_t steps, std::string_view activation,
-                              double momentum, bool first_order);
+                              const OptionalTensor& example_weights, std::string_view loss, int64_t steps,
+                              std::string_view activation, double momentum, bool first_order);
 std::vector<Tensor> inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                       const Tensor& y, at::TensorList lr, std::string_view loss,
+                                       const Tensor& y, at::TensorList lr,
+                                       const OptionalTensor& example_weights, std::string_view loss,
                                        int64_t steps, std::string_view activation, double momentum,
-                                       bool first_order, std::array<bool, 4> wanted);
+                                       bool first_order, std::array<bool, 5> wanted);
 
 Tensor maml_loss(at::TensorList params, const Tensor& support_x, const Tensor& support_y,
                  const Tensor& query_x, const Tensor& query_y, at::TensorList lr,
-                 const OptionalTensor& step_weights, std::string_view loss, int64_t steps,
+                 const OptionalTensor& step_weights, const OptionalTensor& support_weights,
+                 const OptionalTensor& query_weights, std::string_view loss, int64_t steps,
                  std::string_view activation, double momentum, bool first_order, bool mean);
 std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward(
     const Tensor& grad, at::TensorList params, const Tensor& support_x, const Tensor& support_y,
     const Tensor& query_x, const Tensor& query_y, at::TensorList lr, const OptionalTensor& step_weights,
-    std::string_view loss, int64_t steps, std::string_view activation, double momentum, bool first_order,
-    bool mean, std::array<bool, 7> wanted);
+    const OptionalTensor& support_weights, const OptionalTensor& query_weights, std::string_view loss,
+    int64_t steps, std::string_view activation, double momentum, bool first_order, bool mean,
+    std::array<bool, 9> wanted);
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update(at::TensorList params, at::TensorList grads,
                                                                 at::TensorList lr,

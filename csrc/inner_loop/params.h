@@ -43,6 +43,8 @@ struct Examples {
   const int64_t* labels;  // [T, count], kIgnoreLabel allowed, or null with mse
   T* grad_x;              // [T, count, D] or null
   T* grad_y;              // [T, count, O] or null
+  const T* weights;       // [T, count], of the examples in their task's mean, 0 leaves one out; null: all 1
+  T* grad_weights;        // [T, count] or null
 };
 
 // theta_{k+1} = theta_k - lr m_{k+1},  m_{k+1} = momentum m_k + grad of the support loss at theta_k,  m_0 =
@@ -119,7 +121,7 @@ struct InnerLoop {
   // CPU adaptation.h has the formulas); the products with it that go to the examples need M itself.
   METAFAST_HD bool m_is_v_scaled() const {
     return sgd.momentum == 0 && sgd.rates != nullptr && sgd.layer_stride == 0 && support.grad_x == nullptr &&
-           support.grad_y == nullptr;
+           support.grad_y == nullptr && support.grad_weights == nullptr;
   }
 
   // What follows holds for the CPU kernel. It is decided by the shapes alone, never by the number of threads,

@@ -175,12 +175,6 @@ def call_eager(name: str, *args: Any) -> Tensor:
     return getattr(typed, name)(*args)
 
 
-def call_reference(name: str, reference: Callable[[], Result]) -> Result:
-    """The result of a call that the op has no kernel for."""
-    _record(name, "reference")
-    return reference()
-
-
 def call_in_place(name: str, *args: Any) -> None:
     """An op that changes its arguments and has no derivative, so no other door."""
     if is_eager():

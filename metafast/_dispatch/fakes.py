@@ -96,21 +96,27 @@ def _inner_sgd(params: Sequence[Tensor], x: Tensor, *args: Any) -> list[Tensor]:
 
 
 def _wanted_gradients(
-    params: Sequence[Tensor], lr: Sequence[Tensor], data: Sequence[Tensor], wanted: Sequence[bool]
+    params: Sequence[Tensor], lr: Sequence[Tensor], data: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor]:
-    """Of size 0 where not wanted, and for labels. `wanted` are params, lr, and each of the data."""
+    """Of size 0 where not wanted or given, and for labels. `wanted` are params, lr, and each of the data."""
     flags = [*[wanted[0]] * len(params), *[wanted[1]] * len(lr), *wanted[2:]]
     return [
-        data[0].new_empty(tensor.shape if flag and tensor.is_floating_point() else 0)
+        params[0].new_empty(tensor.shape if flag and tensor is not None and tensor.is_floating_point() else 0)
         for tensor, flag in zip((*params, *lr, *data), flags, strict=True)
     ]
 
 
 def _inner_sgd_backward(
-    grads: Sequence[Tensor], params: Sequence[Tensor], x: Tensor, y: Tensor, lr: Sequence[Tensor], *args: Any
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    lr: Sequence[Tensor],
+    example_weights: Tensor | None,
+    *args: Any,
 ) -> list[Tensor]:
     *_, wanted = args
-    return _wanted_gradients(params, lr, (x, y), wanted)
+    return _wanted_gradients(params, lr, (x, y, example_weights), wanted)
 
 
 def _maml_loss(params: Sequence[Tensor], support_x: Tensor, *args: Any) -> Tensor:
@@ -127,11 +133,12 @@ def _maml_loss_backward(
     query_y: Tensor,
     lr: Sequence[Tensor],
     step_weights: Tensor | None,
+    support_weights: Tensor | None,
+    query_weights: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     *_, wanted = args
-    weights = support_x.new_empty(0) if step_weights is None else step_weights
-    data = (support_x, support_y, query_x, query_y, weights)
+    data = (support_x, support_y, query_x, query_y, step_weights, support_weights, query_weights)
     # The loss has the shape of its gradient.
     return _gradient(grad), _wanted_gradients(params, lr, data, wanted)
 

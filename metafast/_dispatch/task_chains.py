@@ -30,7 +30,8 @@ class _TaskChain(Chain):
     params: tuple[str, ...] = ()
     data: tuple[str, ...] = ()  # [T, ...]
     rates: tuple[str, ...] = ()
-    weights: tuple[str, ...] = ()  # other tensors that have a gradient and are the same for all tasks
+    weights: tuple[str, ...] = ()  # other tensors that have a gradient, or None
+    task_weights: tuple[str, ...] = ()  # of these, what is [T, ...]; the others are the same for all tasks
     gives_list: bool = False
     fixed: tuple[Any, ...] = ()  # the op's last arguments, which are no arguments here
 
@@ -60,7 +61,12 @@ class _TaskChain(Chain):
         op = self.ops[order]
         values, dims = (dict(zip(op.names, given, strict=True)) for given in (args, in_dims))
         outputs = [name.removeprefix("grad_") for name in op.outputs]
-        per_task = {*self.data, *(set(op.names) - set(self.ops[0].names)), *(outputs if order == 0 else ())}
+        per_task = {
+            *self.data,
+            *self.task_weights,
+            *(set(op.names) - set(self.ops[0].names)),
+            *(outputs if order == 0 else ()),
+        }
 
         def own(name: str) -> bool:
             """Has each of the vmapped examples its own, or its own gradient?"""
@@ -81,6 +87,8 @@ class _TaskChain(Chain):
             value, dim = values[name], dims[name]
             if name not in per_task and not (name in self.params and (copies or not shared(name))):
                 return value
+            if value is None:
+                return None
             value = value.movedim(dim, 0) if dim is not None else value.expand(size, *value.shape)
             if shared(name):
                 value = value.unsqueeze(1).expand(size, tasks, *value.shape[1:])
@@ -109,8 +117,8 @@ def _chain(
     params: int,
     rates: int,
     data: tuple[str, ...],
-    others: tuple[str, ...],
     weights: tuple[str, ...],
+    task_weights: tuple[str, ...],
     labels: bool,
     outputs: tuple[str, ...],
     gives_list: bool,
@@ -119,7 +127,7 @@ def _chain(
     param_names, rate_names = (
         tuple(f"{kind}{i}" for i in range(count)) for kind, count in (("params", params), ("lr", rates))
     )
-    inputs = (*param_names, *data, *rate_names, *others, *_OPTIONS)
+    inputs = (*param_names, *data, *rate_names, *weights, *_OPTIONS)
     of_data = (x for x in data if not (labels and x.endswith("y")))
     differentiable = (*param_names, *rate_names, *of_data, *weights)
 
@@ -144,6 +152,7 @@ def _chain(
         data=data,
         rates=rate_names,
         weights=weights,
+        task_weights=task_weights,
         gives_list=gives_list,
         fixed=fixed,
     )
@@ -162,8 +171,17 @@ def _rate(lr: list[Tensor]) -> Tensor | list[Tensor]:
 def inner_sgd_chain(params: int, rates: int, labels: bool) -> Chain:
     """inner_sgd of so many parameters and rates, as a function of tensors: the adapted parameters."""
 
-    def twin(params: list[Tensor], x: Tensor, y: Tensor, lr: list[Tensor], *options: Any) -> list[Tensor]:
-        return reference.inner_sgd(params, x, y, lr=_rate(lr), **_options(options))
+    def twin(
+        params: list[Tensor],
+        x: Tensor,
+        y: Tensor,
+        lr: list[Tensor],
+        example_weights: Tensor | None,
+        *options: Any,
+    ) -> list[Tensor]:
+        return reference.inner_sgd(
+            params, x, y, lr=_rate(lr), example_weights=example_weights, **_options(options)
+        )
 
     return _chain(
         "inner_sgd",
@@ -171,8 +189,8 @@ def inner_sgd_chain(params: int, rates: int, labels: bool) -> Chain:
         params=params,
         rates=rates,
         data=("x", "y"),
-        others=(),
-        weights=(),
+        weights=("example_weights",),
+        task_weights=("example_weights",),
         labels=labels,
         outputs=tuple(f"adapted{i}" for i in range(params)),
         gives_list=True,
@@ -192,6 +210,8 @@ def maml_loss_chain(params: int, rates: int, labels: bool) -> Chain:
         query_y: Tensor,
         lr: list[Tensor],
         step_weights: Tensor | None,
+        support_weights: Tensor | None,
+        query_weights: Tensor | None,
         *options: Any,
     ) -> Tensor:
         return reference.maml_loss(
@@ -202,6 +222,8 @@ def maml_loss_chain(params: int, rates: int, labels: bool) -> Chain:
             query_y,
             lr=_rate(lr),
             step_weights=step_weights,
+            support_weights=support_weights,
+            query_weights=query_weights,
             reduction="none",
             **_options(options),
         )
@@ -212,8 +234,8 @@ def maml_loss_chain(params: int, rates: int, labels: bool) -> Chain:
         params=params,
         rates=rates,
         data=("support_x", "support_y", "query_x", "query_y"),
-        others=("step_weights",),
-        weights=("step_weights",),
+        weights=("step_weights", "support_weights", "query_weights"),
+        task_weights=("support_weights", "query_weights"),
         labels=labels,
         outputs=("out",),
         gives_list=False,

@@ -147,7 +147,7 @@ def adapt(
         example_weights: [T, S], for the named losses, which become weighted means: sum(w * loss) / sum(w),
             and 0 where all weights are. An example of weight 0 is left out, whatever it holds (what mixes
             examples, batch norm in training, sees zeros in its place); its weight has no gradient, the
-            others' have. Not on the fused path.
+            others' have.
         per_step: Whether x, y and example_weights have a dimension of the steps before the tasks',
             [K, T, S, ...]: a batch of its own for each step. Not on the fused path.
         max_norm: Clips the gradient of each task and step to this norm, as
@@ -217,13 +217,16 @@ def adapt(
     if example_weights is not None:
         counts = example_weights != 0
         x, y = without(x, counts), without(y, counts, IGNORED if loss == "cross_entropy" else 0)
+        example_weights = torch.where(counts, example_weights, 0)  # no gradient reaches those that are 0
     found = plan(module, inner, params, path, x)
     rates = LearningRates(lr, found.params, steps)
     if found.known is not None:
         theta = found.params if before is None else before.params
         start = _start(module, found, before, tasks).stacked()
         buffers = start[1] if isinstance(found.known, ConvNet) else {}
-        moved, buffers = fused.train(found.known, (theta, buffers), inner, rates, found.features, y)
+        moved, buffers = fused.train(
+            found.known, (theta, buffers), inner, rates, found.features, y, example_weights
+        )
         ends = {name: moved.get(name, at_first) for name, at_first in start[0].items()}  # some may not run
         return Adapted("fused", module, States(tasks, (ends, buffers)), found.known)
     _refuse_no_tasks(tasks)

@@ -16,12 +16,19 @@ from metafast.reference.convolutional import layers_of
 
 
 def train(
-    known: Mlp | ConvNet, start: State, inner: InnerLoop, rates: LearningRates, features: Tensor, y: Tensor
+    known: Mlp | ConvNet,
+    start: State,
+    inner: InnerLoop,
+    rates: LearningRates,
+    features: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
 ) -> State:
     """The parameters and the buffers of the tasks after all steps; `features` is what the body makes of x.
 
     Args:
         start: The parameters, shared by the tasks or [T, ...], and the buffers, [T, ...].
+        weights: Of examples, [T, S], or None; None for a `ConvNet`.
     """
     params, buffers = start
     name, weight = next(iter(known.params.items()))
@@ -29,7 +36,7 @@ def train(
         raise TypeError(f"x: expected the dtype of {name}, {weight.dtype}, got {features.dtype}")
     given = [params[name] for name in known.params]
     if isinstance(known, Mlp):
-        found = _train_mlp(known, given, inner, rates, features, y)
+        found = _train_mlp(known, given, inner, rates, features, y, weights)
     else:
         known.check(features)
         found, statistics = _train_conv(known, given, inner, rates, features, y)
@@ -38,7 +45,13 @@ def train(
 
 
 def _train_mlp(
-    mlp: Mlp, params: list[Tensor], inner: InnerLoop, rates: LearningRates, features: Tensor, y: Tensor
+    mlp: Mlp,
+    params: list[Tensor],
+    inner: InnerLoop,
+    rates: LearningRates,
+    features: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
 ) -> list[Tensor]:
     name, weight = next(iter(mlp.params.items()))
     if features.shape[-1] != weight.shape[1]:
@@ -54,6 +67,7 @@ def _train_mlp(
         activation=mlp.activation,
         momentum=inner.momentum,
         first_order=inner.first_order,
+        example_weights=None if weights is None else weights.to(weight.dtype),
     )
 
 

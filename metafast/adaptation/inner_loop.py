@@ -57,8 +57,6 @@ class InnerLoop:
         for name in options:
             if getattr(self, name) not in (0, False, None):
                 return f"the kernels have no {name}"
-        if self.weighted:
-            return "the kernels have no example_weights"
         return None if isinstance(self.loss, str) else "the loss is a function of the caller"
 
     def moved(

@@ -115,6 +115,8 @@ def _known(
     found = recognise(module, set(params), x)
     if isinstance(found, str):
         return found
+    if isinstance(found, ConvNet) and inner.weighted:
+        return "the kernels of convolutional networks have no example_weights"
     if isinstance(found, ConvNet) and found.affine and inner.layered and inner.momentum:
         return "the kernels have no rates of batch norm's own for each step together with momentum"
     device = next(iter(found.params.values())).device.type

@@ -57,7 +57,6 @@ from metafast._dispatch.arguments import blame, check_not_negative, is_number, k
 from metafast._dispatch.task_chains import inner_sgd_chain, maml_loss_chain
 from metafast.reference import inner_loop as reference
 from metafast.reference.inner_loop import LearningRate
-from metafast.reference.labels import IGNORED
 
 
 def inner_sgd(
@@ -96,14 +95,13 @@ def inner_sgd(
         momentum: As in `torch.optim.SGD`.
         first_order: Whether the backward takes the inner gradients as constants: first-order MAML (Nichol
             et al. 2018, section 2), which keeps no earlier parameters.
-        example_weights: [T, S], floats, which may have a gradient. The loss of a task becomes sum(w * loss of
-            an example) / sum(w), and a task whose weights are all 0 is not adapted. Weight 0 leaves an
-            example out, whatever it holds; that weight has no gradient. The kernels have no weights: such a
-            call runs the reference, differentiable to any order (`metafast.trace_doors` tells).
+        example_weights: [T, S], the dtype of `params`; they may have a gradient. The loss of a task becomes
+            sum(w * loss of an example) / sum(w), and a task whose weights add up to 0 is not adapted. Weight
+            0 leaves an example out, whatever it holds; that weight has no gradient.
 
     Returns:
         The adapted parameters, in the order of `params`, each [T, ...]. Their gradients reach `params`,
-        `lr`, `x` and a float `y`.
+        `lr`, `x`, a float `y` and `example_weights`.
 
     Raises:
         ValueError: a shape, device, option or label does not fit.
@@ -122,27 +120,19 @@ def inner_sgd(
     params = listed("params", params)
     options = _options(loss, steps, activation, momentum, first_order)
     values = tuple(options.values())
-    if example_weights is not None:
-        y = _weighed("example_weights", example_weights, x, y)
-        with torch.no_grad():  # the op says what does not fit
-            inner_sgd(params, x, y, loss=loss, lr=0.0, steps=0, activation=activation, momentum=momentum)
-        return doors.call_reference(
-            "inner_sgd",
-            lambda: reference.inner_sgd(params, x, y, lr=lr, example_weights=example_weights, **options),
-        )
     try:
         rates = rates_listed(lr, params, x)
         return doors.call_listed(
             "inner_sgd",
-            (params, x, y, rates, *values),
-            lambda: reference.inner_sgd(params, x, y, lr=lr, **options),
+            (params, x, y, rates, example_weights, *values),
+            lambda: reference.inner_sgd(params, x, y, lr=lr, example_weights=example_weights, **options),
             lambda: (
                 inner_sgd_chain(len(params), len(rates), loss == "cross_entropy"),
-                lambda op: list(op(*params, x, y, *rates, *values)),
+                lambda op: list(op(*params, x, y, *rates, example_weights, *values)),
             ),
         )
     except Exception:
-        _blame({"x": x, "y": y}, params, options)
+        _blame({"x": x, "y": y, "example_weights": example_weights}, params, options)
         raise
 
 
@@ -182,8 +172,7 @@ def maml_loss(
             gradient. The result is the sum of the query losses after each step, so weighed (MAML++'s
             multi-step loss, Antoniou et al. 2019, section 4); a step of weight 0 is left out. By default the
             loss after the last step alone.
-        support_weights, query_weights: [T, S] and [T, Q], as the `example_weights` of `inner_sgd`, for which
-            the kernels make way for the reference too.
+        support_weights, query_weights: [T, S] and [T, Q], as the `example_weights` of `inner_sgd`.
         reduction: ``"mean"`` over tasks (NaN if there are none), or ``"none"``. Of the losses of ``"none"``
             those that diverged can be left out, ``losses[losses.isfinite()].mean()``: a task whose loss gets
             no gradient passes none on, where autograd would make NaN of 0 times infinity. (But examples that
@@ -191,7 +180,7 @@ def maml_loss(
 
     Returns:
         [], or [T] with reduction ``"none"``, in the dtype of `params`. NaN for a task with no query example
-        that is not left out. Its gradients reach `params`, `lr`, `step_weights`, and all of the data that is
+        that is not left out. Its gradients reach `params`, `lr`, all weights, and all of the data that is
         float.
 
     Raises:
@@ -210,38 +199,32 @@ def maml_loss(
     params, data = listed("params", params), (support_x, support_y, query_x, query_y)
     options = _options(loss, steps, activation, momentum, first_order)
     values = tuple(options.values())
-    if support_weights is not None or query_weights is not None:
-        support_y = _weighed("support_weights", support_weights, support_x, support_y)
-        query_y = _weighed("query_weights", query_weights, query_x, query_y)
-        data = support_x, support_y, query_x, query_y
-        with torch.no_grad():  # the op says what does not fit
-            maml_loss(params, *data, loss=loss, lr=0.0, steps=0, activation=activation, momentum=momentum)
-        weights = {"support_weights": support_weights, "query_weights": query_weights}
-        step_weights = _step_weights(step_weights, support_x)
-        return doors.call_reference(
-            "maml_loss",
-            lambda: reference.maml_loss(
-                params, *data, lr=lr, step_weights=step_weights, reduction=reduction, **weights, **options
-            ),
-        )
     try:
         step_weights = _step_weights(step_weights, support_x)
         rates = rates_listed(lr, params, support_x)
+        weights = step_weights, support_weights, query_weights
 
         def reduced(op: Callable[..., tuple[Tensor]]) -> Tensor:
-            (losses,) = op(*params, *data, *rates, step_weights, *values)
+            (losses,) = op(*params, *data, *rates, *weights, *values)
             return losses.mean() if reduction == "mean" else losses
 
         return doors.call_listed(
             "maml_loss",
-            (params, *data, rates, step_weights, *values, reduction == "mean"),
+            (params, *data, rates, *weights, *values, reduction == "mean"),
             lambda: reference.maml_loss(
-                params, *data, lr=lr, step_weights=step_weights, reduction=reduction, **options
+                params,
+                *data,
+                lr=lr,
+                step_weights=step_weights,
+                support_weights=support_weights,
+                query_weights=query_weights,
+                reduction=reduction,
+                **options,
             ),
             lambda: (maml_loss_chain(len(params), len(rates), loss == "cross_entropy"), reduced),
         )
     except Exception:
-        _blame(dict(zip(_DATA, data, strict=True)), params, options)
+        _blame(dict(zip(_DATA, (*data, support_weights, query_weights), strict=True)), params, options)
         raise
 
 
@@ -259,6 +242,8 @@ def maml_value_and_grad(
     momentum: float = 0.0,
     first_order: bool = False,
     step_weights: Sequence[float] | Tensor | None = None,
+    support_weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """`maml_loss`, the mean over tasks, and its gradient in the parameters: a meta-step without autograd.
 
@@ -268,7 +253,8 @@ def maml_value_and_grad(
 
     Args:
         params, support_x, support_y, query_x, query_y: as in `maml_loss`; they need not require gradients.
-        loss, lr, steps, activation, momentum, first_order, step_weights: as in `maml_loss`.
+        loss, lr, steps, activation, momentum, first_order, step_weights, support_weights, query_weights: as
+            in `maml_loss`.
 
     Returns:
         The loss [], and the gradients in the order and the shapes of `params`. They have no graph; in a
@@ -285,29 +271,38 @@ def maml_value_and_grad(
     check_not_negative(lr=lr, momentum=momentum)
     params, data = listed("params", params), (support_x, support_y, query_x, query_y)
     options = _options(loss, steps, activation, momentum, first_order)
-    wanted = [True, *[False] * 6]  # of all that a gradient could be asked of, the parameters
+    wanted = [True, *[False] * 8]  # of all that a gradient could be asked of, the parameters
     records = torch.is_grad_enabled()
     try:
-        weights = _step_weights(step_weights, support_x)
+        step_weights = _step_weights(step_weights, support_x)
+        weights = step_weights, support_weights, query_weights
         rates = rates_listed(lr, params, support_x)
         one = torch.ones((), dtype=support_x.dtype, device=support_x.device)
 
         def by_transform() -> tuple[Tensor, list[Tensor]]:
             with torch.set_grad_enabled(records):  # else an outer transform would find gradients of zero
                 grads, value = torch.func.grad_and_value(
-                    lambda leaves: maml_loss(leaves, *data, lr=lr, step_weights=weights, **options)
+                    lambda leaves: maml_loss(
+                        leaves,
+                        *data,
+                        lr=lr,
+                        step_weights=step_weights,
+                        support_weights=support_weights,
+                        query_weights=query_weights,
+                        **options,
+                    )
                 )(params)
             return value, grads
 
         with torch.no_grad():
             value, grads = doors.call_listed(
                 "maml_loss_backward",
-                (one, params, *data, rates, weights, *options.values(), True, wanted),
+                (one, params, *data, rates, *weights, *options.values(), True, wanted),
                 by_transform,
             )
         return value, grads[: len(params)]
     except Exception:
-        _blame(dict(zip(_DATA, data, strict=True)), params, options)
+        _blame(dict(zip(_DATA, (*data, support_weights, query_weights), strict=True)), params, options)
         raise
 
 
@@ -464,7 +459,7 @@ def task_conv2d(
     return doors.call_composed("task_conv2d", x, weight, bias, _pair(stride), _pair(padding))
 
 
-_DATA = ("support_x", "support_y", "query_x", "query_y")
+_DATA = ("support_x", "support_y", "query_x", "query_y", "support_weights", "query_weights")
 
 
 def _pair(size: int | tuple[int, int]) -> list[int]:
@@ -497,26 +492,18 @@ def _step_weights(weights: Sequence[float] | Tensor | None, like: Tensor) -> Ten
     return torch.tensor(weights, dtype=_exact_dtype(like), device=like.device)
 
 
-def _weighed(name: str, weights: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-    """y, with classes ignored where there is no weight: what stands there need not be a class."""
-    if weights is None:
-        return y
-    blame({name: weights, "x": x, "y": y})
-    if weights.shape != x.shape[:2] or not weights.is_floating_point():
-        expected = f"floats of shape [T, S] = {list(x.shape[:2])}"
-        raise ValueError(f"{name}: expected {expected}, got {list(weights.shape)} of {weights.dtype}")
-    return y if y.is_floating_point() or y.shape != weights.shape else y.where(weights != 0, IGNORED)
-
-
 def _exact_dtype(like: Tensor) -> torch.dtype:
     """Of numbers beside a tensor: float32 beside 16-bit ones, which autocast computes in that."""
     return torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
 
 
-def _blame(tensors: dict[str, Tensor], params: list[Tensor], options: dict[str, Any]) -> None:
+def _blame(tensors: dict[str, Tensor | None], params: list[Tensor], options: dict[str, Any]) -> None:
     def of(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}
 
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if tensor is not None or "weights" not in name
+    }
     strings, flags = of("loss", "activation"), of("first_order")
     blame(tensors, {"params": params}, of("steps"), of("momentum"), strings, flags)
 

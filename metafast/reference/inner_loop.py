@@ -104,13 +104,15 @@ def _task_losses(
     if weights is not None:
         counts = weights != 0
         x = torch.where(counts.unsqueeze(-1), x, 0)  # so that no NaN of what is left out spreads
+        weights = torch.where(counts, weights, 0)  # whose own gradient is 0
     out = _mlp(params, x, activation)
     if weights is not None:
         if loss == "mse":
             losses = (out - torch.where(counts.unsqueeze(-1), y, 0)).square().mean(2)
         else:
             y = torch.where(counts, y, IGNORED)
-            losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")
+            losses = F.cross_entropy(out.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="none")
+            losses = losses.view_as(y)
             weights = weights * (y != IGNORED)
         total = weights.sum(1)
         return torch.where(

@@ -150,7 +150,7 @@ def test_who_looks_at_the_parameters_first_does_not_matter(name: str, path: str)
 # --- weights of examples --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["fused", *PATHS])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_weights_of_examples(loss: str, path: str) -> None:
     module, (x, y, query_x, query_y) = make("mlp", loss)
@@ -167,7 +167,7 @@ def test_weights_of_examples(loss: str, path: str) -> None:
     compare(adapted(query_x), expected, query_y, loss, [*module.parameters(), weights, x])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["fused", *PATHS])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_an_example_of_weight_zero_is_left_out(loss: str, path: str) -> None:
     module, (x, y, query_x, _) = make("mlp", loss)
@@ -176,11 +176,14 @@ def test_an_example_of_weight_zero_is_left_out(loss: str, path: str) -> None:
         y[0, 1] = -7 if loss == "cross_entropy" else torch.nan
     weights = torch.ones(TASKS, SHOTS, dtype=torch.float64)
     weights[0, 1], weights[1] = 0, 0
+    weights.requires_grad_()
     options = {"loss": loss, "lr": 0.1, "steps": STEPS, "path": path}
     out = metafast.adapt(module, x, y, example_weights=weights, **options)(query_x)
     kept = [0, 2, 3]
     alone = metafast.adapt(module, x[:1, kept], y[:1, kept], **options)(query_x[:1])
     leaves = list(module.parameters())
+    (of_weights,) = torch.autograd.grad(out.square().sum(), weights, retain_graph=True)
+    assert of_weights[weights == 0].eq(0).all()
     for task, expected in ((0, alone[0]), (1, module(query_x[1]))):
         found = torch.autograd.grad(out[task].square().sum(), leaves, retain_graph=True)
         wanted = torch.autograd.grad(expected.square().sum(), leaves, retain_graph=True)
@@ -199,7 +202,10 @@ def test_bad_weights() -> None:
         metafast.adapt(module, x, y, loss="mse", example_weights=weights.long(), **options)
     with pytest.raises(ValueError, match="example_weights: expected loss 'mse' or 'cross_entropy'"):
         metafast.adapt(module, x, y, loss=F.mse_loss, example_weights=weights, **options)
-    with pytest.raises(ValueError, match="'fused', but the kernels have no example_weights"):
+    module, (x, y, *_) = make("conv with batch norm", "mse")
+    with pytest.raises(
+        ValueError, match="'fused', but the kernels of convolutional networks have no example_weights"
+    ):
         metafast.adapt(module, x, y, loss="mse", example_weights=weights, path="fused", **options)
 
 
