@@ -116,7 +116,7 @@ class Adaptation {
   // Of the last result, or of its tangent.
   void differentiate_loss(const Parts& parts, bool tangent, T* grad_y) const {
     const int64_t examples = first_ * problem_.images();
-    LossGradient<T> p{};
+    OutputGradient<T> p{};
     p.tasks = count_;
     p.images = problem_.images();
     p.outputs = problem_.network.outputs();

@@ -10,8 +10,8 @@ namespace metafast::METAFAST_ISA {
 
 // Of one example: the gradient, or its tangent, times `scale`.
 template <typename T>
-void differentiate_squares(const LossGradient<T>& p, int64_t example, const T* out, const T* tangent, T scale,
-                           T* grad) {
+void differentiate_squares(const OutputGradient<T>& p, int64_t example, const T* out, const T* tangent,
+                           T scale, T* grad) {
   for (int64_t o = 0; o < p.outputs; ++o) {
     grad[o] = 2 * scale * (tangent ? tangent[o] : out[o] - p.y[example * p.outputs + o]);
     if (p.grad_y != nullptr) p.grad_y[example * p.outputs + o] -= grad[o];
@@ -19,7 +19,7 @@ void differentiate_squares(const LossGradient<T>& p, int64_t example, const T* o
 }
 
 template <typename T>
-void differentiate_cross_entropy(const LossGradient<T>& p, int64_t label, const T* out, const T* tangent,
+void differentiate_cross_entropy(const OutputGradient<T>& p, int64_t label, const T* out, const T* tangent,
                                  T scale, T* grad) {
   const T most = *std::max_element(out, out + p.outputs);
   T sum = 0, product = 0;
@@ -35,7 +35,7 @@ void differentiate_cross_entropy(const LossGradient<T>& p, int64_t label, const 
 }
 
 template <typename T>
-void run(const LossGradient<T>& p, int64_t begin, int64_t end) {
+void run(const OutputGradient<T>& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     int64_t count = p.images;
     if (p.labels != nullptr) {
@@ -88,7 +88,7 @@ METAFAST_INSTANTIATE(Convolve)
 METAFAST_INSTANTIATE(ConvolveWeights)
 METAFAST_INSTANTIATE(BlockForward)
 METAFAST_INSTANTIATE(BlockBackward)
-METAFAST_INSTANTIATE(LossGradient)
+METAFAST_INSTANTIATE(OutputGradient)
 METAFAST_INSTANTIATE(Permute)
 #undef METAFAST_INSTANTIATE
 

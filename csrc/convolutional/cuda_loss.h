@@ -17,8 +17,8 @@ struct LossShared {
 
 // A lane to an output, in turn.
 template <typename T>
-__device__ __forceinline__ void differentiate_squares(const LossGradient<T>& p, int64_t example, const T* out,
-                                                      const T* tangent, T share, T* grad) {
+__device__ __forceinline__ void differentiate_squares(const OutputGradient<T>& p, int64_t example,
+                                                      const T* out, const T* tangent, T share, T* grad) {
   for (int64_t o = threadIdx.x % kWarpSize; o < p.outputs; o += kWarpSize) {
     const int64_t i = example * p.outputs + o;
     T result = tangent != nullptr ? tangent[o] : T(0);
@@ -33,7 +33,7 @@ __device__ __forceinline__ void differentiate_squares(const LossGradient<T>& p, 
 }
 
 template <typename T>
-__device__ __forceinline__ void differentiate_cross_entropy(const LossGradient<T>& p, int64_t label,
+__device__ __forceinline__ void differentiate_cross_entropy(const OutputGradient<T>& p, int64_t label,
                                                             const T* out, const T* tangent, T share,
                                                             T* grad) {
   using L = CrossEntropy;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void differentiate_cross_entropy(const LossGradient<T
 
 // A warp to an example.
 template <typename T>
-__global__ void __launch_bounds__(kLossThreads) loss_gradient(const __grid_constant__ LossGradient<T> p) {
+__global__ void __launch_bounds__(kLossThreads) loss_gradient(const __grid_constant__ OutputGradient<T> p) {
   auto& shared = shared_memory<LossShared>();
   const int64_t blocks = div_up(p.images, int64_t{kLossExamples}), task = block_index() / blocks;
   if (task >= p.tasks) return;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kLossThreads) loss_gradient(const __grid_const
 }  // namespace
 
 template <typename T>
-void launch(const LossGradient<T>& p, Stream stream) {
+void launch(const OutputGradient<T>& p, Stream stream) {
   const int64_t blocks = p.tasks * div_up(p.images, int64_t{kLossExamples});
   launch_kernel({"loss_gradient", grid_of(blocks), kLossThreads, sizeof(LossShared), stream},
                 loss_gradient<T>, p);

@@ -219,7 +219,7 @@ struct BlockBackward {
 // entropy, the mean over examples that are not left out. Its gradient; or, with a tangent, that of the
 // gradient. A task without an example has gradient 0.
 template <typename T>
-struct LossGradient {
+struct OutputGradient {
   int64_t tasks, images, outputs;
   Maps<const T> out, out_tangent;  // a pixel each; out_tangent.data may be null
   const T* y;                      // [T, B, outputs], or null with labels
@@ -252,7 +252,7 @@ METAFAST_DECLARE_KERNEL(Convolve)
 METAFAST_DECLARE_KERNEL(ConvolveWeights)
 METAFAST_DECLARE_KERNEL(BlockForward)
 METAFAST_DECLARE_KERNEL(BlockBackward)
-METAFAST_DECLARE_KERNEL(LossGradient)
+METAFAST_DECLARE_KERNEL(OutputGradient)
 METAFAST_DECLARE_KERNEL(Permute)
 
 }  // namespace metafast
