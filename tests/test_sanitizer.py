@@ -33,6 +33,8 @@ NAMES = (
     "matching_log_probs[cosine]",
     "maml_loss[mse, shared]",
     "inner_sgd[cross_entropy, shared]",
+    "conv_inner_sgd[cross_entropy, shared]",
+    "conv_forward[pooled]",
     "sgd_update",
     "lstm_optimizer_step[2 layers]",
     "meta_lstm_unroll[1 layer]",
