@@ -69,9 +69,9 @@ def test_conv_inner_sgd(name: str, dtype: torch.dtype, device: torch.device) -> 
 
 
 def test_large_images(device: torch.device) -> None:
-    assert_near(
-        _adapted(metafast, make(LARGE, torch.float32, device=device)), _expected(LARGE), torch.float32
-    )
+    """In float64: of so many windows of max-pooling some are nearly a tie, which rounding to float32 decides."""
+    problem = make(LARGE, torch.float64, device=device)
+    assert_near(_adapted(metafast, problem), _expected(LARGE), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
