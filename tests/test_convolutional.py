@@ -69,7 +69,7 @@ def test_conv_inner_sgd(name: str, dtype: torch.dtype, device: torch.device) -> 
 
 
 def test_large_images(device: torch.device) -> None:
-    """In float64: of so many windows of max-pooling some are nearly a tie, which rounding to float32 decides."""
+    """In float64: some of so many windows are nearly a tie, which rounding to float32 would decide."""
     problem = make(LARGE, torch.float64, device=device)
     assert_near(_adapted(metafast, problem), _expected(LARGE), torch.float64)
 
