@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from record_ops import RecordOps
 from torch import Tensor, nn
 
 from metafast.data import Episodes
@@ -186,6 +187,16 @@ def test_queries_see_each_other_through_batch_norm_only_where_asked(
     for steps in (0, 1):
         together = method.predict(drawn, steps)[:, :1]
         assert torch.allclose(method.predict(alone, steps), together, rtol=1e-9) != transductive
+
+
+def test_queries_that_do_not_see_each_other_are_fused() -> None:
+    drawn = episodes()
+    method = MAML(network(), loss="cross_entropy", lr=LR, steps=1, transductive=False)
+    with RecordOps() as record:
+        method.loss(drawn).backward()
+    assert {str(op).partition(".")[2] for op in record.calls} >= {
+        f"{op}.default" for op in ("conv_inner_sgd", "conv_inner_sgd_backward", "conv_forward_backward")
+    }
 
 
 def test_a_class_that_a_task_does_not_have_is_not_predicted() -> None:

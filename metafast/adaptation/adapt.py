@@ -22,7 +22,7 @@ from metafast.adaptation.examples import Examples, at, check_examples, leaves_of
 from metafast.adaptation.inner_loop import InnerLoop, LearningRates, Loss, Penalty, Rates
 from metafast.adaptation.path import GENERAL, Plan, plan
 from metafast.adaptation.states import States, Tensors
-from metafast.adaptation.structure import ConvNet, Mlp
+from metafast.adaptation.structure import ConvNet, Mlp, recognise
 from metafast.adaptation.task import Task
 from metafast.reference.labels import IGNORED
 
@@ -62,8 +62,8 @@ class Adapted:
 
     def __call__(self, x: Examples) -> Any:
         check_examples("x", x, "T, Q", T=self.tasks)
-        if self._known is not None and self._known.still():
-            return fused.call(self._known, self.params, x)
+        if (known := self._network(x)) is not None:
+            return fused.call(known, self._states.stacked(), x)
         _refuse_no_tasks(self.tasks)
         task = Task(self.module, InnerLoop(), self._states)
         return blamed(
@@ -73,6 +73,14 @@ class Adapted:
             lambda: GENERAL.get(self.path, transforms).call(task, self._states, x),
             lambda: task.call(*self._states.each()[0], at(x, 0)),
         )
+
+    def _network(self, x: Examples) -> Mlp | ConvNet | None:
+        """The module as the kernels know it, as it is at this call."""
+        known = self._known
+        if known is None or known.still():
+            return known
+        found = recognise(self.module, set(self.params), x) if isinstance(x, Tensor) else ""
+        return found if isinstance(found, type(known)) and [*found.params] == [*known.params] else None
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in self.params.items())
@@ -167,9 +175,10 @@ def adapt(
 
     In training mode, batch norm uses the statistics of the task's batch, and each task has its own running
     statistics, which start from the module's and follow its steps (`Adapted.buffers`); the module's stay as
-    they are. Dropout draws anew for each task and step. Batch norm, layer norm, attention and embeddings run
-    in elementary operations, since torch's own have wrong second derivatives under `vmap` or none. Under
-    autocast the fused path adapts in float32; on "torch.func", autocast reaches what `vmap` lets it reach.
+    they are. In evaluation mode a call goes by those. Dropout draws anew for each task and step. Batch norm,
+    layer norm, attention and embeddings run in elementary operations, since torch's own have wrong second
+    derivatives under `vmap` or none. Under autocast the fused path adapts in float32; on "torch.func",
+    autocast reaches what `vmap` lets it reach.
 
     Raises:
         ValueError: a shape or an option does not fit, no parameter adapts, or the module is not one that

@@ -28,17 +28,47 @@ class ConvNet(Known):
     op: ClassVar[str] = "conv_inner_sgd"
     example: ClassVar[str] = "C, H, W"
 
-    def still(self) -> bool:
-        return super().still() and all(_goes_by_batch(norm) for _, norm in self.norms.values())
-
     @property
     def affine(self) -> bool:
         """Has a norm parameters, which are a layer of their own among the module's?"""
         return any(norm.weight is not None for _, norm in self.norms.values())
 
+    def by_running(self) -> dict[int, tuple[str, nn.BatchNorm2d]]:
+        """Those of the norms that go by their running statistics, as in evaluation, where they keep any."""
+        return {
+            number: (name, norm)
+            for number, (name, norm) in self.norms.items()
+            if not norm.training and norm.running_mean is not None
+        }
+
+    def folded(self, params: Tensors, buffers: Tensors) -> tuple[list[ConvBlock], list[Tensor]]:
+        """The blocks and their parameters, where norms by running statistics are parts of the convolutions.
+
+        A block has the weight s W and the bias s (b - mean) + beta then, with s = gamma / sqrt(var + eps).
+
+        Args:
+            params, buffers: Of the tasks, by their names, each [T, ...].
+        """
+        given, running = iter(self.params), self.by_running()
+        blocks, theta = [], []
+        for number, block in enumerate(self.blocks):
+            of = {part: params[next(given)] for part in block.parameters}
+            if number in running:
+                name, norm = running[number]
+                seen = (buffers[f"{name}running_{part}"] for part in ("mean", "var"))
+                mean, var = (statistic.to(of["weight"].dtype) for statistic in seen)
+                scale = (var + norm.eps).rsqrt() * of.get("gamma", 1)
+                bias = scale * (of.get("bias", 0) - mean) + of.get("beta", 0)
+                of = {"weight": of["weight"] * scale[..., None, None, None], "bias": bias}
+                block = replace(block, bias=True, norm=False)
+            blocks.append(block)
+            theta += of.values()
+        return blocks, theta
+
     def check(self, images: Tensor) -> None:
         """Refuses images [T, S, C, H, W] that do not fit, where torch refuses them on the other paths."""
         _, count, channels, *size = images.shape
+        by_batch = self.norms.keys() - self.by_running().keys()
         weights = [(n, p) for n, p in self.params.items() if p.dim() > 1]
         if weights[0][1].shape[1] != channels:
             shapes = f"{list(weights[0][1].shape)}, got {list(images.shape)}"
@@ -53,7 +83,7 @@ class ConvNet(Known):
                     f"{list(images.shape)}, whose maps there are {' x '.join(map(str, maps))}"
                 )
             maps = [weight.shape[0], *after]
-            if block.norm and count * convolved[0] * convolved[1] == 1:
+            if number in by_batch and count * convolved[0] * convolved[1] == 1:
                 raise ValueError(
                     f"x: expected more than one value per channel for {layer_name(*self.norms[number])}, got "
                     "one image whose maps are 1 x 1 there"
@@ -179,8 +209,6 @@ class _Reader:
         kept = layer.running_mean, layer.running_var, layer.num_batches_tracked
         if len({tensor is None for tensor in kept}) > 1 or any(layer is n for _, n in self.norms.values()):
             return f"{called} keeps a part of its statistics, or those of two layers"
-        if not _goes_by_batch(layer):
-            return f"{called} goes by its running statistics, not by those of the batch"
         if (layer.weight is None) != (layer.bias is None):
             return f"{called} has a weight without a bias, or a bias alone"
         self.norms[len(self.blocks) - 1] = name, layer
@@ -237,10 +265,6 @@ _READERS: dict[type[nn.Module], Callable[[_Reader, str, Any], str | None]] = {
     nn.Flatten: _Reader.flatten,
     nn.Linear: _Reader.linear,
 }
-
-
-def _goes_by_batch(norm: nn.BatchNorm2d) -> bool:
-    return norm.training or norm.running_mean is None
 
 
 def _pair(size: int | Sequence[int]) -> Pair:

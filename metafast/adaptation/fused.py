@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metafast.adaptation.inner_loop import InnerLoop, LearningRates
-from metafast.adaptation.states import State, Tensors
+from metafast.adaptation.states import State
 from metafast.adaptation.structure import ConvNet, Mlp
 from metafast.ops.convolutional import conv_forward, conv_inner_sgd
 from metafast.ops.inner_loop import inner_sgd, task_linear
@@ -99,13 +99,14 @@ def _train_conv(
     return params, torch.cat(statistics)
 
 
-def call(known: Mlp | ConvNet, params: Tensors, x: Tensor) -> Tensor:
+def call(known: Mlp | ConvNet, state: State, x: Tensor) -> Tensor:
     """The outputs of the tasks, [T, Q, O]."""
-    theta = [params[name] for name in known.params]
+    params, buffers = state
     x = known.features(x)
     if isinstance(known, ConvNet):
         known.check(x)
-        return conv_forward(known.blocks, theta, x)
+        return conv_forward(*known.folded(params, buffers), x)
+    theta = [params[name] for name in known.params]
     activation = {"relu": F.relu, "tanh": torch.tanh, "none": lambda x: x}[known.activation]
     for i in range(0, len(theta), 2):
         x = task_linear(activation(x) if i else x, theta[i], theta[i + 1])

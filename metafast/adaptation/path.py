@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metafast._dispatch.arguments import check_choice
 from metafast.adaptation import loop, transforms
+from metafast.adaptation.chain import layer_name
 from metafast.adaptation.examples import Examples, leaves_of
 from metafast.adaptation.inner_loop import InnerLoop
 from metafast.adaptation.structure import ConvNet, Mlp, recognise
@@ -115,6 +116,9 @@ def _known(
     found = recognise(module, set(params), x)
     if isinstance(found, str):
         return found
+    if isinstance(found, ConvNet) and (running := found.by_running()):
+        norm = layer_name(*next(iter(running.values())))
+        return f"{norm} goes by its running statistics, not by those of the batch"
     if isinstance(found, ConvNet) and inner.weighted:
         return "the kernels of convolutional networks have no example_weights"
     if isinstance(found, ConvNet) and found.affine and inner.layered and inner.momentum:

@@ -286,7 +286,7 @@ class Adaptation(Method):
 
     def _adapted(self, x: Tensor, labels: Tensor, steps: int, *, first_order: bool = False) -> Adapted:
         return adapt(
-            self._double(by_batch=True),
+            self._by_batch(),
             x,
             labels,
             loss=self.loss_name,
@@ -304,17 +304,19 @@ class Adaptation(Method):
             with torch.no_grad():  # a step that goes nowhere, for what batch norm sees of the support on it
                 seen = adapt(adapted, *examples, loss=self.loss_name, lr=0.0, steps=1, path=self.path)
             states = States(adapted.tasks, (adapted.params, seen.buffers))
-            adapted = replace(adapted, module=self._double(by_batch=False), _states=states, _known=None)
+            adapted = replace(adapted, _states=states)
+            for norm in _norms(adapted.module).values():  # of the double
+                norm.eval()
         return adapted(episodes.query)
 
-    def _double(self, *, by_batch: bool) -> nn.Module:
-        """The network, with its batch norm by the statistics of the batch or by those of a batch before, in
-        whichever mode it is itself."""
+    def _by_batch(self) -> nn.Module:
+        """The network, or a double, with batch norm by the statistics of the batch, in whichever mode the
+        network is itself."""
         if self.transductive and all(norm.training for norm in _norms(self.network).values()):
             return self.network
         double = structural_copy(self.network)
         for norm in _norms(double).values():
-            norm.training = by_batch
+            norm.train()
             norm.momentum = 1.0  # the running statistics are those of the last batch alone
         return double
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapt_problems import LOSSES, STEPS, TASKS, plain, with_gradients
+from record_ops import RecordOps
 from torch import Tensor, nn
 
 import metafast
@@ -248,6 +249,36 @@ def test_running_statistics_go_on(momentum: float | None) -> None:
     module.eval()
     close(found(query_x), expected(query_x))
     assert metafast.explain(module).path != "fused"
+
+
+@pytest.mark.parametrize("name", ["pooled first", "untracked", "named", "strided"])
+def test_evaluation_by_running_statistics_is_fused(name: str) -> None:
+    """With or without a bias, gamma and beta, or statistics to go by; gradients pass through the call."""
+    module, (x, y, query_x, query_y) = make(name)
+    leaves = [*module.parameters(), x, query_x]
+    found = []
+    for path in ("fused", "torch.func"):
+        module.train()
+        adapted = metafast.adapt(module, x, y, loss="cross_entropy", lr=0.1, steps=STEPS, path=path)
+        module.eval()
+        with RecordOps() as record:
+            found.append(with_gradients(adapted(query_x), query_y, "cross_entropy", leaves))
+        assert (torch.ops.metafast.conv_forward.default in record.calls) == (path == "fused")
+        alone = adapted(query_x[:, :1])  # a query does not see the others, whatever their number
+        by_batch = name in ("untracked", "strided")
+        if not by_batch:
+            close(alone, adapted(query_x)[:, :1])
+    close(*found)
+
+
+def test_one_value_per_channel_is_enough_to_evaluate() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
+    x, y = torch.randn(2, 4, 1, 3, 3), torch.tensor([0, 1, 2, 0]).expand(2, 4)
+    adapted = metafast.adapt(module, x, y, loss="cross_entropy", lr=0.1, steps=1, path="fused")
+    with pytest.raises(ValueError, match="expected more than one value per channel"):
+        adapted(x[:, :1])
+    module.eval()
+    torch.testing.assert_close(adapted(x[:, :1]), adapted(x)[:, :1])
 
 
 def test_statistics_of_bodies_stay() -> None:
