@@ -8,11 +8,19 @@ Each folder has the same files:
     memory.py, scaling.py   how memory and time grow, where that matters
     __main__.py             names the family for bench/common/run.py
 
-common/ is what they share; overhead.py, the cost of a call, has no peers. `python -m bench` runs all, in the
-order of FAMILIES, which a new folder joins. methods.py, which trains the methods, takes hours and runs alone.
+common/ is what they share. Two are a file each: training.py, a step of `metafast train` with all that belongs
+to it, and overhead.py, the cost of a call. `python -m bench` runs all, in the order of FAMILIES, which a new
+folder joins. methods.py, which trains the methods, takes hours and runs alone.
 """
 
 import time
 
 STARTED = time.perf_counter()  # before torch is imported: a budget of seconds counts that too
-FAMILIES = ("pairwise", "inner_loop", "learned_optimizer", "networks", "overhead")  # the most important first
+FAMILIES = (
+    "pairwise",
+    "inner_loop",
+    "learned_optimizer",
+    "networks",
+    "training",
+    "overhead",
+)  # by importance
