@@ -16,11 +16,5 @@ folder joins. methods.py, which trains the methods, takes hours and runs alone.
 import time
 
 STARTED = time.perf_counter()  # before torch is imported: a budget of seconds counts that too
-FAMILIES = (
-    "pairwise",
-    "inner_loop",
-    "learned_optimizer",
-    "networks",
-    "training",
-    "overhead",
-)  # by importance
+# The most important first.
+FAMILIES = ("pairwise", "inner_loop", "learned_optimizer", "networks", "training", "overhead")

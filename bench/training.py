@@ -1,4 +1,4 @@
-"""A step of training, all of it: `metafast train` as it draws a batch, finds the gradient and moves the weights.
+"""A step of `metafast train`, all of it: drawing a batch, the gradient, the optimizer, the log.
 
 The loop of the command line trains each recipe of RECIPES, on a GPU as it is written and as a CUDA graph that
 is replayed. Beside MAML's sine waves stand the same steps by hand: the same batches, batched products with

@@ -138,7 +138,7 @@ def test_methods_run_by_the_reference_in_the_place_of_the_operations() -> None:
 
 def test_every_folder_is_a_family_with_cases_for_both_devices() -> None:
     folders = {path.parent.name for path in Path(bench.__file__).parent.glob("*/__main__.py")}
-    assert folders | {"overhead"} == set(bench.FAMILIES)
+    assert folders | {"overhead", "training"} == set(bench.FAMILIES)
     for name in folders:
         cases = importlib.import_module(f"bench.{name}.cases").cases
         for device in ("cpu", "cuda"):
