@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from metafast.adaptation import fused, transforms
 from metafast.adaptation.errors import blamed
-from metafast.adaptation.examples import Examples, at, check_examples, leaves_of, without
+from metafast.adaptation.examples import Examples, at, blank_step, check_examples, leaves_of, without
 from metafast.adaptation.inner_loop import InnerLoop, LearningRates, Loss, Penalty, Rates
 from metafast.adaptation.path import GENERAL, Plan, plan
 from metafast.adaptation.states import States, Tensors
@@ -157,7 +157,7 @@ def adapt(
             examples, batch norm in training, sees zeros in its place); its weight has no gradient, the
             others' have.
         per_step: Whether x, y and example_weights have a dimension of the steps before the tasks',
-            [K, T, S, ...]: a batch of its own for each step. Not on the fused path.
+            [K, T, S, ...]: a batch of its own for each step. On the fused path without momentum.
         max_norm: Clips the gradient of each task and step to this norm, as
             `torch.nn.utils.clip_grad_norm_`. Not on the fused path.
         penalty: A function of a task's parameters and of those it began with, both by name, that returns a
@@ -223,6 +223,9 @@ def adapt(
             raise ValueError("params: expected None for an Adapted, which goes on with those that it has")
         params = list(before.params)
     tasks = _check_examples(x, y, example_weights, inner, before)
+    if per_step and steps == 0:  # there is no batch, and none is needed
+        inner.per_step = per_step = False
+        x, y, example_weights = map(blank_step, (x, y, example_weights))
     if example_weights is not None:
         counts = example_weights != 0
         x, y = without(x, counts), without(y, counts, IGNORED if loss == "cross_entropy" else 0)

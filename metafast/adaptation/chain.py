@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from metafast.adaptation.scratch import called
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Known:
+class Known(ABC):
     """A module that is a body, which does not adapt, followed by a network of a kind that the kernels know,
     all of which does."""
 
@@ -26,13 +27,21 @@ class Known:
     op: ClassVar[str]
     example: ClassVar[str]  # the shape of what the network takes of an example
 
+    @property
+    @abstractmethod
+    def layers(self) -> list[int]:
+        """The numbers of the kernels' layers that the parameters are in."""
+
     def still(self) -> bool:
         """Does the module run the same layers as when it was recognised?"""
         return self.own is None or tracing.signature(self.own) == self.signature
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the body makes of the input: [T, S, ...] -> [T, S, ...]."""
-        return torch.vmap(self.body)(x) if len(self.body) else x
+    def features(self, x: Tensor, *, per_step: bool = False) -> Tensor:
+        """What the body makes of the input: [T, S, ...] -> [T, S, ...], or [K, T, S, ...] alike."""
+        if not len(self.body):
+            return x
+        of_tasks = torch.vmap(self.body)
+        return of_tasks(x.flatten(0, 1)).unflatten(0, x.shape[:2]) if per_step else of_tasks(x)
 
     def behind(self) -> str:
         """What stands before the network, for its description."""

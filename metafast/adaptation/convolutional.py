@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metafast.adaptation.chain import Known, add_params, layer_name
 from metafast.adaptation.states import Tensors
 from metafast.adaptation.tracing import Layers
-from metafast.reference.convolutional import ConvBlock
+from metafast.reference.convolutional import ConvBlock, layers_of
 
 Pair = tuple[int, int]
 
@@ -27,6 +27,10 @@ class ConvNet(Known):
 
     op: ClassVar[str] = "conv_inner_sgd"
     example: ClassVar[str] = "C, H, W"
+
+    @property
+    def layers(self) -> list[int]:
+        return layers_of(self.blocks)
 
     @property
     def affine(self) -> bool:

@@ -27,6 +27,11 @@ def at(examples: Examples, *index: int) -> Examples:
     return tree_map(lambda leaf: leaf[index], examples)
 
 
+def blank_step(examples: Examples) -> Examples:
+    """Of the shape of those of one step, of no matter what."""
+    return tree_map(lambda leaf: None if leaf is None else leaf.new_zeros(leaf.shape[1:]), examples)
+
+
 def leaves_of(examples: Examples) -> list[Any]:
     return tree_leaves(examples)
 

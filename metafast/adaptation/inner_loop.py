@@ -53,10 +53,12 @@ class InnerLoop:
 
     def beyond_kernels(self) -> str | None:
         """What of it the fused kernels do not have."""
-        options = ("weight_decay", "nesterov", "per_step", "max_norm", "penalty")
+        options = ("weight_decay", "nesterov", "max_norm", "penalty")
         for name in options:
             if getattr(self, name) not in (0, False, None):
                 return f"the kernels have no {name}"
+        if self.per_step and self.momentum:
+            return "the kernels have no batches of each step together with momentum"
         return None if isinstance(self.loss, str) else "the loss is a function of the caller"
 
     def moved(

@@ -53,13 +53,17 @@ def plan(
     if path in (None, "fused"):
         found = _known(module, params, inner, x)
     if not isinstance(found, str):
-        features, shape = None if x is None else found.features(x), f"[T, S, {found.example}]"
+        lead = "K, T, S" if inner.per_step else "T, S"
+        features, shape = None, f"[{lead}, {found.example}]"
+        if x is not None:
+            features = found.features(x, per_step=inner.per_step)
         name, weight = next(iter(found.params.items()))
-        if features is None or features.dim() == weight.dim() + 1:
+        known_dims = weight.dim() + 1 + inner.per_step
+        if features is None or features.dim() == known_dims:
             return Plan("fused", "", params, found, features)
-        if features.dim() <= weight.dim():
+        if features.dim() < known_dims:
             raise ValueError(
-                f"x: expected shape [T, S, ...], so that {name} {list(weight.shape)} gets {shape}, got "
+                f"x: expected shape [{lead}, ...], so that {name} {list(weight.shape)} gets {shape}, got "
                 f"{list(x.shape)}; one task is a batch of one"
             )
         layer = "Linear" if isinstance(found, Mlp) else "Conv2d"
@@ -113,7 +117,7 @@ def _known(
         return unknown
     if x is not None and not isinstance(x, Tensor):
         return f"x is a {type(x).__name__} of tensors"
-    found = recognise(module, set(params), x)
+    found = recognise(module, set(params), x[0] if x is not None and inner.per_step else x)
     if isinstance(found, str):
         return found
     if isinstance(found, ConvNet) and (running := found.by_running()):

@@ -67,6 +67,10 @@ class Mlp(Known):
     op: ClassVar[str] = "inner_sgd"
     example: ClassVar[str] = "D"
 
+    @property
+    def layers(self) -> list[int]:
+        return [i // 2 for i in range(len(self.params))]
+
     def __str__(self) -> str:
         weights = list(self.params.values())[::2]
         widths = "-".join(str(n) for n in (weights[0].shape[1], *(w.shape[0] for w in weights)))

@@ -208,6 +208,24 @@ def test_learning_rates(kind: str, first_order: bool) -> None:
     close(*found)
 
 
+@pytest.mark.parametrize("kind", ["number", "steps and layers"])
+def test_a_batch_for_each_step(kind: str) -> None:
+    module, (x, y, query_x, query_y) = make("named")
+    x = torch.stack([x.detach(), 2 * x.detach().flip(1)]).requires_grad_()
+    y = torch.stack([y, y.flip(1)])
+    layers = len({name.rpartition(".")[0] for name, _ in module.named_parameters()})
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    if kind == "steps and layers":
+        lr = 0.1 * torch.rand(STEPS, layers, dtype=torch.float64)
+    leaves = [*module.parameters(), x, lr.requires_grad_()]
+    options = {"loss": "cross_entropy", "lr": lr, "steps": STEPS, "per_step": True}
+    found, expected = (metafast.adapt(module, x, y, path=path, **options) for path in (None, "loop"))
+    assert found.path == "fused"
+    close(dict(sorted(found.buffers.items())), dict(sorted(expected.buffers.items())))
+    close(*(with_gradients(of(query_x), query_y, "cross_entropy", leaves) for of in (found, expected)))
+    assert metafast.adapt(module, x, y, momentum=0.5, **options).path == "loop"
+
+
 def test_labels_left_out_and_a_task_without_examples() -> None:
     module, (x, y, query_x, _) = make("without norm")
     y[0] = -100

@@ -69,7 +69,7 @@ def test_a_rate_for_each_step_and_layer(name: str, path: str) -> None:
         metafast.adapt(module, x, y, loss="mse", lr=lr[:, :1], steps=STEPS, path=path)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["fused", *PATHS])
 def test_a_batch_for_each_step(path: str) -> None:
     module, (_, _, query_x, query_y) = make("mlp", "mse")
     x = torch.randn(STEPS, TASKS, SHOTS, 3, dtype=torch.float64, requires_grad=True)
@@ -81,6 +81,35 @@ def test_a_batch_for_each_step(path: str) -> None:
         ValueError, match=r"x: expected shape \[K, T, S, ...\] with K = 3, got \[2, 3, 4, 3\]"
     ):
         metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=3, per_step=True, path=path)
+    none = metafast.adapt(module, x[:0], y[:0], loss="mse", lr=0.1, steps=0, per_step=True, path=path)
+    torch.testing.assert_close(none(query_x), module(query_x))
+
+
+@pytest.mark.parametrize("rates", ["layers", "elements"])
+@pytest.mark.parametrize("behind", ["nothing", "a body"])
+def test_batches_of_steps_are_fused(behind: str, rates: str) -> None:
+    """With weights of examples, behind a body that does not adapt, and with all kinds of rates."""
+    module, (_, _, query_x, query_y) = make("mlp", "mse")
+    names = None
+    if behind == "a body":
+        module[0].requires_grad_(False)
+        names = [name for name, _ in module.named_parameters()][2:]
+    adapting = [p for p in module.parameters() if p.requires_grad]
+    x = torch.randn(STEPS, TASKS, SHOTS, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(STEPS, TASKS, SHOTS, 2, dtype=torch.float64)
+    weights = torch.rand(STEPS, TASKS, SHOTS, dtype=torch.float64, requires_grad=True)
+    lr = [torch.rand_like(p).requires_grad_() for p in adapting]
+    if rates == "layers":
+        lr = torch.rand(STEPS, len(adapting) // 2, dtype=torch.float64, requires_grad=True)
+    leaves = [*adapting, x, weights, *(lr if isinstance(lr, list) else [lr])]
+    options = {"loss": "mse", "lr": lr, "steps": STEPS, "params": names, "example_weights": weights}
+    found, expected = (
+        with_gradients(
+            metafast.adapt(module, x, y, per_step=True, path=path, **options)(query_x), query_y, "mse", leaves
+        )
+        for path in ("fused", "loop")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS)
