@@ -65,9 +65,16 @@ def forward(
     return x, seen
 
 
-def adapted(net: nn.Sequential, x: Tensor, labels: Tensor, rates: list, first_order: bool = False) -> dict:
+def adapted(
+    net: nn.Sequential,
+    x: Tensor,
+    labels: Tensor,
+    rates: list,
+    first_order: bool = False,
+    weights: dict[str, Tensor] | None = None,
+) -> dict:
     """One task's weights after a step of plain SGD for each of ``rates``, which has one for each weight."""
-    weights = dict(net.named_parameters())
+    weights = weights or dict(net.named_parameters())
     for step in rates:
         value = F.cross_entropy(forward(net, weights, x)[0], labels)
         grads = torch.autograd.grad(value, list(weights.values()), create_graph=not first_order)
@@ -161,6 +168,50 @@ def test_reptile_goes_to_the_mean_of_the_adapted_weights() -> None:
     got = torch.autograd.grad(method.loss(drawn), list(net.parameters()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_reptile_takes_a_batch_at_a_step() -> None:
+    """All examples in random order before one comes again; each task its own; as the seed has it."""
+    net, drawn = network(), episodes()
+    method = Reptile(net, loss="cross_entropy", lr=LR, steps=4, batch=5)
+    seen: list[Tensor] = []
+    whole = method.adapt_by_batches
+
+    def watched(x: Tensor, labels: Tensor) -> list[Tensor]:
+        seen.extend((x, labels))
+        return whole(x, labels)
+
+    method.adapt_by_batches = watched
+    torch.manual_seed(1)
+    loss = method.loss(drawn)
+    torch.manual_seed(1)
+    assert torch.equal(method.loss(drawn), loss)
+    x, labels = seen[:2]
+    assert x.shape[:3] == labels.shape == (4, 2, 5)
+    for task in range(2):
+        own = torch.cat([drawn.support[task], drawn.query[task]])
+        first, then = (rows.flatten(1) for rows in (own, x[:, task].flatten(0, 1)))
+        places = (then[:, None] == first).all(-1).int().argmax(1)  # of what comes, among the 15
+        assert torch.equal(then, first[places])
+        assert places[:15].sort().values.tolist() == list(range(15))
+        assert len(set(places[15:].tolist())) == 5
+        assert torch.equal(
+            labels[:, task].flatten(),
+            torch.cat([drawn.support_labels[task], drawn.query_labels[task]])[places],
+        )
+    ends = []
+    for task in range(2):
+        weights = dict(net.named_parameters())
+        for step in range(4):
+            weights = adapted(net, x[step, task], labels[step, task], fixed(net, 1), weights=weights)
+        ends.append(weights)
+    for (name, param), got in zip(
+        net.named_parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True
+    ):
+        end = torch.stack([end[name].detach() for end in ends]).mean(0)
+        torch.testing.assert_close(got, param.detach() - end, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match="batch: expected a number >= 1, got 0"):
+        Reptile(net, loss="cross_entropy", lr=LR, steps=4, batch=0)
 
 
 def test_pretraining_is_one_batch_of_all_tasks_and_fine_tunes_each() -> None:

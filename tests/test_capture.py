@@ -52,7 +52,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"inner_steps": 0, "learn_inner_lr": False},
     ],
     "metasgd": [{"backbone": "conv4", "channels": 4}],
-    "reptile": [{"backbone": "conv4", "channels": 4, "inner_steps": 2}],
+    "reptile": [{"backbone": "conv4", "channels": 4, "inner_steps": 2}, {"inner_steps": 2, "inner_batch": 3}],
     "meta-lstm": [{"cell_layers": 0}, {"cell_layers": 2}],
     "protonet": [{"metric": "cosine"}, {"metric": "cityblock"}],
     "l2l": [{"random_scaling": 1.0, "objective": "log"}, {"preprocess": "none"}],

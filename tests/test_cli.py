@@ -301,6 +301,7 @@ def test_networks_that_adapt_learn_images(
         ("fomaml", "--backbone conv4 --channels 4 --no-transductive"),
         ("metasgd", "--backbone {own}:vectors --no-transductive"),
         ("reptile", "--backbone resnet12 --channels 2 --inner-steps 1"),
+        ("reptile", "--hidden 4 --inner-steps 2 --inner-batch 3"),
     ],
 )
 def test_backbones_adapt_and_resume(

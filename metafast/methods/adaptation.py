@@ -284,7 +284,12 @@ class Adaptation(Method):
             out = out.masked_fill(absent.unsqueeze(1), -torch.inf)
         return out.log_softmax(-1)
 
-    def _adapted(self, x: Tensor, labels: Tensor, steps: int, *, first_order: bool = False) -> Adapted:
+    def adapt_by_batches(self, x: Tensor, labels: Tensor) -> list[Tensor]:
+        """The parameters after a step on each of K batches, x [K, T, B, ...]: each [T, ...]."""
+        x = x.flatten(3) if self.fused else x
+        return list(self._adapted(x, labels, len(x), per_step=True).params.values())
+
+    def _adapted(self, x: Tensor, labels: Tensor, steps: int, **options: bool) -> Adapted:
         return adapt(
             self._by_batch(),
             x,
@@ -292,8 +297,8 @@ class Adaptation(Method):
             loss=self.loss_name,
             lr=self.rates(steps),
             steps=steps,
-            first_order=first_order,
             path=self.path,
+            **options,
         )
 
     def _query_outputs(self, episodes: Episodes, steps: int, *, first_order: bool = False) -> Tensor:
