@@ -7,7 +7,7 @@
 
 #include "common/dispatch.h"
 #include "common/sums.h"
-#include "convolutional/pass.h"
+#include "convolutional/groups.h"
 
 namespace metafast {
 namespace {
@@ -54,26 +54,29 @@ void with_layouts(const Network& network, size_t i, int64_t tasks, const F& f) {
   }
 }
 
-// Tensors of the parameters' shapes as packed vectors: those of all tasks, or a group's at a time, so that
-// they are read where the cache still holds them.
+// Tensors of the parameters' shapes as packed vectors: those of all tasks, or of some tasks of a group, so
+// that they are read where the cache still holds them.
 template <typename T>
 class PackedInput {
  public:
-  // With `tasks` each tensor is [T, ...].
+  // With `of_tasks` each tensor is [T, ...].
   PackedInput(const Network& network, at::TensorList tensors, bool of_tasks, int64_t group)
       : network_(network),
         of_tasks_(of_tasks),
         packed_(empty({of_tasks ? group : 1, network.size()}, tensors[0].options().requires_grad(false))) {
     for (const Tensor& tensor : tensors) dense_.push_back(tensor.contiguous());
-    if (!of_tasks) fill(0, 1);
+    if (!of_tasks) fill({0, 1, 0});
   }
 
-  // [count, P], or [1, P] for all tasks. It holds until the next call.
-  Tensor load(int64_t first, int64_t count) {
+  // [count, P], or [1, P] for all tasks. It holds until the next group.
+  Tensor load(Some tasks) const {
     if (!of_tasks_) return packed_;
-    fill(first, count);
-    return packed_.narrow(0, 0, count);
+    fill(tasks);
+    return tasks.of_group(packed_);
   }
+
+  // Of all tasks of a group.
+  Tensor loaded(int64_t count) const { return packed_.narrow(0, 0, count); }
 
  private:
   const Network& network_;
@@ -81,19 +84,19 @@ class PackedInput {
   const Tensor packed_;
   std::vector<Tensor> dense_;
 
-  void fill(int64_t first, int64_t count) {
+  void fill(Some tasks) const {
+    T* const out = packed_.mutable_data_ptr<T>() + tasks.slot * network_.size();
     for (size_t i = 0; i < dense_.size(); ++i) {
-      with_layouts(network_, i, count, [&](auto size, auto strides, auto packed_strides) {
-        permute<T>(packed_, dense_[i].const_data_ptr<T>() + first * strides[0],
-                   packed_.mutable_data_ptr<T>() + network_.place_of(i), size, strides, packed_strides,
-                   network_.block_of(i).pitch());
+      with_layouts(network_, i, tasks.count, [&](auto size, auto strides, auto packed_strides) {
+        permute<T>(packed_, dense_[i].const_data_ptr<T>() + tasks.first * strides[0],
+                   out + network_.place_of(i), size, strides, packed_strides, network_.block_of(i).pitch());
       });
     }
   }
 };
 
-// Results of the parameters' shapes, [T, ...] from packed vectors of a group at a time; or without T their
-// sum over tasks, in the tasks' order.
+// Results of the parameters' shapes: [T, ...], which store() writes from packed vectors of some tasks, or
+// without T their sum over tasks, to which add() adds a group's, in the tasks' order.
 template <typename T>
 class PackedOutput {
  public:
@@ -107,17 +110,20 @@ class PackedOutput {
     }
   }
 
-  void store(int64_t first, const Tensor& packed) {
-    if (!sum_.defined()) return unpack(first, packed);
+  void store(int64_t first, const Tensor& packed) const {
+    if (!sum_.defined()) unpack(first, packed);
+  }
+  void add(const Tensor& packed) const {
+    if (!sum_.defined()) return;
     for (int64_t i = 0; i < packed.size(0); ++i) sum_.add_(packed[i]);
   }
 
   // Where there is nothing to store.
-  void clear() {
+  void clear() const {
     for (const Tensor& tensor : tensors_) tensor.zero_();
   }
 
-  std::vector<Tensor> finish() {
+  std::vector<Tensor> finish() const {
     if (sum_.defined()) unpack(0, sum_.unsqueeze(0));
     return tensors_;
   }
@@ -127,7 +133,7 @@ class PackedOutput {
   const Tensor sum_;
   std::vector<Tensor> tensors_;
 
-  void unpack(int64_t first, const Tensor& rows) {
+  void unpack(int64_t first, const Tensor& rows) const {
     const Tensor packed = rows.contiguous();  // of tasks that share a row as well
     for (size_t i = 0; i < tensors_.size(); ++i) {
       with_layouts(network_, i, packed.size(0), [&](auto size, auto strides, auto packed_strides) {
@@ -225,11 +231,15 @@ struct Problem {
   int64_t images() const { return x.size(1); }
   int64_t blocks() const { return static_cast<int64_t>(network.blocks().size()); }
   at::TensorOptions options() const { return x.options().requires_grad(false); }
+  template <typename T>
+  Groups groups(int64_t elements) const {
+    return Groups::of<T>(tasks(), network.image_cost() * images() * steps, elements, x);
+  }
 
   // The learning rates of all steps as rows that go with a packed vector: [K or 1, P or 1].
   template <typename T>
   Tensor rates() const {
-    if (lr.size() > 1) return PackedInput<T>(network, lr, false, 1).load(0, 1);
+    if (lr.size() > 1) return PackedInput<T>(network, lr, false, 1).load({0, 1, 0});
     if (lr[0].dim() == 0) return lr[0].detach().view({1, 1});
     std::vector<Tensor> columns;
     for (size_t i = 0; i < network.params(); ++i) {

@@ -127,6 +127,12 @@ int64_t Network::norm_channels() const {
   return sum;
 }
 
+int64_t Network::image_cost() const {
+  int64_t sum = 0;
+  for (const NetworkBlock& block : blocks_) sum += block.weight_size() * block.z_height * block.z_width;
+  return sum;
+}
+
 Border Network::input_border(size_t i) const {
   if (i == blocks_.size()) return {};
   const NetworkBlock& b = blocks_[i];

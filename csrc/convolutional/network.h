@@ -49,6 +49,7 @@ class Network {
   int64_t outputs() const { return blocks_.back().outputs; }
   bool shared() const { return shared_; }
   int64_t norm_channels() const;
+  int64_t image_cost() const;  // multiply-adds of an image's forward
   // Whether z of block i is not kept but found again (ThinInput in params.h).
   bool thin(size_t i) const { return i == 0 && thin_; }
 

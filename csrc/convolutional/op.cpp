@@ -44,46 +44,27 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
     const Tensor kept = keep ? empty({keep, steps, tasks, P}, options) : empty({0}, options);
     PackedOutput<T> adapted(network, tasks, false, options);
     if (tasks == 0) return {adapted.finish(), statistics, kept};
-    Adaptation<T> adaptation(problem, false, false);
-    PackedInput<T> start(network, params, !network.shared(), adaptation.group());
+    const Adaptation<T> adaptation(problem, Sweep::forth, false);
+    const Groups& groups = adaptation.groups();
+    const PackedInput<T> start(network, params, !network.shared(), groups.size());
     // What is not kept: of two steps, which take turns.
-    const Tensor turns = empty({2, 2, adaptation.group(), P}, options);
-    for (int64_t first = 0; first < tasks; first += adaptation.group()) {
-      const int64_t count = std::min(adaptation.group(), tasks - first);
-      adaptation.enter(first, count);
+    const Tensor turns = empty({2, 2, groups.size(), P}, options);
+    groups.run([&](Some some) {
+      const Steps<T> of_some = adaptation.of(some);
       const auto of = [&](int64_t what, int64_t k) {  // 0: theta_k, 1: m_k
-        return what < keep ? kept.select(0, what).select(0, k - 1).narrow(0, first, count)
-                           : turns.select(0, what).select(0, k % 2).narrow(0, 0, count);
+        return what < keep ? some.of_all(kept.select(0, what).select(0, k - 1))
+                           : some.of_group(turns.select(0, what).select(0, k % 2));
       };
-      Tensor theta = start.load(first, count);
+      Tensor theta = start.load(some);
       for (int64_t k = 0; k < steps; ++k) {
-        adaptation.step(k, theta, k > 0 ? of(1, k) : Tensor(), of(1, k + 1), of(0, k + 1),
-                        network.norm_channels() ? statistics[k] : Tensor());
+        of_some.step(k, theta, k > 0 ? of(1, k) : Tensor(), of(1, k + 1), of(0, k + 1),
+                     network.norm_channels() ? statistics[k] : Tensor());
         theta = of(0, k + 1);
       }
-      adapted.store(first, theta.expand({count, P}));
-    }
+      adapted.store(some.first, theta.expand({some.count, P}));
+    });
     return {adapted.finish(), statistics, kept};
   });
-}
-
-// The gradient of the learning rates from that of each step's, [K, P].
-template <typename T>
-std::vector<Tensor> of_rates(const Problem& problem, const Tensor& grad) {
-  const Network& network = problem.network;
-  if (problem.lr.size() > 1) {
-    PackedOutput<T> of_params(network, 1, true, problem.options());
-    of_params.store(0, grad);
-    return of_params.finish();
-  }
-  const Tensor of_blocks = empty({problem.blocks(), problem.steps}, problem.options());
-  for (int64_t l = 0; l < problem.blocks(); ++l) {
-    const int64_t begin = network.blocks()[l].weight;
-    const int64_t end = l + 1 < problem.blocks() ? network.blocks()[l + 1].weight : network.size();
-    of_blocks[l].copy_(sum_rows<T>(grad.narrow(1, begin, end - begin).t()));
-  }
-  if (problem.lr[0].dim() == 2) return {of_blocks.t().contiguous()};
-  return {sum_rows<T>(of_blocks.view({-1, 1})).squeeze(0)};
 }
 
 std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorList params, const Tensor& x,
@@ -112,49 +93,54 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
     const bool of_x = wanted[2], of_y = wanted[3] && !problem.labels;
     const Tensor grad_x = of_x ? at::zeros(x.sizes(), options) : empty({0}, options);
     const Tensor grad_y = of_y ? at::zeros(problem.y.sizes(), options) : empty({0}, options);
-    const Tensor grad_rates = wanted[1] ? at::zeros({steps, P}, options) : Tensor();
-    PackedOutput<T> grad_params(network, tasks, network.shared(), options);
     const bool reverses = !first_order && steps > 0;
-    if (tasks > 0) {
-      Adaptation<T> adaptation(problem, reverses, of_x);
-      PackedInput<T> start(network, params, !network.shared(), adaptation.group());
-      PackedInput<T> end(network, grads, true, adaptation.group());
-      const Tensor directions = empty({adaptation.group(), P}, options),
-                   products = at::empty_like(directions);
-      Tensor image_memory;
-      const Maps<T> maps = in_memory<T>(image_memory, options, [&](Workspace<T>& space) {
-        return gradient_images(network, of_x ? adaptation.group() : 0, problem.images(), space);
-      });
-      for (int64_t first = 0; first < tasks; first += adaptation.group()) {
-        const int64_t count = std::min(adaptation.group(), tasks - first);
-        adaptation.enter(first, count);
-        const auto of = [&](int64_t what, int64_t k) {  // 0: theta_k, 1: m_k
-          return kept.select(0, what).select(0, k - 1).narrow(0, first, count);
-        };
-        const Tensor v = end.load(first, count), theta = start.load(first, count);
-        const Tensor direction = directions.narrow(0, 0, count), product = products.narrow(0, 0, count);
-        image_memory.zero_();
-        for (int64_t k = steps - 1; k >= 0; --k) {
-          if (wanted[1]) grad_rates[k].sub_(sum_rows<T>(v * of(1, k + 1)));
-          if (!reverses) continue;
-          if (k + 1 < steps && momentum != 0) {
-            direction.mul_(momentum);
-          } else {
-            direction.zero_();
+    const PackedOutput<T> grad_params(network, tasks, network.shared(), options);
+    std::optional<Adaptation<T>> adaptation;
+    if (reverses && tasks > 0) adaptation.emplace(problem, Sweep::back, of_x);
+    const Groups groups = adaptation ? adaptation->groups() : problem.groups<T>(network.size());
+    const RateGradient<T> grad_rates(problem, wanted[1], groups.size());
+    const PackedInput<T> start(network, params, !network.shared(), groups.size()),
+        end(network, grads, true, groups.size());
+    const Tensor directions = empty({reverses ? groups.size() : 0, P}, options),
+                 products = at::empty_like(directions);
+    Tensor image_memory;
+    const Maps<T> image_maps = in_memory<T>(image_memory, options, [&](Workspace<T>& space) {
+      return gradient_images(network, of_x && reverses ? groups.size() : 0, problem.images(), space);
+    });
+    groups.run(
+        [&](Some some) {
+          const auto of = [&](int64_t what, int64_t k) {  // 0: theta_k, 1: m_k
+            return some.of_all(kept.select(0, what).select(0, k - 1));
+          };
+          const Tensor v = end.load(some);
+          if (!reverses) {
+            for (int64_t k = steps - 1; wanted[1] && k >= 0; --k) grad_rates.add(some, k, v, of(1, k + 1));
+            if (wanted[0]) grad_params.store(some.first, v);
+            return;
           }
-          direction.sub_(v * adaptation.rate(k));
-          adaptation.step_back(k > 0 ? of(0, k) : theta, direction, product, v, of_x ? &maps : nullptr,
-                               of_y ? grad_y.mutable_data_ptr<T>() : nullptr);
-        }
-        if (wanted[0]) grad_params.store(first, v);
-        if (of_x) {
-          store_images<T>(network, x, maps, count, problem.images(),
-                          grad_x.mutable_data_ptr<T>() + first * (x.numel() / tasks));
-        }
-      }
-    }
+          const Steps<T> of_some = adaptation->of(some);
+          const Tensor theta = start.load(some), direction = some.of_group(directions),
+                       product = some.of_group(products);
+          const Maps<T> maps = maps_from(image_maps, some.slot);
+          if (of_x) image_memory.narrow(0, some.slot * maps.task, some.count * maps.task).zero_();
+          for (int64_t k = steps - 1; k >= 0; --k) {
+            if (wanted[1]) grad_rates.add(some, k, v, of(1, k + 1));
+            of_some.turn(k, v, direction);
+            of_some.step_back(k > 0 ? of(0, k) : theta, direction, product, v, of_x ? &maps : nullptr,
+                              of_y ? grad_y.mutable_data_ptr<T>() : nullptr);
+          }
+          if (wanted[0]) grad_params.store(some.first, v);
+          if (of_x) {
+            store_images<T>(network, x, maps, some.count, problem.images(),
+                            grad_x.mutable_data_ptr<T>() + some.first * (x.numel() / tasks));
+          }
+        },
+        [&](int64_t, int64_t count) {
+          if (wanted[0]) grad_params.add(end.loaded(count));
+          grad_rates.end_group(count);
+        });
     std::vector<Tensor> all = wanted[0] ? grad_params.finish() : nothing(params.size(), options);
-    append(all, wanted[1] ? of_rates<T>(problem, grad_rates) : nothing(lr.size(), options));
+    append(all, wanted[1] ? grad_rates.finish() : nothing(lr.size(), options));
     append(all, {grad_x, grad_y});
     return all;
   });
@@ -174,6 +160,7 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
                                            at::ArrayRef<double> eps, bool keep) {
   check_params(params, x);
   const Network network(numbers, eps, params, x);
+  const LongCall call;
   const c10::OptionalDeviceGuard guard(x.device());
   return with_scalar(x, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
     const at::TensorOptions options = x.options().requires_grad(false);
@@ -184,21 +171,22 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
         return Activations<T>(network, count, images, space);
       };
     };
-    const int64_t group = group_of<T>(network, tasks, x, activations_of(1));
+    const Groups groups =
+        Groups::of<T>(tasks, network.image_cost() * images, elements_of<T>(activations_of(1)), x);
     Tensor kept;
-    const Activations<T> activations = in_memory<T>(kept, options, activations_of(keep ? tasks : group));
+    const Activations<T> activations =
+        in_memory<T>(kept, options, activations_of(keep ? tasks : groups.size()));
+    if (out.numel() == 0) return {out, keep ? kept : empty({0}, options)};
     Tensor image_memory;
-    Maps<const T> maps = load_images<T>(network, x, image_memory);
-    PackedInput<T> theta(network, params, !network.shared(), group);
-    for (int64_t first = 0; first < tasks && out.numel() > 0; first += group) {
-      const int64_t count = std::min(group, tasks - first);
-      const Activations<T> of_group = activations.from(keep ? first : 0);
-      Pass<T>(network, x, count, images, maps)
-          .forward(packed_view<const T>(theta.load(first, count)), of_group);
-      store_outputs<T>(network, of_group, count, images, x,
-                       out.mutable_data_ptr<T>() + first * images * outputs);
-      maps.data += count * maps.task;
-    }
+    const Maps<const T> maps = load_images<T>(network, x, image_memory);
+    const PackedInput<T> theta(network, params, !network.shared(), groups.size());
+    groups.run([&](Some some) {
+      const Activations<T> of_some = activations.from(keep ? some.first : some.slot);
+      Pass<T>(network, x, some.count, images, maps_from(maps, some.first))
+          .forward(packed_view<const T>(theta.load(some)), of_some);
+      store_outputs<T>(network, of_some, some.count, images, x,
+                       out.mutable_data_ptr<T>() + some.first * images * outputs);
+    });
     return {out, keep ? kept : empty({0}, options)};
   });
 }
@@ -208,6 +196,7 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
                                              at::ArrayRef<double> eps, std::array<bool, 2> wanted) {
   check_params(params, x);
   const Network network(numbers, eps, params, x);
+  const LongCall call;
   const int64_t tasks = x.size(0), images = x.size(1), outputs = network.outputs();
   check_same_dtype({x, "x"}, {{grad, "grad"}, {kept, "kept"}});
   check_same_device({x, "x"}, {{grad, "grad"}, {kept, "kept"}});
@@ -233,30 +222,36 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
           return Parts{gradients, gradient_images(network, wanted[1] ? count : 0, images, space)};
         };
       };
-      const int64_t group = group_of<T>(network, tasks, x, parts_of(1));
+      const Groups groups =
+          Groups::of<T>(tasks, 2 * network.image_cost() * images, elements_of<T>(parts_of(1)), x);
       Tensor memory;
-      const Parts parts = in_memory<T>(memory, options, parts_of(group));
+      const Parts parts = in_memory<T>(memory, options, parts_of(groups.size()));
       const Tensor dense = grad.contiguous();
-      PackedInput<T> theta(network, params, !network.shared(), group);
-      const Tensor of_theta = empty({group, network.size()}, options);
+      const PackedInput<T> theta(network, params, !network.shared(), groups.size());
+      const Tensor of_theta = empty({groups.size(), network.size()}, options);
       Tensor image_memory;
-      Maps<const T> maps = load_images<T>(network, x, image_memory);
-      for (int64_t first = 0; first < tasks; first += group) {
-        const int64_t count = std::min(group, tasks - first);
-        const Maps<T>& top = parts.gradients.blocks.back().out;
-        permute<T>(x, dense.const_data_ptr<T>() + first * images * outputs, top.data,
-                   {count, images, 1, 1, outputs}, {images * outputs, outputs, 0, 0, 1},
-                   {top.task, top.image, 0, 0, 1});
-        Pass<T>(network, x, count, images, maps)
-            .backward(packed_view<const T>(theta.load(first, count)), activations.from(first),
-                      parts.gradients, packed_view<T>(of_theta), wanted[1] ? &parts.images : nullptr);
-        if (wanted[0]) grad_params.store(first, of_theta.narrow(0, 0, count));
-        if (wanted[1]) {
-          store_images<T>(network, x, parts.images, count, images,
-                          grad_x.mutable_data_ptr<T>() + first * (x.numel() / tasks));
-        }
-        maps.data += count * maps.task;
-      }
+      const Maps<const T> maps = load_images<T>(network, x, image_memory);
+      groups.run(
+          [&](Some some) {
+            const Gradients<T> gradients = parts.gradients.from(some.slot);
+            const Maps<T>& top = gradients.blocks.back().out;
+            const Maps<T> of_images = maps_from(parts.images, some.slot);
+            const Tensor of_some = some.of_group(of_theta);
+            permute<T>(x, dense.const_data_ptr<T>() + some.first * images * outputs, top.data,
+                       {some.count, images, 1, 1, outputs}, {images * outputs, outputs, 0, 0, 1},
+                       {top.task, top.image, 0, 0, 1});
+            Pass<T>(network, x, some.count, images, maps_from(maps, some.first))
+                .backward(packed_view<const T>(theta.load(some)), activations.from(some.first), gradients,
+                          packed_view<T>(of_some), wanted[1] ? &of_images : nullptr);
+            if (wanted[0]) grad_params.store(some.first, of_some);
+            if (wanted[1]) {
+              store_images<T>(network, x, of_images, some.count, images,
+                              grad_x.mutable_data_ptr<T>() + some.first * (x.numel() / tasks));
+            }
+          },
+          [&](int64_t, int64_t count) {
+            if (wanted[0]) grad_params.add(of_theta.narrow(0, 0, count));
+          });
     } else {
       grad_params.clear();
     }

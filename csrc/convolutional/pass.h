@@ -81,6 +81,13 @@ Maps<const T> as_const(const Maps<T>& maps) {
   return {maps.data, maps.task, maps.image, maps.row, maps.pixel};
 }
 
+// Those of the tasks from `first` on; absent ones stay so.
+template <typename T>
+Maps<T> maps_from(Maps<T> maps, int64_t first) {
+  if (maps.data != nullptr) maps.data += first * maps.task;
+  return maps;
+}
+
 // What a forward leaves for its backward: of each block z, unless its input is thin, the result and the
 // statistics.
 template <typename T>
@@ -110,8 +117,8 @@ class Activations {
     Activations moved = *this;
     for (size_t i = 0; i < blocks_.size(); ++i) {
       OfBlock& of = moved.blocks_[i];
-      if (of.z.data != nullptr) of.z.data += first * of.z.task;
-      of.out.data += first * of.out.task;
+      of.z = maps_from(of.z, first);
+      of.out = maps_from(of.out, first);
       for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic += first * pitches_[i];
     }
     return moved;
@@ -144,13 +151,28 @@ struct Gradients {
           i + 1 == network.blocks().size();  // of which the channels behind the outputs stay zero
       of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), {}, last);
       if (i > 0 || of_input) of.transposed = memory.take(tasks * transposed_size(b));
+      sizes_.push_back(transposed_size(b));
       blocks.push_back(of);
     }
+  }
+
+  Gradients from(int64_t first) const {
+    Gradients moved = *this;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      OfBlock& of = moved.blocks[i];
+      of.z = maps_from(of.z, first);
+      of.out = maps_from(of.out, first);
+      if (of.transposed != nullptr) of.transposed += first * sizes_[i];
+    }
+    return moved;
   }
 
   static int64_t transposed_size(const NetworkBlock& b) {
     return b.kernel_y * b.kernel_x * b.outputs * pitch_of(b.channels);
   }
+
+ private:
+  std::vector<int64_t> sizes_;
 };
 
 // The tangents of a forward, along a direction.
@@ -171,9 +193,25 @@ struct Tangents {
           memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
       of.mean = memory.take(tasks * b.pitch());
       of.scale = memory.take(tasks * b.pitch());
+      pitches_.push_back(b.pitch());
       blocks.push_back(of);
     }
   }
+
+  Tangents from(int64_t first) const {
+    Tangents moved = *this;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      OfBlock& of = moved.blocks[i];
+      of.z = maps_from(of.z, first);
+      of.out = maps_from(of.out, first);
+      of.mean += first * pitches_[i];
+      of.scale += first * pitches_[i];
+    }
+    return moved;
+  }
+
+ private:
+  std::vector<int64_t> pitches_;
 };
 
 template <typename T>
