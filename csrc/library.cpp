@@ -115,9 +115,6 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "float weight_decay, bool nesterov) -> (Tensor[], Tensor[])");
   // x [T, B, I], weight [T, O, I], bias [T, O] -> [T, B, O].
   m.def("task_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
-  // x [T, B, C, H, W], weight [T, O, C, kh, kw], bias [T, O] -> [T, B, O, H', W'].
-  m.def(
-      "task_conv2d(Tensor x, Tensor weight, Tensor bias, SymInt[2] stride=1, SymInt[2] padding=0) -> Tensor");
 
   // ---- convolutional networks ----
   //
@@ -155,6 +152,21 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "conv_forward_backward(Tensor grad, Tensor[] params, Tensor x, Tensor kept, int[] network, float[] "
       "eps, "
       "bool[2] wanted) -> Tensor[]");
+
+  // A convolution of each task's own: x [T, B, C, H, W], weight [T, O, C, kh, kw], bias [T, O] -> [T, B, O,
+  // H', W'].
+  m.def(
+      "task_conv2d(Tensor x, Tensor weight, Tensor? bias=None, SymInt[2] stride=1, SymInt[2] padding=0) -> "
+      "Tensor");
+  // Its products: maps [T, B, O, H', W'], and the gradients of x and of weight from that of the maps, with
+  // the size [H, W] of the images or [kh, kw] of the kernels. Each one's derivatives are the other two.
+  m.def("task_conv2d_maps(Tensor x, Tensor weight, SymInt[2] stride, SymInt[2] padding) -> Tensor");
+  m.def(
+      "task_conv2d_images(Tensor grad, Tensor weight, SymInt[2] size, SymInt[2] stride, SymInt[2] padding) "
+      "-> Tensor");
+  m.def(
+      "task_conv2d_weight(Tensor x, Tensor grad, SymInt[2] size, SymInt[2] stride, SymInt[2] padding) -> "
+      "Tensor");
 
   // ---- learned optimizer ----
   //

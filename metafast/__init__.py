@@ -13,7 +13,7 @@ from metafast._dispatch import batching, fakes
 from metafast._dispatch.doors import trace_doors
 from metafast._dispatch.info import info
 from metafast.adaptation import Adapted, Explanation, adapt, explain
-from metafast.ops.convolutional import ConvBlock, conv_forward, conv_inner_sgd
+from metafast.ops.convolutional import ConvBlock, conv_forward, conv_inner_sgd, task_conv2d
 from metafast.ops.inner_loop import (
     get_trajectory_bytes,
     inner_sgd,
@@ -21,7 +21,6 @@ from metafast.ops.inner_loop import (
     maml_value_and_grad,
     set_trajectory_bytes,
     sgd_update,
-    task_conv2d,
     task_linear,
 )
 from metafast.ops.learned_optimizer import (

@@ -430,7 +430,9 @@ def _updated(m: ModuleType) -> Callable[..., Tensor]:
     return update
 
 
-def _layer(name: str, library: str, make: Callable[[Sizes, Generator], tuple[Tensor, ...]]) -> Row:
+def _layer(
+    name: str, library: str, make: Callable[[Sizes, Generator], tuple[Tensor, ...]], *, kernels: int = 0
+) -> Row:
     return Row(
         name,
         lambda m: getattr(m, name),
@@ -440,7 +442,7 @@ def _layer(name: str, library: str, make: Callable[[Sizes, Generator], tuple[Ten
         op=name,
         float32_under_autocast=False,
         derivatives=None,
-        kernels=0,
+        kernels=kernels,
         leading=False,
         one_task=True,
         transform_door="op",
@@ -613,5 +615,5 @@ ROWS = (
     _optimizer_row("no layer", "meta_lstm_step", 0, gates=True),
     _optimizer_row("1 layer", "meta_lstm_unroll", 1, gates=True, steps=3),
     _layer("task_linear", "cuda.matmul", _linear),
-    _layer("task_conv2d", "cudnn.conv", _conv2d),
+    _layer("task_conv2d", "cudnn.conv", _conv2d, kernels=3),
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metafast
 from metafast import reference
@@ -104,6 +107,38 @@ def test_task_conv2d(options: dict) -> None:
     )
 
 
+# x, weight, options: what the kernels take apart in a way of its own.
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict]] = {
+    "more images than a cache holds": ((2, 3, 3, 34, 40), (2, 20, 3, 3, 3), {"padding": 1}),
+    "a stride beyond the kernel": ((2, 2, 3, 11, 10), (2, 5, 3, 2, 1), {"stride": (3, 2)}),
+    "padding beyond the kernel": ((2, 2, 4, 3, 4), (2, 3, 4, 2, 2), {"padding": (4, 3), "stride": (2, 1)}),
+    "a kernel of one pixel": ((3, 1, 18, 4, 5), (3, 17, 18, 1, 1), {}),
+    "a kernel of the whole image": ((2, 3, 2, 5, 4), (2, 7, 2, 5, 4), {}),
+    "one channel": ((5, 1, 1, 6, 7), (5, 1, 1, 3, 3), {"padding": 1}),
+    "many tasks": ((70, 2, 2, 4, 4), (70, 3, 2, 3, 3), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_and_their_derivatives(name: str, backend: torch.device) -> None:
+    """All three products, and each as the derivative of the others."""
+    shape, weight_shape, options = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(s, dtype=torch.float64, device=backend, requires_grad=True) for s in (shape, weight_shape)
+    ]
+    found = []
+    for convolve in (
+        lambda x, weight: metafast.task_conv2d(x, weight, **options),
+        lambda x, weight: torch.stack([F.conv2d(*pair, **options) for pair in zip(x, weight, strict=True)]),
+    ):
+        out = convolve(*leaves)
+        grads = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        seconds = torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+        found.append([out, *grads, *seconds])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 2, 5, 4), (3, 0, 2, 5, 4), (3, 2, 0, 5, 4)], ids=str)
 def test_task_conv2d_of_nothing(shape: tuple[int, ...]) -> None:
     tasks, _, channels, *_ = shape
@@ -198,6 +233,51 @@ def test_update_of_nothing() -> None:
     assert metafast.sgd_update([], [], 0.1, momentum=0.9) == ([], [])
     with pytest.raises(ValueError, match="grads: expected 0 tensors"):
         metafast.sgd_update([], [torch.ones(2)], 0.1)
+
+
+class CountOps(TorchDispatchMode):
+    """The shapes of the first argument of each call of a metafast op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "metafast":
+            self.shapes.append(
+                (func._schema.name.removeprefix("metafast::task_conv2d_"), tuple(args[0].shape))
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("dims", "shapes"),
+    [
+        ((0, 0), [("maps", (12, 2, 3, 5, 4)), ("images", (12, 2, 2, 3, 3)), ("weight", (12, 2, 3, 5, 4))]),
+        ((0, None), [("maps", (3, 8, 3, 5, 4)), ("images", (3, 8, 2, 3, 3)), ("weight", (12, 2, 3, 5, 4))]),
+        ((None, 0), [("maps", (12, 2, 3, 5, 4)), ("images", (12, 2, 2, 3, 3)), ("weight", (12, 2, 3, 5, 4))]),
+    ],
+    ids=["own weights", "shared weights", "shared images"],
+)
+def test_vmap_is_one_call(dims: tuple[int | None, ...], shapes: list) -> None:
+    """Among the tasks, or where the weights are shared among a task's images."""
+    torch.manual_seed(0)
+    sizes = (4, 3, 2, 3, 5, 4), (4, 3, 2, 3, 3, 2)
+    x, weight = (torch.randn(s if d == 0 else s[1:]) for s, d in zip(sizes, dims, strict=True))
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return metafast.task_conv2d(x, weight).sin().sum()
+
+    with CountOps() as ops:
+        found = torch.vmap(torch.func.grad(loss, (0, 1)), dims)(x, weight)
+    assert sorted(ops.shapes) == sorted(shapes)
+    of_each = [
+        torch.func.grad(loss, (0, 1))(
+            *(t if d is None else t[i] for t, d in zip((x, weight), dims, strict=True))
+        )
+        for i in range(4)
+    ]
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*of_each, strict=True))))
 
 
 LAYERS = {

@@ -3,6 +3,7 @@
 
 #include "convolutional/block.h"
 #include "convolutional/convolve.h"
+#include "convolutional/permute.h"
 
 namespace metafast::METAFAST_ISA {
 
@@ -54,28 +55,6 @@ void run(const OutputGradient<T>& p, int64_t begin, int64_t end) {
         std::fill_n(grad, p.outputs, T(0));
       } else {
         differentiate_cross_entropy(p, p.labels[example], out, tangent, share, grad);
-      }
-    }
-  }
-}
-
-// ---- layouts ----
-
-template <typename T>
-void run(const Permute<T>& p, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t i0 = item / p.size[1], i1 = item % p.size[1];
-    for (int64_t i2 = 0; i2 < p.size[2]; ++i2) {
-      for (int64_t i3 = 0; i3 < p.size[3]; ++i3) {
-        const int64_t index[4] = {i0, i1, i2, i3};
-        const T* in = p.in;
-        T* out = p.out;
-        for (int d = 0; d < 4; ++d) {
-          in += index[d] * p.in_stride[d];
-          out += index[d] * p.out_stride[d];
-        }
-        for (int64_t i = 0; i < p.size[4]; ++i) out[i * p.out_stride[4]] = in[i * p.in_stride[4]];
-        for (int64_t i = p.size[4]; i < p.pad; ++i) out[i * p.out_stride[4]] = 0;
       }
     }
   }

@@ -1,13 +1,13 @@
 // The inner loop ops on CPU and CUDA: check the arguments (arguments.h), allocate the results, run the
 // kernel. What each op computes is stated in library.cpp.
 #include <ATen/ExpandUtils.h>
-#include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
 
+#include "common/layers.h"
 #include "common/sums.h"
 #include "inner_loop/arguments.h"
 #include "inner_loop/dual.h"
@@ -368,83 +368,26 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> sgd_update_op(at::TensorLis
   return {new_params, new_buffers};
 }
 
-// ---- task_linear, task_conv2d: the library's, at its best here, with derivatives of every order ----
+// ---- task_linear: the library's, at its best here, with derivatives of every order ----
 
-bool casts(const Tensor& x) {
-  const c10::DeviceType device = x.device().type();
-  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
-         x.scalar_type() != at::kDouble;  // which autocast leaves alone
-}
-
-void check_layer(const Arg& x, const Arg& weight, const Arg& bias) {
-  for (const Arg& arg : {weight, bias}) {
-    const bool one = casts(x.tensor) && casts(arg.tensor);  // autocast brings the product's arguments to one
-    if (!one) check_same_dtype(x, {arg});
-  }
-  check_same_device(x, {weight, bias});
-}
-
-// product(x, weight, bias) by the library, in the dtype of x, or autocast's. What a CPU's library adds 16-bit
-// numbers up in depends on the CPU. So there they are computed in float32 and rounded once: 3 to 35 times as
-// fast where it would have added them in 16 bits, 1 to 3 times as slow where the CPU multiplies bfloat16.
-// cuDNN and cuBLAS accumulate in float32.
-template <class F>
-Tensor library_product(const Tensor& x, const Tensor& weight, const Tensor& bias, F&& product) {
-  const at::ScalarType dtype =
-      casts(x) ? at::autocast::get_autocast_dtype(x.device().type()) : x.scalar_type();
-  if (!x.device().is_cpu() || !at::isReducedFloatingType(dtype)) return product(x, weight, bias);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
-  return product(x.to(at::kFloat), weight.to(at::kFloat), bias.to(at::kFloat)).to(dtype);
-}
-
-// Batched GEMM.
+// A batched GEMM of the library, in the dtype of x, or autocast's. What a CPU's library adds 16-bit numbers
+// up in depends on the CPU. So there they are computed in float32 and rounded once: 3 to 35 times as fast
+// where it would have added them in 16 bits, 1 to 3 times as slow where the CPU multiplies bfloat16. cuBLAS
+// accumulates in float32.
 Tensor task_linear_op(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Arg ab{bias, "bias"};
-  check_layer({x, "x"}, {weight, "weight"}, ab);
+  check_layer({x, "x"}, {{weight, "weight"}, ab});
   TORCH_CHECK_VALUE(x.dim() == 3, "x: expected shape [T, B, I], got ", x.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 3 && weight.size(0) == x.size(0) && weight.size(2) == x.size(2),
                     "weight: expected shape [T, O, I] with T = ", x.size(0), ", I = ", x.size(2), ", got ",
                     weight.sizes());
   check_sizes(ab, {x.size(0), weight.size(1)}, "[T, O]");
-  return library_product(x, weight, bias, [](const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const at::ScalarType dtype = layer_dtype(x);
+  if (!x.device().is_cpu() || !at::isReducedFloatingType(dtype))
     return at::baddbmm(bias.unsqueeze(1), x, weight.mT());
-  });
-}
-
-// One convolution with a group of channels for each task. In the layers of a conv4, forward and backward,
-// unfolding and a batched GEMM takes 0.8 to 1 times as long for a single input channel, 1.4 for three, and 3
-// to 11 times for the layers behind the first.
-Tensor task_conv2d_op(const Tensor& x, const Tensor& weight, const Tensor& bias, c10::SymIntArrayRef stride,
-                      c10::SymIntArrayRef padding) {
-  check_layer({x, "x"}, {weight, "weight"}, {bias, "bias"});
-  TORCH_CHECK_VALUE(x.dim() == 5, "x: expected shape [T, B, C, H, W], got ", x.sym_sizes());
-  const c10::SymInt tasks = x.sym_size(0), channels = x.sym_size(2);
-  TORCH_CHECK_VALUE(weight.dim() == 5 && weight.sym_size(0) == tasks && weight.sym_size(2) == channels,
-                    "weight: expected shape [T, O, C, kh, kw] with T = ", tasks, ", C = ", channels, ", got ",
-                    weight.sym_sizes());
-  const c10::SymInt outputs = weight.sym_size(1);
-  TORCH_CHECK_VALUE(bias.dim() == 2 && bias.sym_size(0) == tasks && bias.sym_size(1) == outputs,
-                    "bias: expected shape [T, O] = [", tasks, ", ", outputs, "], got ", bias.sym_sizes());
-  std::vector<c10::SymInt> sizes{tasks, x.sym_size(1), outputs};
-  for (int i = 0; i < 2; ++i) {
-    TORCH_CHECK_VALUE(stride[i] > 0, "stride: expected numbers > 0, got ", stride);
-    TORCH_CHECK_VALUE(padding[i] >= 0, "padding: expected numbers >= 0, got ", padding);
-    const c10::SymInt kernel = weight.sym_size(3 + i), padded = x.sym_size(3 + i) + padding[i] * 2;
-    TORCH_CHECK_VALUE(kernel > 0 && kernel <= padded, "weight: expected a kernel of 1 to ", padded,
-                      " pixels, the size of x and its padding, got ", kernel);
-    sizes.push_back((padded - kernel) / stride[i] + 1);
-  }
-  if (x.sym_numel() == 0) {  // the library refuses to convolve nothing
-    const auto nothing = [](const Tensor& tensor) { return tensor.flatten().narrow(0, 0, 0).sum(); };
-    return (bias.unsqueeze(1).unsqueeze(-1).unsqueeze(-1) + nothing(x) + nothing(weight))
-        .expand_symint(sizes);
-  }
-  return library_product(x, weight, bias, [&](const Tensor& x, const Tensor& weight, const Tensor& bias) {
-    return at::conv2d_symint(x.transpose(0, 1).flatten(1, 2), weight.flatten(0, 1), bias.flatten(), stride,
-                             padding, c10::SymInt(1), tasks)
-        .unflatten_symint(1, {tasks, outputs})
-        .transpose(0, 1);
-  });
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCPU);
+  return at::baddbmm(bias.to(at::kFloat).unsqueeze(1), x.to(at::kFloat), weight.to(at::kFloat).mT())
+      .to(dtype);
 }
 
 void implement(torch::Library& m) {
@@ -466,12 +409,10 @@ void set_trajectory_bytes(int64_t limit) {
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
   m.impl("task_linear", task_linear_op);
-  m.impl("task_conv2d", task_conv2d_op);
 }
-// Else vmap would call them once for each of its elements.
+// Else vmap would call it once for each of its elements.
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, FuncTorchBatchedDecomposition, m) {
   m.impl("task_linear", task_linear_op);
-  m.impl("task_conv2d", task_conv2d_op);
 }
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CPU, m) { implement(m); }
 #ifdef METAFAST_WITH_CUDA

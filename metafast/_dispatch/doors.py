@@ -8,7 +8,8 @@ reference  the rest (`jvp`, `hessian`, forward-mode AD, deeper nesting, `torch.f
            runs the pure-PyTorch twin in `metafast.reference`: right, but slower.
 
 A family describes its ops to the second door in `Chain`s; nothing here knows any op. An op that is made of
-torch's own ops composes with every transform as they do, and goes through the first door everywhere.
+torch's own ops, or of ops that are differentiated as these are, composes with every transform as they do, and
+goes through the first door everywhere.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def call_in_place(name: str, *args: Any) -> None:
 
 
 def call_composed(name: str, *args: Any) -> Tensor:
-    """The result of an op that is made of torch's own."""
+    """The result of an op that composes with every transform."""
     _record(name, "op")
     return getattr(ops, name).default(*args)
 

@@ -183,6 +183,22 @@ def _conv_forward_backward(grad: Tensor, params: Sequence[Tensor], x: Tensor, *a
     return _wanted_gradients(params, [], [x], [of_params, False, of_x])
 
 
+def _task_conv2d_maps(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    pixels = (
+        (size + 2 * around - kernel) // step + 1
+        for size, kernel, step, around in zip(x.shape[3:], weight.shape[3:], stride, padding, strict=True)
+    )
+    return x.new_empty(*x.shape[:2], weight.shape[1], *pixels)
+
+
+def _task_conv2d_images(grad: Tensor, weight: Tensor, size: Sequence[int], *args: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:2], weight.shape[2], *size)
+
+
+def _task_conv2d_weight(x: Tensor, grad: Tensor, size: Sequence[int], *args: Any) -> Tensor:
+    return x.new_empty(x.shape[0], grad.shape[2], x.shape[2], *size)
+
+
 def _sgd_update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -243,6 +259,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv_inner_sgd_backward": _conv_inner_sgd_backward,
     "conv_forward": _conv_forward,
     "conv_forward_backward": _conv_forward_backward,
+    "task_conv2d_maps": _task_conv2d_maps,
+    "task_conv2d_images": _task_conv2d_images,
+    "task_conv2d_weight": _task_conv2d_weight,
     "lstm_unroll": _lstm_unroll,
     "lstm_unroll_backward": _lstm_unroll_backward,
     "lstm_step_": _lstm_step_,

@@ -1,8 +1,9 @@
-"""Functions of torch (2.13) that are wrong when differentiated twice or under `vmap`, by others.
+"""Functions of torch (2.13) that are wrong when differentiated twice or under `vmap`, or slow, by others.
 
 - Batch, instance and layer norm: see norms.py.
 - Attention: its fused kernels have no second derivative.
 - Embedding: under `vmap` the gradient passes the row of `padding_idx` of all tasks but the first.
+- Convolution in two dimensions, without groups and dilation: under `vmap` a group for each task.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metafast.adaptation import norms
+from metafast.ops.convolutional import task_conv2d
 
 Result = TypeVar("Result")
 
@@ -90,10 +92,39 @@ def _embedding(
     return F.embedding(input, weight, None, *args, **kwargs)
 
 
+def is_task_conv2d(part: nn.Module) -> bool:
+    """Does the layer run as `metafast.task_conv2d`?"""
+    return type(part) is nn.Conv2d and part.groups == 1 and part.dilation == (1, 1) and part.padding != "same"
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, with the weights as those of one task: `vmap` makes them of many."""
+    padding = 0 if padding == "valid" else padding
+    if groups != 1 or padding == "same" or _pair(dilation) != (1, 1) or input.dim() != 4:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    of_task = (None if tensor is None else tensor.unsqueeze(0) for tensor in (input, weight, bias))
+    return task_conv2d(*of_task, stride=_pair(stride), padding=_pair(padding)).squeeze(0)
+
+
+def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(size, int):
+        return size, size
+    return tuple(size) * 2 if len(size) == 1 else tuple(size)
+
+
 _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: norms.batch_norm,
     F.instance_norm: norms.instance_norm,
     F.layer_norm: norms.layer_norm,
+    F.conv2d: _conv2d,
     F.embedding: _embedding,
     F.multi_head_attention_forward: _attention,
     F.scaled_dot_product_attention: _scaled_dot_product,

@@ -13,6 +13,7 @@ from metafast._dispatch.arguments import check_choice
 from metafast.adaptation import loop, transforms
 from metafast.adaptation.chain import layer_name
 from metafast.adaptation.examples import Examples, leaves_of
+from metafast.adaptation.functions import is_task_conv2d
 from metafast.adaptation.inner_loop import InnerLoop
 from metafast.adaptation.structure import ConvNet, Mlp, recognise
 
@@ -25,7 +26,8 @@ _DEVICES = {
     for kind in (Mlp, ConvNet)
 }
 
-_MANY = 200_000  # parameters that adapt, from which on a CPU is faster task by task
+# From which on a CPU is faster task by task: parameters that adapt, and numbers in maps of a task's images.
+_MANY, _LARGE_MAPS = 200_000, 32_768
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +145,23 @@ def _general(
         return "torch.func", "a GPU is the faster the more tasks it has at once"
     if x is not None and leaves_of(x)[0].shape[int(per_step)] == 1:
         return "loop", "one task needs no batch"
-    if any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules()):
-        return "loop", "a CPU convolves with one task's kernels faster than with a group for each task"
+    if convolutions := [part for part in module.modules() if isinstance(part, nn.modules.conv._ConvNd)]:
+        size = _map_size(convolutions, None if x is None else leaves_of(x)[0].shape[int(per_step) + 1 :])
+        if size is None:
+            return "loop", "a CPU convolves with one task's kernels faster than with a group for each task"
+        if size >= _LARGE_MAPS:
+            return (
+                "loop",
+                f"a CPU keeps one task's maps, of up to {size} numbers, in its cache, not all tasks'",
+            )
     if (numbers := sum(p.numel() for p in params.values())) >= _MANY:
         return "loop", f"a CPU keeps one task's {numbers} parameters in its cache, not all tasks'"
     return "torch.func", "many small operations are one for all tasks"
+
+
+def _map_size(convolutions: list[nn.modules.conv._ConvNd], shape: torch.Size | None) -> int | None:
+    """The most numbers that maps of a task's images [S, C, H, W] have; None with a convolution that is not
+    `task_conv2d`'s."""
+    if shape is None or len(shape) != 4 or not all(map(is_task_conv2d, convolutions)):
+        return None
+    return shape[0] * shape[2] * shape[3] * max(part.out_channels for part in convolutions)

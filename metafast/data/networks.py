@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metafast.ops.inner_loop import task_conv2d, task_linear
+from metafast.ops.convolutional import task_conv2d
+from metafast.ops.inner_loop import task_linear
 
 
 @dataclass(frozen=True, eq=False)

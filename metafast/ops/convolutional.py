@@ -7,6 +7,8 @@ them; the last is linear. Its parameters are a list, block by block: the weight 
 by the tasks or all per task ([T, ...]). Batch norm goes by the images of a task together, in training as in
 evaluation: `torch.nn.BatchNorm2d` in training mode.
 
+`task_conv2d` is one such convolution alone, for networks of other shapes, differentiable to any order.
+
 `metafast.adapt` finds the blocks of an `nn.Module` itself, and keeps its running statistics.
 
 All steps of all tasks run in compiled kernels, without an autograd graph, and the meta-gradient comes from
@@ -176,6 +178,50 @@ def conv_forward(network: Sequence[ConvBlock], params: Sequence[Tensor], x: Tens
         blame({"x": x}, {"params": params})
         raise
     return out
+
+
+def task_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+) -> Tensor:
+    """A 2-d convolution of each task's own, for the forward of adapted convolutional networks.
+
+    torch convolves with weights of each task's own, and so does `torch.vmap` over them, as a convolution of
+    as many groups (https://github.com/pytorch/pytorch/issues/73764). Here the kernels of `conv_forward` take
+    all tasks at once. So they do in the derivatives, of every order: the products onto images, kernels and
+    maps are each other's derivatives. A dimension of `vmap` joins the tasks, or, where the weights do not
+    have it, the images of a task; every other transform of `torch.func` takes it as torch's own operations.
+
+    Under autocast it runs in its dtype, as `torch.nn.functional.conv2d`. float16 and bfloat16 are computed in
+    float32, forward and backward, and rounded once (on CUDA before the bias is added as well).
+
+    On CUDA torch convolves float32 in TF32 by default, and so does this: the factors are rounded to 10 bits
+    of mantissa, and a result is off by some thousandths. `torch.backends.cudnn.conv.fp32_precision = "ieee"`
+    (or the older `torch.backends.cudnn.allow_tf32 = False`) is float32 throughout.
+
+    Args:
+        x: [T, B, C, H, W], any float.
+        weight: [T, O, C, kh, kw], the dtype of `x`.
+        bias: [T, O], the dtype of `x`, or None.
+        stride: Of both dimensions, or (of rows, of columns).
+        padding: Zeros around the image: on every side, or (above and below, left and right).
+
+    Returns:
+        [T, B, O, H', W'], in the dtype of `x`, with H' = (H + 2 padding - kh) // stride + 1.
+
+    Raises:
+        ValueError: a shape, device or option does not fit.
+        TypeError: a dtype does not fit.
+
+    Equivalent to::
+
+        torch.stack([F.conv2d(x[t], weight[t], bias[t], stride, padding) for t in range(T)])
+    """
+    return doors.call_composed("task_conv2d", x, weight, bias, _pair(stride), _pair(padding))
 
 
 def _has_graph(*tensors: Tensor) -> bool:

@@ -9,7 +9,7 @@ tasks of unequal size are padded into one batch.
 All steps of all tasks run in one kernel, without an autograd graph. `inner_sgd` and `maml_loss` are
 differentiable once, exactly, through all steps: one call and one backward are MAML's second-order
 meta-gradient. A second differentiation raises NotImplementedError; `metafast.reference` has it.
-`sgd_update`, `task_linear` and `task_conv2d` are differentiable to any order. All work in
+`sgd_update` and `task_linear` are differentiable to any order. All work in
 `torch.compile(fullgraph=True)` and in every transform of `torch.func`: there `inner_sgd` and `maml_loss` stay
 fused under `grad` and `vmap` in any nesting with one `grad`, for learning rates and step weights that `vmap`
 shares; beyond (`jvp`, `hessian`, forward-mode AD) the call runs the pure-PyTorch twin in
@@ -420,50 +420,7 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return doors.call_composed("task_linear", x, weight, bias)
 
 
-def task_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-) -> Tensor:
-    """A 2-d convolution of each task's own, for the forward of adapted convolutional networks.
-
-    One grouped convolution of torch's library, on CPU and CUDA; under autocast to its dtype, as
-    `torch.nn.functional.conv2d`. Differentiable to any order. float16 and bfloat16 are computed in float32
-    and rounded once, forward and backward: on the CPU here, on CUDA by cuDNN.
-
-    On CUDA torch convolves float32 in TF32 by default: the factors are rounded to 10 bits of mantissa, and a
-    result is off by some thousandths. `torch.backends.cudnn.conv.fp32_precision = "ieee"` (or the older
-    `torch.backends.cudnn.allow_tf32 = False`) is float32 throughout.
-
-    Args:
-        x: [T, B, C, H, W], any float.
-        weight: [T, O, C, kh, kw], the dtype of `x`.
-        bias: [T, O], the dtype of `x`.
-        stride: Of both dimensions, or (of rows, of columns).
-        padding: Zeros around the image: on every side, or (above and below, left and right).
-
-    Returns:
-        [T, B, O, H', W'], in the dtype of `x`, with H' = (H + 2 padding - kh) // stride + 1.
-
-    Raises:
-        ValueError: a shape, device or option does not fit.
-        TypeError: a dtype does not fit.
-
-    Equivalent to::
-
-        torch.stack([F.conv2d(x[t], weight[t], bias[t], stride, padding) for t in range(T)])
-    """
-    return doors.call_composed("task_conv2d", x, weight, bias, _pair(stride), _pair(padding))
-
-
 _DATA = ("support_x", "support_y", "query_x", "query_y", "support_weights", "query_weights")
-
-
-def _pair(size: int | tuple[int, int]) -> list[int]:
-    return [size, size] if isinstance(size, int) else list(size)
 
 
 def _options(

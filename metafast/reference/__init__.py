@@ -7,8 +7,8 @@ the compiled operations do: no wrong one gives a number.
 
 from __future__ import annotations
 
-from .convolutional import ConvBlock, conv_forward, conv_inner_sgd
-from .inner_loop import inner_sgd, maml_loss, sgd_update, task_conv2d, task_linear
+from .convolutional import ConvBlock, conv_forward, conv_inner_sgd, task_conv2d
+from .inner_loop import inner_sgd, maml_loss, sgd_update, task_linear
 from .learned_optimizer import (
     lstm_optimizer_step,
     lstm_optimizer_step_,

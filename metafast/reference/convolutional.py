@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inner_loop import LearningRate, descend, float32_under_autocast, losses_of, task_conv2d, task_linear
+from .inner_loop import LearningRate, descend, float32_under_autocast, losses_of, task_linear
 from .labels import checked_labels
 
 _ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "none": lambda x: x}
@@ -75,6 +75,28 @@ def _per_task(network: Sequence[ConvBlock], params: Sequence[Tensor], tasks: int
         yield param.expand(tasks, *param.shape) if param.dim() == shared else param
 
 
+def task_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+) -> Tensor:
+    """A convolution of each task's own: [T, B, C, H, W], [T, O, C, kh, kw], [T, O] -> [T, B, O, H', W'].
+
+    Every output pixel is a product with the patch of x under the kernel.
+    """
+    (down, right), (rows, columns) = (
+        (size, size) if isinstance(size, int) else size for size in (stride, padding)
+    )
+    padded = F.pad(x, (columns, columns, rows, rows))
+    patches = padded.unfold(3, weight.shape[3], down).unfold(4, weight.shape[4], right)
+    # [T, B, C, H', W', kh, kw]
+    out = torch.einsum("tbchwij,tocij->tbohw", patches, weight)
+    return out if bias is None else out + bias[:, None, :, None, None]
+
+
 def _run(
     network: Sequence[ConvBlock], params: Sequence[Tensor], x: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -83,9 +105,9 @@ def _run(
     means, variances = [x.new_zeros(x.shape[0], 0)], [x.new_zeros(x.shape[0], 0)]
     for block in network:
         of = {name: next(values) for name in block.parameters}
-        weight = of["weight"]
-        bias = of["bias"] if block.bias else weight.new_zeros(weight.shape[:2])
+        weight, bias = of["weight"], of.get("bias")
         if block.kernel is None:
+            bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
             x = task_linear(x.flatten(2), weight, bias)[..., None, None]
         else:
             x = task_conv2d(x, weight, bias, stride=block.stride, padding=block.padding)

@@ -63,27 +63,6 @@ def task_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
-def task_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-) -> Tensor:
-    """A convolution of each task's own: [T, B, C, H, W], [T, O, C, kh, kw], [T, O] -> [T, B, O, H', W'].
-
-    Every output pixel is a product with the patch of x under the kernel.
-    """
-    (down, right), (rows, columns) = (
-        (size, size) if isinstance(size, int) else size for size in (stride, padding)
-    )
-    padded = F.pad(x, (columns, columns, rows, rows))
-    patches = padded.unfold(3, weight.shape[3], down).unfold(4, weight.shape[4], right)
-    # [T, B, C, H', W', kh, kw]
-    return torch.einsum("tbchwij,tocij->tbohw", patches, weight) + bias[:, None, :, None, None]
-
-
 def _mlp(params: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: expected relu, tanh or none, got {activation}")

@@ -18,6 +18,7 @@ from adapt_problems import (
     plain,
     with_gradients,
 )
+from record_ops import RecordOps
 from torch import Tensor, nn
 
 import metafast
@@ -38,7 +39,7 @@ def test_adapted_outputs_and_meta_gradients(
     rates = [lr] * len(list(module.parameters()))
     expected, _ = plain(module, x, y, query_x, loss=LOSSES[loss], lr=rates, **options)
     known = name in ("mlp", "nested", "conv with batch norm", "embedded")
-    of_kind = "fused" if known else "loop" if name == "normed" else "torch.func"
+    of_kind = "fused" if known else "torch.func"
     assert adapted.path == (path or of_kind)
     torch.testing.assert_close(
         with_gradients(adapted(query_x), query_y, loss, leaves),
@@ -241,6 +242,17 @@ def test_inside_a_transform() -> None:
         return metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=STEPS)(query_x).square().sum()
 
     torch.testing.assert_close(torch.func.grad(total)(x), torch.autograd.grad(total(x), x)[0])
+
+
+@pytest.mark.parametrize(("path", "tasks"), [("torch.func", TASKS), ("loop", 1)])
+def test_convolutions_of_all_tasks_are_one_call(path: str, tasks: int) -> None:
+    """Of the kernels; not of torch's convolutions with a group for each task."""
+    module, (x, y, query_x, _) = make("normed", "mse")
+    with RecordOps() as record:
+        adapted = metafast.adapt(module, x, y, loss="mse", lr=0.1, steps=1, path=path)
+        adapted(query_x).sum().backward()
+    ops = torch.ops.metafast.task_conv2d_maps.default, torch.ops.metafast.task_conv2d_weight.default
+    assert [len(record.calls[op][0]) for op in ops] == [tasks, tasks]
 
 
 @pytest.mark.parametrize("path", ["fused", "torch.func"])

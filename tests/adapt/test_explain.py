@@ -164,11 +164,24 @@ def test_pickles_and_copies(name: str, params: str | None) -> None:
             "loop",
             "a CPU convolves with one task",
         ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2), nn.Flatten()),
+            2,
+            "loop",
+            "a CPU convolves with one task",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten()),
+            2,
+            "torch.func",
+            "many small operations",
+        ),
+        (nn.Sequential(nn.Conv2d(3, 700, 3), nn.GELU(), nn.Flatten()), 2, "loop", "of up to 35000 numbers"),
     ],
-    ids=["small", "one task", "large", "convolutions"],
+    ids=["small", "one task", "large", "other convolutions", "dilation", "small maps", "large maps"],
 )
 def test_the_path_by_what_was_measured(module: nn.Module, tasks: int, path: str, why: str) -> None:
-    shape = (3, 5) if isinstance(module[0], nn.Conv1d) else (3,)
+    shape = {nn.Linear: (3,), nn.Conv1d: (3, 5), nn.Conv2d: (3, 5, 5)}[type(module[0])]
     x = torch.randn(tasks, 2, *shape)
     explanation = metafast.explain(module, x)
     assert explanation.path == path

@@ -109,6 +109,9 @@ LAYERS = [
         for options in ({}, {"groups": 2, "bias": False, "padding": 1, "padding_mode": "circular"})
     ),
     layer("Conv2d", (2, 5, 4), 2, 3, 2, stride=2, padding=1, dilation=2),
+    layer("Conv2d", (2, 5, 4), 2, 3, (3, 2), stride=(2, 1), padding=(2, 1)),
+    layer("Conv2d", (2, 5, 4), 2, 3, 2, padding="valid"),
+    layer("Conv2d", (2, 5, 4), 2, 3, 2, padding="same", bias=False),
     *(
         layer(f"ConvTranspose{d}", shape, 2, 4, 2, **options)
         for d, shape in CONVOLUTION.items()
