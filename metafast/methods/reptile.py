@@ -39,11 +39,11 @@ class Reptile(Adaptation):
 
     paper = "Nichol, Achiam, Schulman 2018"
     reported: ClassVar[Reported] = {
-        ("omniglot", 5, 1): 0.9539,
-        ("omniglot", 5, 5): 0.989,
-        ("omniglot", 20, 1): 0.8814,
-        ("omniglot", 20, 5): 0.9665,
-    }
+        ("omniglot", 5, 1): 0.9768,
+        ("omniglot", 5, 5): 0.9948,
+        ("omniglot", 20, 1): 0.8943,
+        ("omniglot", 20, 5): 0.9712,
+    }  # transductive; else 0.9539, 0.989, 0.8814 and 0.9665
     Settings = ReptileSettings
     recipes: ClassVar[Recipes] = {
         # The sine of the authors' own demonstration, but for the inner loop: 20 steps on all 20 points of a
