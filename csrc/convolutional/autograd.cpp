@@ -61,6 +61,7 @@ struct Options {
 struct Call : torch::CustomClassHolder {
   Options options;
   int64_t params, lr;
+  std::vector<at::DimVector> result_sizes;  // of the adapted parameters
   Call(Options options, int64_t params, int64_t lr) : options(std::move(options)), params(params), lr(lr) {}
 
   static void save(AutogradContext* ctx, c10::intrusive_ptr<Call> call) {
@@ -129,8 +130,11 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
         conv_inner_sgd(inputs.slice(0, params), x, y, inputs.slice(params, lr), o.network, o.eps, o.loss,
                        o.steps, o.momentum, o.first_order, 1 + any_requires_grad(inputs.slice(params, lr)));
     ctx->save_for_backward(joined(inputs, {kept}));
-    Call::save(ctx, c10::make_intrusive<Call>(o, params, lr));
+    auto call = c10::make_intrusive<Call>(o, params, lr);
+    for (const Tensor& result : adapted) call->result_sizes.emplace_back(result.sizes());
+    Call::save(ctx, std::move(call));
     ctx->mark_non_differentiable({statistics, kept});
+    ctx->set_materialize_grads(false);  // which would make zeros for what is kept as well
     adapted.insert(adapted.end(), {statistics, kept});
     return adapted;
   }
@@ -142,10 +146,15 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
     const int64_t data = call.params + call.lr;
     const std::array<bool, 4> wanted{any_needed(ctx, 0, call.params), any_needed(ctx, call.params, data),
                                      ctx->needs_input_grad(data), ctx->needs_input_grad(data + 1)};
-    return gradients(conv_inner_sgd_backward(at::TensorList(grads).slice(0, call.params),
-                                             inputs.slice(0, call.params), saved[data], saved[data + 1],
-                                             inputs.slice(call.params, call.lr), saved.back(), o.network,
-                                             o.eps, o.loss, o.steps, o.momentum, o.first_order, wanted),
+    variable_list of_adapted(grads.begin(), grads.begin() + call.params);
+    for (size_t i = 0; i < of_adapted.size(); ++i) {
+      if (!of_adapted[i].defined())
+        of_adapted[i] = at::zeros(call.result_sizes[i], saved[i].options().requires_grad(false));
+    }
+    return gradients(conv_inner_sgd_backward(of_adapted, inputs.slice(0, call.params), saved[data],
+                                             saved[data + 1], inputs.slice(call.params, call.lr),
+                                             saved.back(), o.network, o.eps, o.loss, o.steps, o.momentum,
+                                             o.first_order, wanted),
                      saved, 3);
   }
 };
@@ -191,11 +200,13 @@ struct ConvForwardFunction : Function<ConvForwardFunction> {
     ctx->save_for_backward(joined(inputs, {kept}));
     Call::save(ctx, c10::make_intrusive<Call>(o, params, 0));
     ctx->mark_non_differentiable({kept});
+    ctx->set_materialize_grads(false);
     return {out, kept};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Call& call = Call::restore(ctx);
     const variable_list saved = ctx->get_saved_variables();
+    if (!grads[0].defined()) return variable_list(saved.size());
     const std::array<bool, 2> wanted{any_needed(ctx, 0, call.params), ctx->needs_input_grad(call.params)};
     return gradients(
         conv_forward_backward(grads[0], at::TensorList(saved).slice(0, call.params), saved[call.params],
