@@ -42,6 +42,16 @@ struct StepMemory {
     if (gradient_tangents) moved.gradient_tangents = gradient_tangents->from(slot);
     return moved;
   }
+
+  void clear_borders(const Problem& problem, int64_t tasks) const {
+    const auto clear = [&](const auto& maps) {
+      maps.clear_borders(problem.network, tasks, problem.images());
+    };
+    clear(activations);
+    clear(gradients);
+    if (tangents) clear(*tangents);
+    if (gradient_tangents) clear(*gradient_tangents);
+  }
 };
 
 // The steps of some tasks.
@@ -55,7 +65,9 @@ class Steps {
         rates_(rates),
         tasks_(tasks),
         memory_(memory.from(tasks.slot)),
-        pass_(problem.network, problem.x, tasks.count, problem.images(), maps_from(images, tasks.first)) {}
+        pass_(problem.network, problem.x, tasks.count, problem.images(), maps_from(images, tasks.first)) {
+    if (!runs_cuda(problem.x)) memory_.clear_borders(problem, tasks.count);
+  }
 
   // From theta [n, P] by gradient and momentum: writes buffer and next [n, P]; `before` is the buffer of the
   // step before, if there is one. statistics: [2, T, channels of blocks with norm] or undefined.

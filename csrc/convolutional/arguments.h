@@ -153,6 +153,7 @@ Maps<const T> load_images(const Network& network, const Tensor& x, Tensor& memor
     return space.take_maps(tasks, images, H, W, C, network.input_border(0));
   });
   if (x.numel() == 0) return as_const(maps);
+  if (!runs_cuda(x)) clear_border(maps, tasks, images, H, W, network.input_border(0));
   const Tensor dense = x.contiguous();
   const T* const in = dense.const_data_ptr<T>();
   const int64_t image = C * H * W;

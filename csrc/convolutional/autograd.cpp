@@ -151,11 +151,11 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
       if (!of_adapted[i].defined())
         of_adapted[i] = at::zeros(call.result_sizes[i], saved[i].options().requires_grad(false));
     }
-    return gradients(conv_inner_sgd_backward(of_adapted, inputs.slice(0, call.params), saved[data],
-                                             saved[data + 1], inputs.slice(call.params, call.lr),
-                                             saved.back(), o.network, o.eps, o.loss, o.steps, o.momentum,
-                                             o.first_order, wanted),
-                     saved, 3);
+    return gradients(
+        conv_inner_sgd_backward(of_adapted, inputs.slice(0, call.params), saved[data], saved[data + 1],
+                                inputs.slice(call.params, call.lr), saved.back(), o.network, o.eps, o.loss,
+                                o.steps, o.momentum, o.first_order, wanted),
+        saved, 3);
   }
 };
 

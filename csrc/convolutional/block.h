@@ -78,6 +78,13 @@ struct Window {
   }
   template <class F>
   METAFAST_HD void each(const F& f) const {
+    if (y1 - y0 == 2 && x1 - x0 == 2) {  // the usual window, without loops
+      f(y0, x0);
+      f(y0, x0 + 1);
+      f(y0 + 1, x0);
+      f(y0 + 1, x0 + 1);
+      return;
+    }
     for (int64_t y = y0; y < y1; ++y) {
       for (int64_t x = x0; x < x1; ++x) f(y, x);
     }
@@ -92,6 +99,12 @@ METAFAST_HD void for_pixels(int64_t height, int64_t width, const F& f) {
   }
 }
 
+// A vector of an image's channels.
+template <typename T>
+METAFAST_HD Maps<T> image_of(const Maps<T>& maps, int64_t task, int64_t image, int64_t channel) {
+  return {maps.at(task, image, 0, 0) + channel, 0, 0, maps.row, maps.pixel};
+}
+
 // z of one image after the other, and its tangent: a vector of a task's channels.
 template <typename T>
 class Preactivations {
@@ -104,8 +117,8 @@ class Preactivations {
   }
 
   void enter(int64_t task, int64_t image, int64_t channel) {
-    of_z_ = image_of(z_, thin_.z, found_, task, image, channel);
-    of_tangent_ = image_of(z_tangent_, thin_.z_tangent, found_tangent_, task, image, channel);
+    of_z_ = of_image(z_, thin_.z, found_, task, image, channel);
+    of_tangent_ = of_image(z_tangent_, thin_.z_tangent, found_tangent_, task, image, channel);
   }
 
   METAFAST_HD Vec<T> z(int64_t y, int64_t x) const { return load(of_z_.at(0, 0, y, x)); }
@@ -116,25 +129,32 @@ class Preactivations {
   ThinInput<T> thin_;
   T *found_, *found_tangent_;
 
-  static Maps<const T> image_of(const Maps<const T>& maps, const Convolve<T>* convolution, T* found,
+  static Maps<const T> of_image(const Maps<const T>& maps, const Convolve<T>* convolution, T* found,
                                 int64_t task, int64_t image, int64_t channel) {
     if (convolution != nullptr) {
       convolve_image(*convolution, task, image, channel, found);
       return {found, 0, 0, convolution->width * kLanes<T>, kLanes<T>};
     }
     if (maps.data == nullptr) return {};
-    return {maps.at(task, image, 0, 0) + channel, 0, 0, maps.row, maps.pixel};
+    return image_of(maps, task, image, channel);
   }
 };
 
-// The sum of f(y, x) over the pixels of an image, by rows, so that rounding stays small.
+// The sum of f(y, x) over the pixels of an image, by rows, so that rounding stays small, and each row's in
+// several chains, so that no addition waits for the one before.
 template <typename T, class F>
 METAFAST_HD Vec<T> sum_over_image(const BlockShape& s, const F& f) {
+  constexpr int kChains = 4;
   Vec<T> sum{};
   for (int64_t y = 0; y < s.height; ++y) {
-    Vec<T> of_row{};
-    for (int64_t x = 0; x < s.width; ++x) of_row += f(y, x);
-    sum += of_row;
+    Vec<T> of_row[kChains]{};
+    int64_t x = 0;
+    for (; x + kChains <= s.width; x += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) of_row[c] += f(y, x + c);
+    }
+    for (; x < s.width; ++x) of_row[0] += f(y, x);
+    sum += (of_row[0] + of_row[1]) + (of_row[2] + of_row[3]);
   }
   return sum;
 }
@@ -190,20 +210,20 @@ void measure_tangent(const BlockForward<T>& p, Preactivations<T>& maps, int64_t 
 
 // The results of an image that `maps` has entered.
 template <bool kTangent, typename T>
-void pool_image(const BlockForward<T>& p, const Preactivations<T>& maps, const Affine<T>& affine,
+void pool_image(const BlockForward<T>& p, const Preactivations<T>& entered, const Affine<T>& of_channel,
                 int64_t task, int64_t image, int64_t channel) {
-  const BlockShape& s = p.shape;
+  // Copies, which no store to the maps can change: they stay in registers.
+  const BlockShape s = p.shape;
+  const Preactivations<T> maps = entered;
+  const Affine<T> affine = of_channel;
+  const Maps<T> out = image_of(kTangent ? p.out_tangent : p.out, task, image, channel);
   const auto n_at = [&](int64_t y, int64_t x)
                         __attribute__((always_inline)) { return affine.n(maps.z(y, x)); };
   const auto tangent_at = [&](Vec<T> n, int64_t y, int64_t x) __attribute__((always_inline)) {
     return affine.y_tangent(n, affine.n_tangent(n, maps.z_tangent(y, x)));
   };
   const auto keep = [&](Vec<T> value, Vec<T> tangent, int64_t y, int64_t x) __attribute__((always_inline)) {
-    if constexpr (kTangent) {
-      store(p.out_tangent.at(task, image, y, x) + channel, tangent);
-    } else {
-      store(p.out.at(task, image, y, x) + channel, value);
-    }
+    store(out.at(0, 0, y, x), kTangent ? tangent : value);
   };
   // Of what the activation gets, and its tangent.
   const auto activated = [&](Vec<T> value, Vec<T> tangent, int64_t y, int64_t x)
@@ -298,10 +318,13 @@ struct Reaching {
 // Batch norm needs sums over all of what reaches y before any gradient of z is known. So what reaches it is
 // found twice, first for the sums and then for the gradient. Where windows overlap, it is added up in the
 // place of the gradient.
+//
+// An image is visited by a copy of the object: no store to the maps can change that, so its members stay in
+// registers.
 template <bool kTangent, typename T>
 class BlockGradient {
  public:
-  BlockGradient(const BlockBackward<T>& p, Preactivations<T>& maps, Arena<T>& arena)
+  BlockGradient(const BlockBackward<T>& p, const Preactivations<T>& maps, Arena<T>& arena)
       : p_(p), s_(p.shape), maps_(maps) {
     const int64_t pixels = s_.height * s_.width;
     own_grad_ = arena.take_if(p.weights != nullptr, pixels);
@@ -312,16 +335,19 @@ class BlockGradient {
     task_ = task;
     channel_ = channel;
     affine_ = Affine<T>(p_, task, channel);
-    sum_ = scaled_ = sum_tangent_ = scaled_tangent_ = Vec<T>{};
+    sums_ = Sums{};
     if (p_.weights != nullptr) clear_weights();
     for (int64_t image = 0; image < s_.images; ++image) {
       enter(image);
-      visit<Sink::sums>();
+      BlockGradient copy(*this);
+      copy.template visit<Sink::sums>();
+      sums_ = copy.sums_;
     }
     finish_sums();
     for (int64_t image = 0; image < s_.images; ++image) {
       enter(image);
-      differentiate_image();
+      BlockGradient copy(*this);
+      copy.differentiate_image();
       if (p_.weights != nullptr)
         add_image_weights(*p_.weights, task, image, channel, kTangent ? own_tangent_ : own_grad_);
     }
@@ -330,26 +356,33 @@ class BlockGradient {
  private:
   enum class Sink { sums, gradient, addition };
 
+  // Over all pixels, of what reaches y, and of that times n, and their tangents; then the means.
+  struct Sums {
+    Vec<T> grad{}, scaled{}, tangent{}, scaled_tangent{};
+  };
+
   const BlockBackward<T>& p_;
-  const BlockShape& s_;
-  Preactivations<T>& maps_;
+  const BlockShape s_;
+  Preactivations<T> maps_;
   T *own_grad_, *own_tangent_;  // of an image, where it goes to the weights at once; else null
-  int64_t task_ = 0, image_ = 0, channel_ = 0;
-  Maps<T> to_grad_{}, to_tangent_{};  // of the image
+  int64_t task_ = 0, channel_ = 0;
+  Maps<const T> grad_{}, grad_tangent_{};  // of the image
+  Maps<T> to_grad_{}, to_tangent_{};
   Affine<T> affine_;
-  // Over all pixels, of what reaches y, and of that times n, and their tangents: the sums, then the means.
-  Vec<T> sum_{}, scaled_{}, sum_tangent_{}, scaled_tangent_{};
+  Sums sums_;
   Vec<T> factor_{}, factor_tangent_{};
 
   void enter(int64_t image) {
-    image_ = image;
     maps_.enter(task_, image, channel_);
     const auto place = [&](const Maps<T>& maps, T* own) -> Maps<T> {
       if (own != nullptr) return {own, 0, 0, s_.width * kLanes<T>, kLanes<T>};
-      return {maps.at(task_, image, 0, 0) + channel_, 0, 0, maps.row, maps.pixel};
+      return image_of(maps, task_, image, channel_);
     };
+    grad_ = image_of(p_.grad, task_, image, channel_);
     to_grad_ = place(p_.grad_z, own_grad_);
-    if constexpr (kTangent) to_tangent_ = place(p_.grad_z_tangent, own_tangent_);
+    if constexpr (!kTangent) return;
+    grad_tangent_ = image_of(p_.grad_tangent, task_, image, channel_);
+    to_tangent_ = place(p_.grad_z_tangent, own_tangent_);
   }
 
   void clear_weights() const {
@@ -376,16 +409,16 @@ class BlockGradient {
 
   void finish_sums() {
     const int64_t at = task_ * p_.grad_task + channel_;
-    if (p_.grad_gamma) store(p_.grad_gamma + at, kTangent ? scaled_tangent_ : scaled_);
-    if (p_.grad_beta) store(p_.grad_beta + at, kTangent ? sum_tangent_ : sum_);
+    if (p_.grad_gamma) store(p_.grad_gamma + at, kTangent ? sums_.scaled_tangent : sums_.scaled);
+    if (p_.grad_beta) store(p_.grad_beta + at, kTangent ? sums_.tangent : sums_.grad);
     const T count = static_cast<T>(s_.pixels());
-    for (Vec<T>* sum : {&sum_, &scaled_, &sum_tangent_, &scaled_tangent_}) *sum /= count;
+    for (Vec<T>* sum : {&sums_.grad, &sums_.scaled, &sums_.tangent, &sums_.scaled_tangent}) *sum /= count;
     const Affine<T>& a = affine_;
     factor_ = a.gamma * a.rstd;
     factor_tangent_ = a.gamma_tangent * a.rstd - a.gamma * a.rstd * a.rstd * a.scale_tangent;
   }
 
-  void differentiate_image() {
+  METAFAST_HD void differentiate_image() {
     const bool tiles = s_.pool_stride_y == s_.pool_height && s_.pool_stride_x == s_.pool_width &&
                        s_.pool_padding_y == 0 && s_.pool_padding_x == 0;
     if (s_.pool == Pool::none || tiles) {
@@ -405,7 +438,7 @@ class BlockGradient {
   // ---- what reaches y ----
 
   template <Sink kSink>
-  void visit() {
+  METAFAST_HD void visit() {
     if (s_.pool == Pool::none) {
       return for_pixels(s_.height, s_.width, [&](int64_t y, int64_t x) __attribute__((always_inline)) {
         const Point at = point(y, x);
@@ -423,7 +456,7 @@ class BlockGradient {
 
   // The pixels behind the last window.
   template <class F>
-  void visit_uncovered(const F& f) const {
+  METAFAST_HD void visit_uncovered(const F& f) const {
     if (s_.pool == Pool::none) return;
     const int64_t height = s_.out_height * s_.pool_height, width = s_.out_width * s_.pool_width;
     for (int64_t y = 0; y < s_.height; ++y) {
@@ -432,8 +465,8 @@ class BlockGradient {
   }
 
   METAFAST_HD Reaching<T> of_result(int64_t y, int64_t x) const {
-    Reaching<T> grad{load(p_.grad.at(task_, image_, y, x) + channel_), Vec<T>{}};
-    if constexpr (kTangent) grad.tangent = load(p_.grad_tangent.at(task_, image_, y, x) + channel_);
+    Reaching<T> grad{load(grad_.at(0, 0, y, x)), Vec<T>{}};
+    if constexpr (kTangent) grad.tangent = load(grad_tangent_.at(0, 0, y, x));
     return grad;
   }
 
@@ -507,20 +540,21 @@ class BlockGradient {
   }
 
   METAFAST_HD void add_to_sums(const Reaching<T>& part, const Point& at) {
-    sum_ += part.grad;
-    scaled_ += part.grad * at.n;
+    sums_.grad += part.grad;
+    sums_.scaled += part.grad * at.n;
     if constexpr (kTangent) {
-      sum_tangent_ += part.tangent;
-      scaled_tangent_ += part.tangent * at.n + part.grad * at.n_tangent;
+      sums_.tangent += part.tangent;
+      sums_.scaled_tangent += part.tangent * at.n + part.grad * at.n_tangent;
     }
   }
 
   // The gradient of z from what reaches y.
   METAFAST_HD void put_gradient(const Reaching<T>& part, const Point& at, int64_t y, int64_t x) {
     if (!s_.norm) return put(part, y, x);
-    Reaching<T> grad{part.grad - sum_ - at.n * scaled_, Vec<T>{}};
+    Reaching<T> grad{part.grad - sums_.grad - at.n * sums_.scaled, Vec<T>{}};
     if constexpr (kTangent) {
-      const Vec<T> tangent = part.tangent - sum_tangent_ - at.n_tangent * scaled_ - at.n * scaled_tangent_;
+      const Vec<T> tangent =
+          part.tangent - sums_.tangent - at.n_tangent * sums_.scaled - at.n * sums_.scaled_tangent;
       grad.tangent = factor_tangent_ * grad.grad + factor_ * tangent;
     }
     grad.grad *= factor_;
@@ -547,7 +581,7 @@ class BlockGradient {
 template <bool kTangent, typename T>
 void run_backward(const BlockBackward<T>& p, int64_t begin, int64_t end) {
   with_arena<T>([&](Arena<T>& arena) {
-    Preactivations<T> maps(p, arena);
+    const Preactivations<T> maps(p, arena);
     BlockGradient<kTangent, T> gradient(p, maps, arena);
     if (arena.counts()) return;
     for_items<T>(p.shape, begin, end, [&](int64_t task, int64_t channel) { gradient.run(task, channel); });

@@ -113,27 +113,56 @@ void run(const Convolve<T>& p, int64_t begin, int64_t end) {
   }
 }
 
-// A vector of channels of one image, [height, width] vectors.
+// Pixels [x, width) of a row of an image for a vector of channels, in tiles of at most kPixels, whose source
+// moves on by kStep numbers from pixel to pixel, then all offsets within a tile are known here; 0: by `step`.
+template <int kPixels, int kStep, typename T>
+METAFAST_HD void convolve_row(const T* source, int64_t step, const int64_t* source_offsets, const T* weights,
+                              const int64_t* weight_offsets, int64_t terms, Vec<T> bias, int64_t x,
+                              int64_t width, T* out) {
+  if constexpr (kStep > 0) step = kStep;
+  for (; x + kPixels <= width; x += kPixels) {
+    Vec<T> sums[kPixels];
+#pragma GCC unroll 16
+    for (int r = 0; r < kPixels; ++r) sums[r] = bias;
+    for (int64_t t = 0; t < terms; ++t) {
+      const Vec<T> weight = load(weights + weight_offsets[t]);
+      const T* const numbers = source + x * step + source_offsets[t];
+#pragma GCC unroll 16
+      for (int r = 0; r < kPixels; ++r) sums[r] += weight * broadcast(numbers[r * step]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kPixels; ++r) store(out + (x + r) * kLanes<T>, sums[r]);
+  }
+  if constexpr (kPixels > 1)
+    convolve_row<kPixels / 2, kStep>(source, step, source_offsets, weights, weight_offsets, terms, bias, x,
+                                     width, out);
+}
+
+// A vector of channels of one image, [height, width] vectors, for sums of few terms.
 template <typename T>
 void convolve_image(const Convolve<T>& p, int64_t task, int64_t image, int64_t channel, T* out) {
-  constexpr int64_t step = kLanes<T>;
-  const Maps<const T>& source = p.factors[0].source;
-  Convolve<T> to_vector = p;
-  to_vector.out = {out - channel, 0, 0, p.width * step, step};
-  const int64_t pixels = p.height * p.width, tiles = div_up(pixels, kTilePixels);
-  int64_t x = 0, y = 0;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = pixels * i / tiles, size = pixels * (i + 1) / tiles - first;
-    TileOfPixels<T> tile;
-    for (int64_t r = 0; r < kTilePixels; ++r) {
-      tile.source[r] = image * source.image + y * source.row + x * source.pixel;
-      tile.out[r] = (y * p.width + x) * step;
-      if (r + 1 < size && ++x == p.width) x = 0, ++y;
+  const Maps<const T>& maps = p.factors[0].source;
+  const T* const weights = p.factors[0].weights + task * p.factors[0].weights_task + channel;
+  int64_t source_offsets[kFewTerms], weight_offsets[kFewTerms], terms = 0;
+  for (int64_t i = 0; i < p.taps_y; ++i) {
+    for (int64_t j = 0; j < p.taps_x; ++j) {
+      for (int64_t d = 0; d < p.depth; ++d, ++terms) {
+        source_offsets[terms] = i * p.tap_row + j * p.tap_pixel + d;
+        weight_offsets[terms] = i * p.weights_row + j * p.weights_pixel + d * p.pitch;
+      }
     }
-    if (++x == p.width) x = 0, ++y;
-    with_size<kTilePixels>(size,
-                           [&]<int kPixels>() { convolve_tile<kPixels, 1>(to_vector, task, tile, channel); });
   }
+  const Vec<T> bias = p.bias ? load(p.bias + task * p.bias_task + channel) : Vec<T>{};
+  const auto rows = [&]<int kPixels, int kStep>() {
+    for (int64_t y = 0; y < p.height; ++y) {
+      convolve_row<kPixels, kStep>(maps.at(task, image, y, 0), maps.pixel, source_offsets, weights,
+                                   weight_offsets, terms, bias, 0, p.width, out + y * p.width * kLanes<T>);
+    }
+  };
+  // The steps of gray and of coloured images; with another there are registers for few pixels' places.
+  if (maps.pixel == 1) return rows.template operator()<kTilePixels, 1>();
+  if (maps.pixel == 3) return rows.template operator()<kTilePixels, 3>();
+  rows.template operator()<4, 0>();
 }
 
 // ---- backward to the weights ----

@@ -94,7 +94,6 @@ Network::Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorLi
     width = block.out_width;
     blocks_.push_back(block);
   }
-  constexpr int64_t kFewTerms = 36;  // of a sum, which take less time than a vector from memory
   const NetworkBlock& first = blocks_[0];
   thin_ = !runs_cuda(x) && !first.linear && first.kernel_y * first.kernel_x * first.channels <= kFewTerms;
   TORCH_CHECK_VALUE(height == 1 && width == 1,

@@ -182,6 +182,7 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
     const PackedInput<T> theta(network, params, !network.shared(), groups.size());
     groups.run([&](Some some) {
       const Activations<T> of_some = activations.from(keep ? some.first : some.slot);
+      if (!runs_cuda(x)) of_some.clear_borders(network, some.count, images);
       Pass<T>(network, x, some.count, images, maps_from(maps, some.first))
           .forward(packed_view<const T>(theta.load(some)), of_some);
       store_outputs<T>(network, of_some, some.count, images, x,
@@ -234,6 +235,7 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
       groups.run(
           [&](Some some) {
             const Gradients<T> gradients = parts.gradients.from(some.slot);
+            if (!runs_cuda(x)) gradients.clear_borders(network, some.count, images);
             const Maps<T>& top = gradients.blocks.back().out;
             const Maps<T> of_images = maps_from(parts.images, some.slot);
             const Tensor of_some = some.of_group(of_theta);

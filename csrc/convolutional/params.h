@@ -131,6 +131,9 @@ struct ConvolveWeights {
   int64_t workspace_size() const { return parts() > 1 ? tasks * parts() * (rows() + 1) * pitch : 0; }
 };
 
+// Of a sum: those take less time than a vector from memory.
+constexpr int64_t kFewTerms = 36;
+
 // On the CPU, where the input of the first block has few channels, z is not kept: it is found again, an image
 // at a time, whenever it is read, in less time than memory would take. Null: z is where the maps say.
 template <typename T>

@@ -2,6 +2,7 @@
 // of kernels over maps in memory that the caller holds.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -10,7 +11,9 @@
 namespace metafast {
 
 // Deals out memory; at first it only counts. What has to be zero at the start, as borders have, comes from
-// the front part, all else from behind it. Each array is aligned to kChannelBlock elements.
+// the front part, all else from behind it. Each array is aligned to kChannelBlock elements. A GPU clears the
+// front part at once. On the CPU whoever works on a task clears what is its (clear_borders()), so that each
+// thread is the first to touch its memory and nothing is written twice.
 template <typename T>
 class Workspace {
  public:
@@ -35,10 +38,10 @@ class Workspace {
   }
 
   int64_t elements() const { return cleared_used_ + rest_used_; }
-  // New memory of elements(), as far as it has to be cleared.
+  // New memory of elements().
   Tensor allocate(const at::TensorOptions& options) const {
     const Tensor memory = empty({elements()}, options.requires_grad(false));
-    memory.narrow(0, 0, cleared_used_).zero_();
+    if (runs_cuda(memory)) memory.narrow(0, 0, cleared_used_).zero_();
     return memory;
   }
 
@@ -79,6 +82,23 @@ auto in_memory(Tensor& memory, const at::TensorOptions& options, const F& build)
 template <typename T>
 Maps<const T> as_const(const Maps<T>& maps) {
   return {maps.data, maps.task, maps.image, maps.row, maps.pixel};
+}
+
+template <typename T>
+void clear_border(const Maps<T>& maps, int64_t tasks, int64_t images, int64_t height, int64_t width,
+                  const Border& border) {
+  if (!border.any()) return;
+  for (int64_t t = 0; t < tasks; ++t) {
+    for (int64_t b = 0; b < images; ++b) {
+      T* from = maps.at(t, b, -border.top, -border.left);
+      T* const end = from + maps.image;
+      for (int64_t y = 0; y < height; ++y) {
+        std::fill(from, maps.at(t, b, y, 0), T(0));
+        from = maps.at(t, b, y, width);
+      }
+      std::fill(from, end, T(0));
+    }
+  }
 }
 
 // Those of the tasks from `first` on; absent ones stay so.
@@ -124,6 +144,13 @@ class Activations {
     return moved;
   }
 
+  void clear_borders(const Network& network, int64_t tasks, int64_t images) const {
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const NetworkBlock& b = network.blocks()[i];
+      clear_border(blocks_[i].out, tasks, images, b.out_height, b.out_width, network.input_border(i + 1));
+    }
+  }
+
   const OfBlock& operator[](size_t i) const { return blocks_[i]; }
   const OfBlock& back() const { return blocks_.back(); }
 
@@ -167,6 +194,15 @@ struct Gradients {
     return moved;
   }
 
+  void clear_borders(const Network& network, int64_t tasks, int64_t images) const {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const NetworkBlock& b = network.blocks()[i];
+      if (blocks[i].z.data != nullptr)
+        clear_border(blocks[i].z, tasks, images, b.z_height, b.z_width, network.grad_border(i));
+    }
+    std::fill_n(blocks.back().out.data, tasks * blocks.back().out.task, T(0));
+  }
+
   static int64_t transposed_size(const NetworkBlock& b) {
     return b.kernel_y * b.kernel_x * b.outputs * pitch_of(b.channels);
   }
@@ -208,6 +244,13 @@ struct Tangents {
       of.scale += first * pitches_[i];
     }
     return moved;
+  }
+
+  void clear_borders(const Network& network, int64_t tasks, int64_t images) const {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const NetworkBlock& b = network.blocks()[i];
+      clear_border(blocks[i].out, tasks, images, b.out_height, b.out_width, network.input_border(i + 1));
+    }
   }
 
  private:
