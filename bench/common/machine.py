@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,16 +39,23 @@ class Peak:
     flops: float  # float32 matrix products, per second
     bandwidth: float  # bytes per second
     exponentials: float | None  # float32, of what need not come from memory, per second; None: not measured
+    fma: float | None = None  # float32 operations of FMAs on registers alone, per second; None: not measured
+
+    @property
+    def arithmetic(self) -> float:
+        """What no arithmetic is faster than, as far as was measured."""
+        return max(self.flops, self.fma or 0.0)
 
     def __str__(self) -> str:
+        fma = f"FMA peak {self.fma / 1e9:.0f} GFLOP/s, " if self.fma else ""
         exponentials = f"{self.exponentials / 1e9:.1f} G exponentials/s, " if self.exponentials else ""
         return (
-            f"sgemm peak {self.flops / 1e9:.0f} GFLOP/s, {exponentials}"
+            f"sgemm peak {self.flops / 1e9:.0f} GFLOP/s, {fma}{exponentials}"
             f"bandwidth {self.bandwidth / 1e9:.1f} GB/s"
         )
 
 
-def measure_peak(clock: Clock, quick: bool, exponentials: bool) -> Peak:
+def measure_peak(clock: Clock, quick: bool, exponentials: bool, fma: bool = False) -> Peak:
     size = 1024 if quick else 4096
     a, b = (torch.randn(size, size, device=clock.device) for _ in range(2))
     product = min(clock(lambda: a @ b) for _ in range(5))
@@ -55,7 +68,34 @@ def measure_peak(clock: Clock, quick: bool, exponentials: bool) -> Peak:
         2 * size**3 / product,
         max(source.nbytes / read, 2 * source.nbytes / copy),
         _exponentials(clock) if exponentials else None,
+        _fma(torch.get_num_threads()) if fma and clock.device.type == "cpu" else None,
     )
+
+
+def _fma(threads: int) -> float | None:
+    """Of all threads at once; None without a C compiler. A library's sgemm may reach less than half of it:
+    which instructions MKL takes depends on who made the processor."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
+        library, source = f"{folder}/fma.so", str(Path(__file__).with_name("fma.c"))
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        subprocess.run([compiler, *flags, source, "-o", library], check=True)
+        function = ctypes.CDLL(library).multiply_and_add  # which leaves Python's lock to the others
+        function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long]
+        start = threading.Barrier(threads)
+
+        def run(_: int) -> tuple[float, float, float]:
+            start.wait()
+            began = time.perf_counter()
+            return function(500_000), began, time.perf_counter()
+
+        def once() -> float:
+            counts, began, ended = zip(*pool.map(run, range(threads)), strict=True)
+            return sum(counts) / (max(ended) - min(began))
+
+        return max(once() for _ in range(20))
 
 
 def _exponentials(clock: Clock) -> float:

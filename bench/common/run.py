@@ -52,6 +52,7 @@ class Family:
     cases: Callable[[torch.device, bool], Iterator[tuple[str, Callable[[], Case]]]]
     plan: Plan = field(default_factory=Plan)
     exponentials: bool = False  # the floors of its cases count some
+    fma: bool = False  # the floors are of the FMA peak, not of the library's sgemm
     # What is measured beside the cases, for the report; rows with a "target" are judged by it.
     studies: Mapping[str, Study] = field(default_factory=dict)
 
@@ -110,10 +111,11 @@ def run(family: Family, options: argparse.Namespace, report: Report) -> list[str
     parts = {name: part for name, part in parts.items() if options.only in name}
     budget = Budget(options.seconds, len(parts))
     clock, plan = Clock(options.device), QUICK if options.quick else family.plan
-    peak = measure_peak(clock, options.quick, family.exponentials)
+    peak = measure_peak(clock, options.quick, family.exponentials, family.fma)
     report.say(str(peak))
     report.content |= {
         "sgemm_flops": peak.flops,
+        "fma_flops": peak.fma,
         "exponentials": peak.exponentials,
         "bandwidth_bytes": peak.bandwidth,
     }

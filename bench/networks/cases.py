@@ -11,12 +11,13 @@ from torch import Tensor
 
 import metafast
 from bench.common.cases import Case, Target, Variant
-from bench.networks.peers import libraries, pytorch
+from bench.common.in_jax import to_torch
+from bench.networks.peers import by_hand, in_jax, libraries, pytorch
 from bench.networks.workloads import LEARNING_RATE, NETWORKS, Network, Problem
 
-BEST = ("eager", "library"), "the best of loop, torch.func and learn2learn"
+BEST = ("eager", "transforms", "library"), "the best of loop, torch.func and learn2learn"
 NOT_SLOWER = (Target(1 / 1.1, *BEST),)
-FUSED = Target(2, *BEST), Target(1.5)
+FUSED = Target(2, *BEST), Target(5, ("transforms",), "torch.func"), Target(1.5)
 
 
 def ours(problem: Problem, path: str | None, checkpoint_steps: bool = False) -> Callable[[], object]:
@@ -55,7 +56,8 @@ def case(network: Network, tasks: int, steps: int, device: torch.device) -> Case
         return [result.detach() for result in pytorch.loop(problem.in_float64())()]
 
     def variant(name: str, kind: str, of: Callable[[Problem], Callable[[], object]]) -> Variant:
-        return Variant(name, kind, lambda: of(problem), list)
+        collect = to_torch if kind == "jax" else list
+        return Variant(name, kind, lambda: of(problem), collect)
 
     path = metafast.explain(problem.module, problem.data[0]).path
     return Case(
@@ -68,7 +70,15 @@ def case(network: Network, tasks: int, steps: int, device: torch.device) -> Case
                 if other != path
             ),
             variant("plain loop", "eager", pytorch.loop),
-            variant("torch.func", "eager", pytorch.transforms),
+            variant("torch.func", "transforms", pytorch.transforms),
+            *(
+                [
+                    variant("unfold and bmm", "by hand", by_hand.unfold),
+                    variant("JAX jit(grad(vmap))", "jax", in_jax.vmap),
+                ]
+                if problem.is_conv4
+                else []
+            ),
             variant("learn2learn", "library", libraries.learn2learn),
         ],
         flops=problem.flops(pytorch.loop(problem)),

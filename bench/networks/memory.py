@@ -10,7 +10,7 @@ import torch
 
 from bench.common.memory import MemoryTable
 from bench.networks.cases import ours
-from bench.networks.peers import libraries, pytorch
+from bench.networks.peers import by_hand, in_jax, libraries, pytorch
 from bench.networks.workloads import NETWORKS, Problem
 
 
@@ -46,6 +46,9 @@ MEMORY = MemoryTable(
         "loop path": functools.partial(ours, path="loop"),
         "loop, checkpoints": functools.partial(ours, path="loop", checkpoint_steps=True),
         "plain loop": pytorch.loop,
+        "torch.func": pytorch.transforms,
+        "unfold and bmm": by_hand.unfold,
+        "JAX": in_jax.vmap,
         "learn2learn": libraries.learn2learn,
     },
     _workloads,

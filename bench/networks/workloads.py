@@ -106,6 +106,10 @@ class Problem:
         self.data = (*examples(WAYS), *examples(WAYS * QUERIES))
 
     @property
+    def is_conv4(self) -> bool:
+        return self.name.startswith("Conv4")
+
+    @property
     def parameters(self) -> list[Tensor]:
         return list(self.module.parameters())
 

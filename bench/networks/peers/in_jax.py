@@ -1,0 +1,45 @@
+"""A meta-step of Conv4 in JAX: jit(value_and_grad(vmap))."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.common.cases import Skip
+from bench.common.in_jax import JaxCall, from_torch, import_jax
+from bench.networks.workloads import LEARNING_RATE, Problem
+
+
+def vmap(problem: Problem) -> JaxCall:
+    if not problem.is_conv4:
+        raise Skip("written for Conv4")
+    device = problem.data[0].device
+    jax = import_jax(device)
+    import jax.numpy as jnp
+
+    def task_loss(params: Any, x: Any, y: Any) -> Any:
+        for weight, gamma, beta in zip(params[:-2:3], params[1:-2:3], params[2:-2:3], strict=True):
+            z = jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME")
+            mean, variance = z.mean((0, 2, 3), keepdims=True), z.var((0, 2, 3), keepdims=True)
+            n = (z - mean) * jax.lax.rsqrt(variance + 1e-5)
+            x = max_pool(jax.nn.relu(n * gamma[:, None, None] + beta[:, None, None]))
+        out = x.reshape(len(x), -1) @ params[-2].T + params[-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(out), y[:, None], 1).mean()
+
+    def max_pool(x: Any) -> Any:
+        count, channels, height, width = x.shape
+        x = x[:, :, : height // 2 * 2, : width // 2 * 2]
+        return x.reshape(count, channels, height // 2, 2, width // 2, 2).max((3, 5))
+
+    def query_loss(params: Any, x: Any, y: Any, query_x: Any, query_y: Any) -> Any:
+        for _ in range(problem.steps):
+            grads = jax.grad(task_loss)(params, x, y)
+            params = [p - LEARNING_RATE * g for p, g in zip(params, grads, strict=True)]
+        return task_loss(params, query_x, query_y)
+
+    def mean_loss(params: Any, *data: Any) -> Any:
+        return jax.vmap(query_loss, in_axes=(None, 0, 0, 0, 0))(params, *data).mean()
+
+    step = jax.jit(jax.value_and_grad(mean_loss))
+    params = [from_torch(p) for p in problem.parameters]
+    data = [from_torch(t) for t in problem.data]
+    return JaxCall(device, lambda: step(params, *data))
