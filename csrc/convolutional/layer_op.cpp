@@ -137,7 +137,7 @@ class Product {
   void to_maps(const View<const T>& x, const View<const T>& weight, const View<T>& out) const {
     in_groups(
         true,
-        [](const Layer& l, Workspace<T>& space) {
+        [this](const Layer& l, Workspace<T>& space) {
           return Parts{images(l, space, l.channels, l.image_border()), maps(l, space, l.out_pitch(), {}),
                        space.take(l.tasks * l.places() * l.channels * l.out_pitch())};
         },
@@ -154,7 +154,7 @@ class Product {
   void to_images(const View<const T>& grad, const View<const T>& weight, const View<T>& out) const {
     in_groups(
         true,
-        [](const Layer& l, Workspace<T>& space) {
+        [this](const Layer& l, Workspace<T>& space) {
           return Parts{images(l, space, l.in_pitch(), {}), maps(l, space, l.outputs, l.map_border()),
                        space.take(l.tasks * l.places() * l.outputs * l.in_pitch())};
         },
@@ -172,7 +172,7 @@ class Product {
   void to_weights(const View<const T>& x, const View<const T>& grad, const View<T>& out) const {
     in_groups(
         false,
-        [](const Layer& l, Workspace<T>& space) {
+        [this](const Layer& l, Workspace<T>& space) {
           return Parts{images(l, space, l.channels, l.image_border()), maps(l, space, l.out_pitch(), {}),
                        space.take(l.tasks * l.places() * l.channels * l.out_pitch())};
         },
@@ -198,11 +198,18 @@ class Product {
     T* weights;
   };
 
-  static Maps<T> images(const Layer& l, Workspace<T>& space, int64_t pixel, Border border) {
-    return space.take_maps(l.tasks, l.images, l.size[0], l.size[1], pixel, border);
+  Maps<T> images(const Layer& l, Workspace<T>& space, int64_t pixel, Border border) const {
+    return maps_of(l, space, l.size, pixel, border);
   }
-  static Maps<T> maps(const Layer& l, Workspace<T>& space, int64_t pixel, Border border) {
-    return space.take_maps(l.tasks, l.images, l.out_size[0], l.out_size[1], pixel, border);
+  Maps<T> maps(const Layer& l, Workspace<T>& space, int64_t pixel, Border border) const {
+    return maps_of(l, space, l.out_size, pixel, border);
+  }
+  Maps<T> maps_of(const Layer& l, Workspace<T>& space, std::array<int64_t, 2> size, int64_t pixel,
+                  Border border) const {
+    const Maps<T> maps = space.take_maps(l.tasks, l.images, size[0], size[1], pixel, border);
+    const bool counts = maps.data == nullptr;
+    if (!counts && !runs_cuda(like_)) clear_border(maps, l.tasks, l.images, size[0], size[1], border);
+    return maps;
   }
   template <typename U>
   static View<U> from(View<U> view, int64_t task, int64_t image = 0) {
