@@ -3,7 +3,7 @@
 One call is a meta-step: each of T tasks (5-way 1-shot, 15 queries per class) takes K steps of SGD, and the
 mean query loss goes back to the parameters that all start from. Conv4, which the kernels know, and narrow
 ResNet-12, GRU, a transformer layer, MLPs of GELU, which they do not. A fused row is to be twice as fast as
-the best of loop, torch.func and learn2learn and five times as fast as torch.func, and to take at most 1.5
+the best of loop, torch.func and the libraries and five times as fast as torch.func, and to take at most 1.5
 times the floor; no other takes more than 1.1 times as long as that best. The floor is of the FMA peak of the
 threads, which no sgemm here reaches.
 """

@@ -15,7 +15,8 @@ from bench.common.in_jax import to_torch
 from bench.networks.peers import by_hand, in_jax, libraries, pytorch
 from bench.networks.workloads import LEARNING_RATE, NETWORKS, Network, Problem
 
-BEST = ("eager", "transforms", "library"), "the best of loop, torch.func and learn2learn"
+BEST = ("eager", "transforms", "library"), "the best of loop, torch.func and the libraries"
+COMPILED, COMPILING_S = "Conv4-64, T=4, K=1", 200  # the one case with torch.compile, which takes minutes
 NOT_SLOWER = (Target(1 / 1.1, *BEST),)
 FUSED = Target(2, *BEST), Target(5, ("transforms",), "torch.func"), Target(1.5)
 
@@ -55,10 +56,13 @@ def case(network: Network, tasks: int, steps: int, device: torch.device) -> Case
     def expected(_: str | None) -> Sequence[Tensor]:
         return [result.detach() for result in pytorch.loop(problem.in_float64())()]
 
-    def variant(name: str, kind: str, of: Callable[[Problem], Callable[[], object]]) -> Variant:
+    def variant(
+        name: str, kind: str, of: Callable[[Problem], Callable[[], object]], build_s: float = 0
+    ) -> Variant:
         collect = to_torch if kind == "jax" else list
-        return Variant(name, kind, lambda: of(problem), collect)
+        return Variant(name, kind, lambda: of(problem), collect, build_s=build_s)
 
+    compiled = functools.partial(pytorch.transforms, compiled=True)
     path = metafast.explain(problem.module, problem.data[0]).path
     return Case(
         problem.name,
@@ -80,6 +84,13 @@ def case(network: Network, tasks: int, steps: int, device: torch.device) -> Case
                 else []
             ),
             variant("learn2learn", "library", libraries.learn2learn),
+            variant("higher", "library", libraries.higher),
+            variant("TorchOpt", "library", libraries.torchopt),
+            *(
+                [variant("torch.func, compiled", "compiled", compiled, COMPILING_S)]
+                if problem.name == COMPILED
+                else []
+            ),
         ],
         flops=problem.flops(pytorch.loop(problem)),
         traffic=0.0,

@@ -54,7 +54,7 @@ def learn2learn_loop(problem: Problem) -> Call:
     return each_task(problem, list(net.parameters()), query_loss)
 
 
-def _import(name: str) -> types.ModuleType:
+def imported(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -62,7 +62,7 @@ def _import(name: str) -> types.ModuleType:
 
 
 def higher_loop(problem: Problem) -> Call:
-    higher = _import("higher")
+    higher = imported("higher")
     net = problem.module()
     params = list(net.parameters())
     optimizer = torch.optim.SGD(params, lr=LEARNING_RATE)
@@ -89,7 +89,7 @@ def higher_loop(problem: Problem) -> Call:
 def torchopt_loop(problem: Problem) -> Call:
     if problem.first_order:
         raise Skip("its MetaSGD is second order always")
-    torchopt = _import("torchopt")
+    torchopt = imported("torchopt")
     net = problem.module()
     params = list(net.parameters())
     optimizer = torchopt.MetaSGD(net, lr=LEARNING_RATE)

@@ -35,9 +35,9 @@ def loop(problem: Problem) -> Callable[[], Result]:
     return call
 
 
-def transforms(problem: Problem) -> Callable[[], Result]:
+def transforms(problem: Problem, *, compiled: bool = False) -> Callable[[], Result]:
     """vmap over tasks of grad over steps, as torch.func's tutorial has it (its batch norm in training is
-    wrong there)."""
+    wrong there); compiled with the meta-gradient, which torch.compile takes as a transform alone."""
     module = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(problem.module))
 
     def loss_of(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -51,10 +51,19 @@ def transforms(problem: Problem) -> Callable[[], Result]:
             theta = {name: p - LEARNING_RATE * grads[name] for name, p in theta.items()}
         return loss_of(theta, query_x, query_y)
 
+    def mean_loss(theta: dict[str, Tensor], *data: Tensor) -> Tensor:
+        return torch.vmap(query_loss, (None, 0, 0, 0, 0))(theta, *data).mean()
+
+    theta = dict(problem.module.named_parameters())
+    if compiled:
+        of_compiled = torch.compile(torch.func.grad_and_value(mean_loss), dynamic=False)
+
     @sdpa_kernel(SDPBackend.MATH)
     def call() -> Result:
-        theta = dict(problem.module.named_parameters())
-        loss = torch.vmap(query_loss, (None, 0, 0, 0, 0))(theta, *problem.data).mean()
+        if compiled:
+            grads, loss = of_compiled({name: p.detach() for name, p in theta.items()}, *problem.data)
+            return loss, *grads.values()
+        loss = mean_loss(theta, *problem.data)
         return loss, *torch.autograd.grad(loss, problem.parameters)
 
     return call
