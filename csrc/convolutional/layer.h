@@ -1,12 +1,20 @@
-// A convolution of each task's own, and the two other products of its family: kernels over maps in memory
+// A convolution of each task's own and the two other products of its family, as kernels over maps in memory
 // that the caller holds.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 
-#include "convolutional/pass.h"
+#include "convolutional/params.h"
 
 namespace metafast {
+
+// A border of zeros around each image.
+struct Border {
+  int64_t top = 0, left = 0, bottom = 0, right = 0;
+  bool any() const { return top || left || bottom || right; }
+};
 
 // Of images [T, B, C, H, W], kernels [T, O, C, kh, kw] and maps [T, B, O, H', W'].
 struct Layer {
@@ -50,17 +58,18 @@ void set_sizes(Params& p, const Layer& l, int64_t height, int64_t width, int64_t
   p.pitch = pitch;
 }
 
-// A row of the kernel, whose channels are dense, is a tap.
-template <class Params>
-void set_taps(Params& p, const Layer& l, const auto& images) {
+// Rows of the kernel as taps, of all its columns at once where the channels are dense.
+template <class Params, typename T>
+void set_taps(Params& p, const Layer& l, const Maps<const T>& images) {
+  const bool dense = images.pixel == l.channels;
   p.taps_y = l.kernel[0];
-  p.taps_x = 1;
-  p.depth = l.kernel[1] * l.channels;
+  p.taps_x = dense ? 1 : l.kernel[1];
+  p.depth = dense ? l.kernel[1] * l.channels : l.channels;
   p.tap_row = images.row;
   p.tap_pixel = images.pixel;
 }
 
-// Maps from dense images and weights [kh, kw, C, pitch(O)].
+// Maps from images and weights [kh, kw, C, pitch(O)].
 template <typename T>
 Convolve<T> to_maps(const Layer& l, const Maps<const T>& images, const T* weights, int64_t weights_task,
                     const Maps<T>& maps) {
@@ -69,12 +78,13 @@ Convolve<T> to_maps(const Layer& l, const Maps<const T>& images, const T* weight
   set_taps(p, l, images);
   p.factors[0] = {under_kernel(l, images), weights, weights_task};
   p.count = 1;
-  p.weights_row = p.depth * p.pitch;
+  p.weights_pixel = l.channels * p.pitch;
+  p.weights_row = l.kernel[1] * p.weights_pixel;
   p.out = maps;
   return p;
 }
 
-// Weights [kh, kw, C, pitch(O)] from dense images and maps of pitch(O).
+// Weights [kh, kw, C, pitch(O)] from images and maps of pitch(O).
 template <typename T>
 ConvolveWeights<T> to_weights(const Layer& l, const Maps<const T>& images, const Maps<const T>& maps,
                               T* weights, int64_t weights_task) {
@@ -88,12 +98,12 @@ ConvolveWeights<T> to_weights(const Layer& l, const Maps<const T>& images, const
   return p;
 }
 
-// Images of pitch(C) from dense maps and weights [kh, kw, O, pitch(C)], the last place first. Pixels of an
-// image that differ by a stride meet the same places of the kernel: run(p) runs the kernel for each such
-// class of them.
+// Images of pitch(C) from maps and weights [kh, kw, O, pitch(C)], the last place first. Pixels of an image
+// that differ by a stride meet the same places of the kernel: run(p) runs the kernel for each such class of
+// them.
 template <typename T, class F>
-void to_images(const Layer& l, const Maps<const T>& maps, const T* weights, int64_t weights_task,
-               const Maps<T>& images, const F& run) {
+void to_images(const Layer& l, std::initializer_list<typename Convolve<T>::Factor> factors,
+               const Maps<T>& images, bool adds, const F& run) {
   struct Class {                 // of rows, or columns
     int64_t first, count;        // pixels of the image
     int64_t last_place, places;  // of the kernel, a stride apart, from the last one down
@@ -115,22 +125,24 @@ void to_images(const Layer& l, const Maps<const T>& maps, const T* weights, int6
       if (rows.count == 0 || columns.count == 0) continue;
       Convolve<T> p{};
       set_sizes(p, l, rows.count, columns.count, pitch);
-      p.count = 1;
-      p.factors[0] = {maps, weights, weights_task};
-      if (rows.places > 0 && columns.places > 0) {
-        p.taps_y = rows.places;
-        p.taps_x = columns.places;
-        p.factors[0].source.data += rows.pixel * maps.row + columns.pixel * maps.pixel;
-        p.factors[0].weights +=
-            ((l.kernel[0] - 1 - rows.last_place) * l.kernel[1] + l.kernel[1] - 1 - columns.last_place) *
-            place;
-      }
+      const bool some = rows.places > 0 && columns.places > 0;
+      p.taps_y = some ? rows.places : 0;
+      p.taps_x = some ? columns.places : 0;
       p.depth = l.outputs;
-      p.tap_row = maps.row;
-      p.tap_pixel = maps.pixel;
+      for (typename Convolve<T>::Factor factor : factors) {
+        p.tap_row = factor.source.row;
+        p.tap_pixel = factor.source.pixel;
+        if (some) {
+          factor.source.data += rows.pixel * p.tap_row + columns.pixel * p.tap_pixel;
+          factor.weights +=
+              ((l.kernel[0] - 1 - rows.last_place) * l.kernel[1] + l.kernel[1] - 1 - columns.last_place) *
+              place;
+        }
+        p.factors[p.count++] = factor;
+      }
       p.weights_row = l.stride[0] * l.kernel[1] * place;
       p.weights_pixel = l.stride[1] * place;
-      if (l.stride[1] == 1 && p.taps_x > 0) {  // a row of the kernel is a tap
+      if (l.stride[1] == 1 && p.tap_pixel == l.outputs && some) {  // dense: a row of the kernel is a tap
         p.depth *= p.taps_x;
         p.taps_x = 1;
       }
@@ -138,6 +150,7 @@ void to_images(const Layer& l, const Maps<const T>& maps, const T* weights, int6
       p.out.data += rows.first * images.row + columns.first * images.pixel;
       p.out.row *= l.stride[0];
       p.out.pixel *= l.stride[1];
+      p.adds = adds;
       run(p);
     }
   }

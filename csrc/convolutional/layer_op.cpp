@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "common/layers.h"
-#include "convolutional/layer.h"
+#include "convolutional/arguments.h"
 #include "convolutional/layer_ops.h"
 
 namespace metafast {
@@ -42,14 +42,14 @@ class Layouts {
     const auto& s = from.stride;
     const int64_t tasks = from.shared() ? 1 : l_.tasks, H = size[0], W = size[1];
     if (channels == 1 && pad == 0) {  // the longer rows
-      permute(from.data, maps.data, {tasks, l_.images, 1, H, W}, {s[0], s[1], 0, s[3], s[4]},
-              {maps.task, maps.image, 0, maps.row, 1});
+      permute<T>(like_, from.data, maps.data, {tasks, l_.images, 1, H, W}, {s[0], s[1], 0, s[3], s[4]},
+                 {maps.task, maps.image, 0, maps.row, 1});
     } else if (s[3] == W * s[4] && maps.row == W * maps.pixel) {
-      permute(from.data, maps.data, {tasks, l_.images, 1, H * W, channels}, {s[0], s[1], 0, s[4], s[2]},
-              {maps.task, maps.image, 0, maps.pixel, 1}, pad);
+      permute<T>(like_, from.data, maps.data, {tasks, l_.images, 1, H * W, channels},
+                 {s[0], s[1], 0, s[4], s[2]}, {maps.task, maps.image, 0, maps.pixel, 1}, pad);
     } else {
-      permute(from.data, maps.data, {tasks, l_.images, H, W, channels}, {s[0], s[1], s[3], s[4], s[2]},
-              {maps.task, maps.image, maps.row, maps.pixel, 1}, pad);
+      permute<T>(like_, from.data, maps.data, {tasks, l_.images, H, W, channels},
+                 {s[0], s[1], s[3], s[4], s[2]}, {maps.task, maps.image, maps.row, maps.pixel, 1}, pad);
     }
     return as_const(maps);
   }
@@ -57,8 +57,8 @@ class Layouts {
   // Maps without a border, into a dense tensor.
   void store_maps(const Maps<T>& maps, int64_t channels, const View<T>& to) const {
     const auto& s = to.stride;
-    permute(maps.data, to.data, {l_.tasks, l_.images, 1, channels, s[2]},
-            {maps.task, maps.image, 0, 1, maps.pixel}, {s[0], s[1], 0, s[2], 1});
+    permute<T>(like_, maps.data, to.data, {l_.tasks, l_.images, 1, channels, s[2]},
+               {maps.task, maps.image, 0, 1, maps.pixel}, {s[0], s[1], 0, s[2], 1});
   }
 
   // [kh, kw, C, pitch(O)]. -> the stride of tasks.
@@ -81,8 +81,8 @@ class Layouts {
   void store_weights(const T* from, const View<T>& to) const {
     const auto& s = to.stride;
     const int64_t place = l_.channels * l_.out_pitch();
-    permute(from, to.data, {l_.tasks, l_.channels, 1, l_.outputs, l_.places()},
-            {l_.places() * place, l_.out_pitch(), 0, 1, place}, {s[0], s[2], 0, s[1], 1});
+    permute<T>(like_, from, to.data, {l_.tasks, l_.channels, 1, l_.outputs, l_.places()},
+               {l_.places() * place, l_.out_pitch(), 0, 1, place}, {s[0], s[2], 0, s[1], 1});
   }
 
  private:
@@ -100,29 +100,18 @@ class Layouts {
     const int64_t tasks = from.shared() ? 1 : l_.tasks;
     const int64_t task = from.shared() ? 0 : l_.places() * std::abs(place);
     if (l_.places() == 1) {
-      permute(from.data, to, {tasks, 1, 1, lines.size, last.size},
-              {s[0], 0, 0, lines.in_stride, last.in_stride}, {task, 0, 0, lines.out_stride, 1}, pad);
+      permute<T>(like_, from.data, to, {tasks, 1, 1, lines.size, last.size},
+                 {s[0], 0, 0, lines.in_stride, last.in_stride}, {task, 0, 0, lines.out_stride, 1}, pad);
     } else if (s[3] == l_.kernel[1] * s[4]) {
-      permute(from.data, to, {tasks, lines.size, 1, l_.places(), last.size},
-              {s[0], lines.in_stride, 0, s[4], last.in_stride}, {task, lines.out_stride, 0, place, 1}, pad);
+      permute<T>(like_, from.data, to, {tasks, lines.size, 1, l_.places(), last.size},
+                 {s[0], lines.in_stride, 0, s[4], last.in_stride}, {task, lines.out_stride, 0, place, 1},
+                 pad);
     } else {
-      permute(from.data, to, {tasks, lines.size, l_.kernel[0], l_.kernel[1], last.size},
-              {s[0], lines.in_stride, s[3], s[4], last.in_stride},
-              {task, lines.out_stride, l_.kernel[1] * place, place, 1}, pad);
+      permute<T>(like_, from.data, to, {tasks, lines.size, l_.kernel[0], l_.kernel[1], last.size},
+                 {s[0], lines.in_stride, s[3], s[4], last.in_stride},
+                 {task, lines.out_stride, l_.kernel[1] * place, place, 1}, pad);
     }
     return task;
-  }
-
-  void permute(const T* in, T* out, std::array<int64_t, 5> size, std::array<int64_t, 5> in_stride,
-               std::array<int64_t, 5> out_stride, int64_t pad = 0) const {
-    Permute<T> p{};
-    std::copy(size.begin(), size.end(), p.size);
-    std::copy(in_stride.begin(), in_stride.end(), p.in_stride);
-    std::copy(out_stride.begin(), out_stride.end(), p.out_stride);
-    p.pad = pad;
-    p.in = in;
-    p.out = out;
-    run_kernel(p, like_);
   }
 };
 
@@ -163,7 +152,7 @@ class Product {
           const Maps<const T> source =
               layouts.load_maps(from(grad, first, image), l.outputs, l.out_size, parts.maps);
           if (image == 0) task = layouts.load_weights_reversed(from(weight, first), parts.weights);
-          metafast::to_images<T>(l, source, parts.weights, task, parts.images,
+          metafast::to_images<T>(l, {{source, parts.weights, task}}, parts.images, false,
                                  [this](const Convolve<T>& p) { launch(p); });
           layouts.store_maps(parts.images, l.channels, from(out, first, image));
         });

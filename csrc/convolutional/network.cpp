@@ -133,23 +133,9 @@ int64_t Network::image_cost() const {
 }
 
 Border Network::input_border(size_t i) const {
-  if (i == blocks_.size()) return {};
-  const NetworkBlock& b = blocks_[i];
-  return {b.padding_y, b.padding_x, b.padding_y, b.padding_x};
+  return i == blocks_.size() ? Border{} : blocks_[i].layer(0, 0).image_border();
 }
 
-// Pixel y of the input meets place k of the kernel at pixel (y + padding - k) / stride of z.
-Border Network::grad_border(size_t i) const {
-  const NetworkBlock& b = blocks_[i];
-  const auto before = [](int64_t kernel, int64_t stride, int64_t padding) {
-    return std::max<int64_t>(0, (kernel - 1 - padding + stride - 1) / stride);
-  };
-  const auto behind = [](int64_t size, int64_t stride, int64_t padding, int64_t z_size) {
-    return std::max<int64_t>(0, (size - 1 + padding) / stride - (z_size - 1));
-  };
-  return {before(b.kernel_y, b.stride_y, b.padding_y), before(b.kernel_x, b.stride_x, b.padding_x),
-          behind(b.height, b.stride_y, b.padding_y, b.z_height),
-          behind(b.width, b.stride_x, b.padding_x, b.z_width)};
-}
+Border Network::grad_border(size_t i) const { return blocks_[i].layer(0, 0).map_border(); }
 
 }  // namespace metafast

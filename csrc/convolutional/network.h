@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "convolutional/params.h"
+#include "convolutional/layer.h"
 
 namespace metafast {
 
@@ -29,12 +29,18 @@ struct NetworkBlock {
 
   int64_t pitch() const { return pitch_of(outputs); }
   int64_t weight_size() const { return kernel_y * kernel_x * channels * pitch(); }
-};
-
-// A border of zeros around each image.
-struct Border {
-  int64_t top = 0, left = 0, bottom = 0, right = 0;
-  bool any() const { return top || left || bottom || right; }
+  // Its convolution, of so many tasks and images.
+  Layer layer(int64_t tasks, int64_t images) const {
+    return {tasks,
+            images,
+            channels,
+            outputs,
+            {height, width},
+            {kernel_y, kernel_x},
+            {stride_y, stride_x},
+            {padding_y, padding_x},
+            {z_height, z_width}};
+  }
 };
 
 class Network {

@@ -308,7 +308,8 @@ class Pass {
       const NetworkBlock& b = blocks()[i];
       Convolve<T> tangent = convolution(b, input(i, of), direction, to.blocks[i].z);
       if (i > 0) {
-        tangent.factors[1] = {moved(b, as_const(to.blocks[i - 1].out)), theta.at(b.weight), theta.task};
+        tangent.factors[1] = {under_kernel(layer(b), as_const(to.blocks[i - 1].out)), theta.at(b.weight),
+                              theta.task};
         tangent.count = 2;
       }
       BlockForward<T> p = block_forward(b, of[i]);
@@ -346,7 +347,7 @@ class Pass {
       if (network_.thin(i)) p.thin = {&z, &tangent};
       ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(t.z), product);
       if (i > 0) {
-        weights.factors[1] = {moved(b, as_const(tangents.blocks[i - 1].out)), as_const(g.z)};
+        weights.factors[1] = {under_kernel(layer(b), as_const(tangents.blocks[i - 1].out)), as_const(g.z)};
         weights.count = 2;
       }
       launch_with_weights(p, weights);
@@ -412,59 +413,19 @@ class Pass {
     run_kernel(p, like_);
   }
 
-  // The pixel of the input that the first place of the kernel meets at the first pixel of z, and the steps
-  // from pixel to pixel of z.
-  static Maps<const T> moved(const NetworkBlock& b, Maps<const T> maps) {
-    maps.data -= b.padding_y * maps.row + b.padding_x * maps.pixel;
-    maps.row *= b.stride_y;
-    maps.pixel *= b.stride_x;
-    return maps;
-  }
-
-  // Rows of the kernel as taps, of all its columns at once where the channels are dense.
-  template <class Params>
-  static void set_taps(Params& p, const NetworkBlock& b, const Maps<const T>& source) {
-    const bool dense = source.pixel == b.channels;
-    p.taps_y = b.kernel_y;
-    p.taps_x = dense ? 1 : b.kernel_x;
-    p.depth = dense ? b.kernel_x * b.channels : b.channels;
-    p.tap_row = source.row;
-    p.tap_pixel = source.pixel;
-  }
-
-  template <class Params>
-  void set_sizes(Params& p, int64_t height, int64_t width, int64_t pitch) const {
-    p.tasks = tasks_;
-    p.images = images_;
-    p.height = height;
-    p.width = width;
-    p.pitch = pitch;
-  }
+  Layer layer(const NetworkBlock& b) const { return b.layer(tasks_, images_); }
 
   Convolve<T> convolution(const NetworkBlock& b, const Maps<const T>& source, Packed<const T> weights,
                           const Maps<T>& out) const {
-    Convolve<T> p{};
-    set_sizes(p, b.z_height, b.z_width, b.pitch());
-    set_taps(p, b, source);
-    p.factors[0] = {moved(b, source), weights.at(b.weight), weights.task};
-    p.count = 1;
-    p.weights_row = b.kernel_x * b.channels * p.pitch;
-    p.weights_pixel = b.channels * p.pitch;
+    Convolve<T> p = to_maps<T>(layer(b), source, weights.at(b.weight), weights.task, out);
     p.bias = weights.at(b.bias);
     p.bias_task = weights.task;
-    p.out = out;
     return p;
   }
 
   ConvolveWeights<T> weights_gradient(const NetworkBlock& b, const Maps<const T>& source,
                                       const Maps<const T>& grad_z, Packed<T> grad) const {
-    ConvolveWeights<T> p{};
-    set_sizes(p, b.z_height, b.z_width, b.pitch());
-    set_taps(p, b, source);
-    p.factors[0] = {moved(b, source), grad_z};
-    p.count = 1;
-    p.out = grad.at(b.weight);
-    p.out_task = grad.task;
+    ConvolveWeights<T> p = to_weights<T>(layer(b), source, grad_z, grad.at(b.weight), grad.task);
     p.out_bias = grad.at(b.bias);
     return p;
   }
@@ -490,60 +451,10 @@ class Pass {
     return weights.task == 0 ? 0 : Gradients<T>::transposed_size(b);
   }
 
-  // From the gradient of z to that of the block's input. Pixels of the input that differ by a stride see the
-  // same places of the kernel.
+  // From the gradient of z to that of the block's input.
   void run_back(const NetworkBlock& b, std::initializer_list<typename Convolve<T>::Factor> factors,
                 const Maps<T>& to, bool adds) const {
-    struct Class {                 // of rows, or columns
-      int64_t first, count;        // pixels of the input
-      int64_t last_place, places;  // of the kernel, a stride apart, from the last one down
-      int64_t z;                   // the pixel of z that the last one meets
-      Class(int64_t rest, int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
-        first = ((rest - padding) % stride + stride) % stride;
-        count = first < size ? (size - 1 - first) / stride + 1 : 0;
-        places = rest < kernel ? (kernel - 1 - rest) / stride + 1 : 0;
-        last_place = rest + (places - 1) * stride;
-        z = (first + padding - last_place) / stride;
-      }
-    };
-    const int64_t pitch = pitch_of(b.channels);
-    for (int64_t rest_y = 0; rest_y < b.stride_y; ++rest_y) {
-      const Class rows(rest_y, b.height, b.kernel_y, b.stride_y, b.padding_y);
-      for (int64_t rest_x = 0; rest_x < b.stride_x; ++rest_x) {
-        const Class columns(rest_x, b.width, b.kernel_x, b.stride_x, b.padding_x);
-        if (rows.count == 0 || columns.count == 0) continue;
-        Convolve<T> p{};
-        set_sizes(p, rows.count, columns.count, pitch);
-        const bool some = rows.places > 0 && columns.places > 0;
-        p.taps_y = some ? rows.places : 0;
-        p.taps_x = some ? columns.places : 0;
-        p.depth = b.outputs;
-        for (typename Convolve<T>::Factor factor : factors) {
-          p.tap_row = factor.source.row;
-          p.tap_pixel = factor.source.pixel;
-          if (some) {
-            factor.source.data += rows.z * factor.source.row + columns.z * factor.source.pixel;
-            factor.weights +=
-                ((b.kernel_y - 1 - rows.last_place) * b.kernel_x + b.kernel_x - 1 - columns.last_place) *
-                b.outputs * pitch;
-          }
-          p.factors[p.count++] = factor;
-        }
-        p.weights_row = b.stride_y * b.kernel_x * b.outputs * pitch;
-        p.weights_pixel = b.stride_x * b.outputs * pitch;
-        if (b.stride_x == 1 && p.tap_pixel == b.outputs &&
-            some) {  // dense channels: a row of the kernel is a tap
-          p.depth *= p.taps_x;
-          p.taps_x = 1;
-        }
-        p.out = to;
-        p.out.data += rows.first * to.row + columns.first * to.pixel;
-        p.out.row *= b.stride_y;
-        p.out.pixel *= b.stride_x;
-        p.adds = adds;
-        launch(p);
-      }
-    }
+    to_images<T>(layer(b), factors, to, adds, [this](Convolve<T>& p) { launch(p); });
   }
 
   BlockShape shape(const NetworkBlock& b) const {

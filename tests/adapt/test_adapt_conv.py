@@ -223,7 +223,7 @@ def test_a_batch_for_each_step(kind: str) -> None:
     assert found.path == "fused"
     close(dict(sorted(found.buffers.items())), dict(sorted(expected.buffers.items())))
     close(*(with_gradients(of(query_x), query_y, "cross_entropy", leaves) for of in (found, expected)))
-    assert metafast.adapt(module, x, y, momentum=0.5, **options).path == "loop"
+    assert metafast.adapt(module, x, y, momentum=0.5, **options).path == "torch.func"
 
 
 def test_labels_left_out_and_a_task_without_examples() -> None:
