@@ -23,6 +23,7 @@ LONG_CALLS = """
 import os, signal, sys, threading, time
 os.environ["METAFAST_CPU_ISA"] = "baseline"
 import torch, metafast
+from metafast.ops.convolutional import _encoded
 ops = torch.ops.metafast
 torch.set_num_threads(int(sys.argv[1]))
 
@@ -65,6 +66,22 @@ def lstm(shapes=[(80, 2), (80, 20), (80,), (80, 20), (80, 20), (80,), (1, 20), (
     yield lambda: ops.lstm_unroll(*arguments)
     yield lambda: ops.lstm_unroll_backward(grads, None, *arguments, [True] * 5)
 
+def convolutional(images=20, steps=3000):  # many steps of one task, then many tasks
+    block = metafast.ConvBlock(3, padding=1, activation="tanh")
+    network = [block, metafast.ConvBlock(3, padding=1, pool="average"), metafast.ConvBlock(None)]
+    def params(width):
+        shapes = (width, 1, 3, 3), (width,), (width, width, 3, 3), (width,), (1, width), (1,)
+        return [torch.randn(shape) / 8 for shape in shapes]
+    theta, x, y = params(16), torch.randn(1, images, 1, 28, 28), torch.randn(1, images, 1)
+    yield lambda: metafast.conv_inner_sgd(network, theta, x, y, loss="mse", lr=0.001, steps=steps)
+    numbers, eps = _encoded(network)
+    grads = [torch.ones(1, *p.shape) for p in theta]
+    kept = torch.randn(1, steps, 1, sum(p[0].numel() * 16 for p in theta)) / 8
+    lr, rest = [torch.tensor(0.001)], (numbers, eps, "mse", steps, 0.0, False)
+    yield lambda: ops.conv_inner_sgd_backward(grads, theta, x, y, lr, kept, *rest, [True] + [False] * 3)
+    wide, many = params(64), torch.randn(1000, images, 1, 28, 28)
+    yield lambda: metafast.conv_forward(network, wide, many)
+
 def through_autograd():  # a backward of four seconds, since somebody has to wait for its forward
     params, data = mlp(1, 40, 40, 1), [torch.randn(1500, 10, 1) for _ in range(4)]
     params = [param.requires_grad_() for param in params]
@@ -77,7 +94,7 @@ def small():
     return [loss[0], *loss[1], metafast.pairwise_distance(x, x[:, :10])]
 
 expected = small()
-for calls in (pairwise, products, classify, many_tasks, one_task, lstm, through_autograd):
+for calls in (pairwise, products, classify, many_tasks, one_task, lstm, convolutional, through_autograd):
     for call in calls():
         sent = []
         def interrupt():
@@ -99,7 +116,7 @@ def test_a_long_kernel_ends_soon_after_an_interrupt(threads: int) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) == 13
+    assert len(lines) == 16
     assert [line for line in lines if float(line.split()[1]) > 4] == [], result.stdout
 
 
