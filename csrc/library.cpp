@@ -40,9 +40,11 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
       "Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor out, str metric) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
 
-  // A relation head, its first layer split: pairwise, with metric relation_relu or relation_tanh, of query
-  // and prototypes in hidden units. query [..., Q, D], prototypes [..., N, D] of the same dtype, float or
-  // double, weight [H, 2 D], bias [H], out_weight [H] or [1, H], out_bias [] or [1] -> [..., Q, N].
+  // The first layer of a relation head, split: query [..., Q, D], prototypes [..., N, D], weight [H, 2 D],
+  // bias [H], float or double -> Wq q + bias [..., Q, H], Wp p [..., N, H]. Leading dimensions may differ.
+  m.def("relation_layer(Tensor query, Tensor prototypes, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
+  // A relation head: relation_layer, then pairwise with metric relation_relu or relation_tanh. Arguments as
+  // theirs, but out_weight [H] or [1, H], out_bias [] or [1] -> [..., Q, N].
   m.def(
       "relation_scores(Tensor query, Tensor prototypes, Tensor weight, Tensor bias, Tensor out_weight, "
       "Tensor out_bias, str metric) -> Tensor");

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import metafast
+from metafast._dispatch import doors
 from metafast.ops.pairwise import METRICS
 
 DOUBLE = {"dtype": torch.float64}
@@ -160,6 +161,34 @@ def test_relation_scores_take_a_flat_output_layer() -> None:
     flat = metafast.relation_scores(query, prototypes, weight, bias, out_weight, out_bias)
     linear = metafast.relation_scores(query, prototypes, weight, bias, out_weight[None], out_bias[None])
     torch.testing.assert_close(flat, linear, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("features", "hidden", "queries"),
+    [(68, 64, 45), (68, 100, 200), (5, 7, 6), (33, 70, 110), (0, 3, 2), (4, 3, 0)],
+    ids=["small tiles", "large tiles", "odd", "odd, large tiles", "no features", "no queries"],
+)
+def test_first_layer_of_a_relation_head(
+    features: int, hidden: int, queries: int, dtype: torch.dtype, backend: torch.device
+) -> None:
+    """To float32's accuracy on tensor cores, whose numbers have 11 bits. Leading dimensions may differ."""
+    shapes = (3, queries, features), (2, 4, features), (hidden, 2 * features), (hidden,)
+    wide = [torch.randn(*shape, **DOUBLE) for shape in shapes]
+    wide[2] *= max(features, 1) ** -0.5
+    wide = [tensor.to(dtype).double().requires_grad_() for tensor in wide]
+    given = [tensor.detach().to(backend, dtype).requires_grad_() for tensor in wide]
+
+    def with_gradients(results: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+        return [*results, *torch.autograd.grad(sum(r.sin().sum() for r in results), leaves)]
+
+    query, prototypes, weight, bias = wide
+    linear = F.linear(query, weight[:, :features], bias), F.linear(prototypes, weight[:, features:])
+    expected = with_gradients(linear, wide)
+    found = with_gradients(doors.ops.relation_layer(*given), given)
+    assert all(one.dtype == dtype for one in found)
+    assert_close(found[:2], expected[:2], (1e-5, 1e-5) if dtype == torch.float32 else dtype)
+    assert_close(found[2:], expected[2:], (1e-4, 1e-4) if dtype == torch.float32 else dtype)
 
 
 # --- ragged episodes ------------------------------------------------------------------------------------

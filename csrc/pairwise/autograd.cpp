@@ -44,6 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward(
                 metric);
 }
 
+std::tuple<Tensor, Tensor> relation_layer(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
+                                          const Tensor& bias) {
+  METAFAST_CALL(relation_layer, query, prototypes, weight, bias);
+}
+
 Tensor relation_scores(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
                        const Tensor& bias, const Tensor& out_weight, const Tensor& out_bias,
                        std::string_view metric) {
@@ -226,13 +231,53 @@ Tensor pairwise_autograd(const Tensor& x, const Tensor& y, const OptionalTensor&
   return pairwise(x, y, weight, bias, metric);
 }
 
-// W [q; p] = Wq q + Wp p: the layer runs once for each query and once for each class.
+// The part of the weight [H, 2 D] that is the queries' or the classes'.
+Tensor half_of(const Tensor& weight, const c10::SymInt& features, bool of_class) {
+  return weight.narrow_symint(1, of_class ? features : c10::SymInt(0), features);
+}
+
+// Differentiable without end: its gradients are products of torch's.
+struct RelationLayerFunction : Function<RelationLayerFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& prototypes,
+                               const Tensor& weight, const Tensor& bias) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({query, prototypes, weight});
+    auto [of_query, of_class] = relation_layer(query, prototypes, weight, bias);
+    return {of_query, of_class};
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &query = saved[0], &prototypes = saved[1], &weight = saved[2];
+    const c10::SymInt features = query.sym_size(-1);
+    const auto of_rows = [&](const Tensor& grad, bool of_class) {
+      return grad.matmul(half_of(weight, features, of_class));
+    };
+    const auto flat = [](const Tensor& rows) { return rows.flatten(0, -2); };
+    variable_list result(4);
+    if (ctx->needs_input_grad(0)) result[0] = of_rows(grads[0], false);
+    if (ctx->needs_input_grad(1)) result[1] = of_rows(grads[1], true);
+    if (ctx->needs_input_grad(2)) {
+      result[2] = at::cat({flat(grads[0]).t().mm(flat(query)), flat(grads[1]).t().mm(flat(prototypes))}, 1);
+    }
+    if (ctx->needs_input_grad(3)) result[3] = flat(grads[0]).sum(0);
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> relation_layer_autograd(const Tensor& query, const Tensor& prototypes,
+                                                   const Tensor& weight, const Tensor& bias) {
+  if (needs_graph("relation_layer", query, prototypes, weight, bias)) {
+    const auto r = RelationLayerFunction::apply(query, prototypes, weight, bias);
+    return {r[0], r[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return relation_layer(query, prototypes, weight, bias);
+}
+
 Tensor relation_scores_composite(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
                                  const Tensor& bias, const Tensor& out_weight, const Tensor& out_bias,
                                  std::string_view metric) {
-  const c10::SymInt features = query.sym_size(-1);
-  const Tensor of_query = at::linear(query, weight.narrow_symint(1, 0, features), bias);
-  const Tensor of_class = at::linear(prototypes, weight.narrow_symint(1, features, features));
+  const auto [of_query, of_class] = relation_layer(query, prototypes, weight, bias);
   return pairwise(of_query, of_class, out_weight.reshape({-1}), out_bias.reshape({1}), metric);
 }
 
@@ -426,6 +471,7 @@ TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
   m.impl("pairwise", pairwise_autograd);
   m.impl("pairwise_backward", pairwise_backward_autograd);
   m.impl("pairwise_double_backward", pairwise_double_backward_autograd);
+  m.impl("relation_layer", relation_layer_autograd);
   m.impl("classify", classify_autograd);
   m.impl("classify_with_gradients", classify_with_gradients_autograd);
   m.impl("classify_backward", classify_backward_autograd);
@@ -439,11 +485,13 @@ TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, CompositeImplicitAutograd, m) {
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) {
   m.impl("pairwise", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("relation_layer", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
   m.impl("classify", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
 }
 
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCUDA, m) {
   m.impl("pairwise", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
+  m.impl("relation_layer", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
   m.impl("classify", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
 }
 

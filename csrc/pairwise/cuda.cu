@@ -4,6 +4,7 @@
 
 #include "pairwise/cuda_classify.h"
 #include "pairwise/cuda_classify_second.h"
+#include "pairwise/cuda_layer.h"
 #include "pairwise/cuda_pairwise.h"
 #include "pairwise/cuda_products.h"
 
@@ -145,6 +146,7 @@ METAFAST_INSTANTIATE(Classify)
 METAFAST_INSTANTIATE(ClassifyBackward)
 METAFAST_INSTANTIATE(ClassifyDoubleBackward)
 METAFAST_INSTANTIATE(ReduceLoss)
+template void launch(const RelationLayer<float>&, Stream);
 template int64_t loss_blocks(const Classify<float>&);
 template int64_t loss_blocks(const Classify<double>&);
 #undef METAFAST_INSTANTIATE

@@ -201,7 +201,7 @@ __device__ __forceinline__ void spread(const Classes<T>& p, const EpisodeShared&
                                        const EpisodeTile<M, T>& tile, int64_t task, const T* x, int count,
                                        T* __restrict__ grad_x, const RowGradients<T>& out) {
   using Term = typename M::Term;
-  constexpr int kQueries = 4, kLength = kVectorLength<T>;
+  constexpr int kQueries = std::is_same_v<M, CityBlock> ? 2 : 4, kLength = kVectorLength<T>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
   const int rows = static_cast<int>(p.rows);
   const T* const y = p.y + task * p.y_task_stride;

@@ -185,6 +185,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward_op(
           grad_vector(args, args.weight, partial_weight), grad_vector(args, args.bias, partial_bias)};
 }
 
+// ---- the first layer of a relation head ----
+
+// On CUDA float32 has a kernel of its own; the rest are the library's products.
+std::tuple<Tensor, Tensor> relation_layer_op(const Tensor& query, const Tensor& prototypes,
+                                             const Tensor& weight, const Tensor& bias) {
+  const Arg q{query, "query"}, p{prototypes, "prototypes"}, w{weight, "weight"}, b{bias, "bias"};
+  check_real(q);
+  check_same_dtype(q, {p, w, b});
+  check_same_device(q, {p, w, b});
+  check_min_dim(q, 2, "[..., Q, D]");
+  check_min_dim(p, 2, "[..., N, D]");
+  check_min_dim(b, 1, "[H]");
+  const int64_t features = query.size(-1), hidden = bias.size(0);
+  check_sizes(p, sizes_of(leading(prototypes, 1), {features}), "[..., N, D]");
+  check_sizes(w, {hidden, 2 * features}, "[H, 2 D]");
+  check_sizes(b, {hidden}, "[H]");
+#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
+  if (runs_cuda(query) && query.scalar_type() == at::kFloat) {
+    const Tensor dense_query = dense(query), dense_prototypes = dense(prototypes),
+                 dense_weight = dense(weight), dense_bias = dense(bias);
+    const auto results = [&](const Tensor& rows) {
+      return empty(sizes_of(leading(rows, 1), {hidden}), query.options());
+    };
+    Tensor of_query = results(query), of_class = results(prototypes);
+    const auto side = [](const Tensor& rows, const Tensor& out) {
+      return RelationLayer<float>::Side{rows.const_data_ptr<float>(), out.mutable_data_ptr<float>(),
+                                        count_tasks(rows, 1)};
+    };
+    run_kernel(RelationLayer<float>{side(dense_query, of_query), side(dense_prototypes, of_class),
+                                    dense_weight.const_data_ptr<float>(), dense_bias.const_data_ptr<float>(),
+                                    features, hidden},
+               query);
+    return {of_query, of_class};
+  }
+#endif
+  return {at::linear(query, weight.narrow(1, 0, features), bias),
+          at::linear(prototypes, weight.narrow(1, features, features))};
+}
+
 // ---- classify ----
 
 // What queries are compared with, [..., J, D]. CUDA's kernel finds prototypes itself.
@@ -392,6 +431,7 @@ void implement(torch::Library& m) {
   m.impl("pairwise", pairwise_op);
   m.impl("pairwise_backward", pairwise_backward_op);
   m.impl("pairwise_double_backward", pairwise_double_backward_op);
+  m.impl("relation_layer", relation_layer_op);
   m.impl("classify", classify_op);
   m.impl("classify_with_gradients", classify_with_gradients_op);
   m.impl("classify_backward", classify_backward_op);

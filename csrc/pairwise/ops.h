@@ -27,6 +27,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pairwise_double_backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const OptionalTensor& weight,
     const OptionalTensor& bias, const Tensor& out, std::string_view metric);
 
+std::tuple<Tensor, Tensor> relation_layer(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
+                                          const Tensor& bias);
 Tensor relation_scores(const Tensor& query, const Tensor& prototypes, const Tensor& weight,
                        const Tensor& bias, const Tensor& out_weight, const Tensor& out_bias,
                        std::string_view metric);

@@ -91,6 +91,21 @@ struct PairwiseDoubleBackward : Pairs<T> {
   T* grad_bias;        // [T, chunks], partial sums; null without bias
 };
 
+// The first layer of a relation head, which splits: W [q; p] + b = (Wq q + b) + Wp p. On CUDA in float32; the
+// others take the library's products.
+template <typename T>
+struct RelationLayer {
+  struct Side {
+    const T* rows;  // [count, D]
+    T* out;         // [count, H]
+    int64_t count;
+  };
+  Side queries, classes;
+  const T* weight;  // [H, 2 D]: of queries, of classes
+  const T* bias;    // [H], added to the queries'
+  int64_t features, hidden;
+};
+
 // ---- around a matrix product of the library (large.h) ----
 
 // The mean of rows.
@@ -255,6 +270,7 @@ METAFAST_DECLARE_KERNEL(PrototypesBackward)
 METAFAST_DECLARE_KERNEL(Pairwise)
 METAFAST_DECLARE_KERNEL(PairwiseBackward)
 METAFAST_DECLARE_KERNEL(PairwiseDoubleBackward)
+METAFAST_DECLARE_KERNEL(RelationLayer)
 METAFAST_DECLARE_KERNEL(MeanRow)
 METAFAST_DECLARE_KERNEL(CentreRows)
 METAFAST_DECLARE_KERNEL(FinishProducts)

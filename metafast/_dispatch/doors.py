@@ -167,7 +167,12 @@ def call_listed(
 
 def is_eager() -> bool:
     """Is the call outside function transforms, torch.compile and forward-mode AD?"""
-    return not (_transforms_active() or torch.compiler.is_compiling() or forward_ad._current_level >= 0)
+    return takes_ops() and not torch.compiler.is_compiling()
+
+
+def takes_ops() -> bool:
+    """Is the call outside function transforms and forward-mode AD?"""
+    return not _transforms_active() and forward_ad._current_level < 0
 
 
 def call_eager(name: str, *args: Any) -> Tensor:

@@ -45,6 +45,11 @@ def _pairwise_double_backward(
     return _gradient(grad), *_pairwise_backward(grad, *args)
 
 
+def _relation_layer(query: Tensor, prototypes: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    of_query, of_class = (rows.new_empty(*rows.shape[:-1], bias.shape[0]) for rows in (query, prototypes))
+    return of_query, of_class
+
+
 def _classify(
     support: Tensor,
     support_labels: Tensor,
@@ -246,6 +251,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "pairwise": _pairwise,
     "pairwise_backward": _pairwise_backward,
     "pairwise_double_backward": _pairwise_double_backward,
+    "relation_layer": _relation_layer,
     "classify": _classify,
     "classify_with_gradients": _classify_with_gradients,
     "classify_backward": _classify_backward,

@@ -315,8 +315,11 @@ def _relation(*tensors: Tensor, metric: str) -> Tensor:
     """The scores; of 16-bit tensors, or under autocast, float32."""
     query, prototypes, weight, bias, out_weight, out_bias = map(reference.wide, tensors)
     features = query.shape[-1]
-    of_query = F.linear(query, weight[:, :features], bias)  # [..., Q, H]
-    of_class = F.linear(prototypes, weight[:, features:])  # [..., N, H]
+    if doors.takes_ops():
+        of_query, of_class = doors.ops.relation_layer.default(query, prototypes, weight, bias)
+    else:  # linear layers go through every transform
+        of_query = F.linear(query, weight[:, :features], bias)  # [..., Q, H]
+        of_class = F.linear(prototypes, weight[:, features:])  # [..., N, H]
     if query.shape[:-2] != prototypes.shape[:-2]:
         of_query, of_class = _broadcast(query=(of_query, 2), prototypes=(of_class, 2))
     return doors.call(_PAIRWISE, of_query, of_class, out_weight, out_bias, metric)
