@@ -12,6 +12,7 @@ from convolutional_problems import (
     LARGE,
     LINEAR,
     NORMED,
+    POOL,
     SHORT,
     Case,
     Problem,
@@ -47,8 +48,9 @@ def _adapted(module: ModuleType, problem: Problem) -> list[Tensor]:
     return [t.cpu() for t in (*params, statistics, *gradients(params, problem.leaves))]
 
 
-def _expected(case: Case) -> list[Tensor]:
+def _expected(case: Case, of_images: bool = True) -> list[Tensor]:
     problem = make(case, torch.float64)
+    problem.x.requires_grad_(of_images)
     params, statistics = plain(problem)
     channels = sum(w for b, w in zip(case.network, case.widths, strict=True) if b.norm)
     statistics = statistics.reshape(case.steps, 2, case.tasks, channels)
@@ -66,6 +68,39 @@ def test_the_definition(name: str) -> None:
 def test_conv_inner_sgd(name: str, dtype: torch.dtype, device: torch.device) -> None:
     problem = make(CASES[name], dtype, device=device)
     assert_near(_adapted(metafast, problem), _expected(CASES[name]), dtype)
+
+
+# Of grey images z of the first block may be nowhere written down; nor its gradient, if nobody wants theirs.
+GREY = {
+    "Conv4": CASES["Conv4"],
+    "odd": CASES["odd"],
+    "tanh": Case(
+        (ConvBlock(3, padding=1, norm=True, activation="tanh", **POOL, pools_first=True), LINEAR),
+        (20, 3),
+        (1, 7, 6),
+        per_task=True,
+        lr="element",
+    ),
+    "many channels": Case(
+        (ConvBlock(3, bias=False, norm=True, affine=False, **POOL), LINEAR), (70, 3), (1, 8, 9), momentum=0.5
+    ),
+    "first order": Case(SHORT, image=(1, 6, 5), first_order=True),
+    "zeros": Case(SHORT, image=(1, 6, 5), images="empty"),
+    "wide padding": Case((ConvBlock(3, padding=2, **NORMED, **POOL), LINEAR), (5, 3), (1, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GREY)
+def test_grey_images_without_their_gradient(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    problem = make(GREY[name], dtype, device=device)
+    problem.x.requires_grad_(False)
+    assert_near(_adapted(metafast, problem), _expected(GREY[name], of_images=False), dtype)
+    wide = make(GREY[name], torch.float64)
+    expected = reference.conv_forward(wide.network, wide.params, wide.x)
+    out = metafast.conv_forward(problem.network, problem.params, problem.x)
+    found = [out, *gradients([out], problem.params)]
+    assert_near([t.cpu() for t in found], [expected, *gradients([expected], wide.params)], dtype)
 
 
 def test_large_images(device: torch.device) -> None:

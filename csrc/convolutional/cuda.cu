@@ -4,6 +4,7 @@
 #include "convolutional/cuda_convolve.h"
 #include "convolutional/cuda_loss.h"
 #include "convolutional/cuda_permute.h"
+#include "convolutional/cuda_thin.h"
 #include "convolutional/cuda_weights.h"
 
 namespace metafast::cuda {
@@ -15,6 +16,7 @@ METAFAST_INSTANTIATE(Convolve)
 METAFAST_INSTANTIATE(ConvolveWeights)
 METAFAST_INSTANTIATE(BlockForward)
 METAFAST_INSTANTIATE(BlockBackward)
+METAFAST_INSTANTIATE(ThinMoments)
 METAFAST_INSTANTIATE(OutputGradient)
 METAFAST_INSTANTIATE(Permute)
 #undef METAFAST_INSTANTIATE

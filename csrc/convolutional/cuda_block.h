@@ -173,6 +173,7 @@ struct Affine {
   Channels<T> mean, rstd, gamma, beta;
   Channels<T> mean_tangent, scale_tangent, gamma_tangent, beta_tangent;
 
+  Affine() = default;
   // From BlockForward or BlockBackward. The statistics may not be there yet.
   template <class Params>
   __device__ __forceinline__ Affine(const Params& p, const Place<T>& at, bool knows_statistics = true) {
@@ -206,6 +207,23 @@ template <typename T>
 struct Duals {
   T value[kChannels<T>], tangent[kChannels<T>];
 };
+
+// The gradient of a result, from BlockBackward.
+template <bool kTangent, class Params, typename T>
+__device__ __forceinline__ Duals<T> load_gradient(const Params& p, const Place<T>& at, int image, int y,
+                                                  int x) {
+  Duals<T> grad = {};
+  const Channels<T> value = load_vector<kChannels<T>>(p.grad.at(at.task, image, y, x) + at.channel);
+#pragma unroll
+  for (int e = 0; e < kChannels<T>; ++e) grad.value[e] = value.values[e];
+  if constexpr (kTangent) {
+    const Channels<T> tangent =
+        load_vector<kChannels<T>>(p.grad_tangent.at(at.task, image, y, x) + at.channel);
+#pragma unroll
+    for (int e = 0; e < kChannels<T>; ++e) grad.tangent[e] = tangent.values[e];
+  }
+  return grad;
+}
 
 // The activation of y, in its place. NaN stays.
 template <bool kTangent, typename T>

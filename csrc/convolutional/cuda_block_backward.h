@@ -6,6 +6,7 @@
 #pragma once
 
 #include "convolutional/cuda_block.h"
+#include "convolutional/cuda_thin.h"
 
 namespace metafast::cuda {
 namespace {
@@ -67,18 +68,7 @@ class Reaching {
     int number[kChannels<T>] = {};
 
     __device__ __forceinline__ void load(const Reaching& reaching, int image, int out_y, int out_x) {
-      const BlockBackward<T>& p = reaching.p_;
-      const Place<T>& at = reaching.at_;
-      const Channels<T> value =
-          load_vector<kChannels<T>>(p.grad.at(at.task, image, out_y, out_x) + at.channel);
-#pragma unroll
-      for (int e = 0; e < kChannels<T>; ++e) grad.value[e] = value.values[e];
-      if constexpr (kTangent) {
-        const Channels<T> tangent =
-            load_vector<kChannels<T>>(p.grad_tangent.at(at.task, image, out_y, out_x) + at.channel);
-#pragma unroll
-        for (int e = 0; e < kChannels<T>; ++e) grad.tangent[e] = tangent.values[e];
-      }
+      grad = load_gradient<kTangent>(reaching.p_, reaching.at_, image, out_y, out_x);
     }
     // Through what stands between a pixel and the window's result. to_see(look) shows the window's pixels.
     template <class ToSee>
@@ -287,7 +277,9 @@ __global__ void __launch_bounds__(kMapThreads, 3)
         tangent[e] = factor * inner + gamma * rstd * inner_tangent;
       }
     }
-    store_channels(p.grad_z.at(at.task, image, y, x) + at.channel, value);
+    if (!kTangent || p.grad_z.data != nullptr) {
+      store_channels(p.grad_z.at(at.task, image, y, x) + at.channel, value);
+    }
     if constexpr (kTangent) {
       store_channels(p.grad_z_tangent.at(at.task, image, y, x) + at.channel, tangent);
     }
@@ -314,7 +306,8 @@ void launch_backward(BlockBackward<T> p, Stream stream) {
 
 template <typename T>
 void launch(const BlockBackward<T>& p, Stream stream) {
-  if (p.z_tangent.data != nullptr) return launch_backward<true>(p, stream);
+  if (p.thin.z != nullptr) return p.tangent() ? launch_thin<true>(p, stream) : launch_thin<false>(p, stream);
+  if (p.tangent()) return launch_backward<true>(p, stream);
   launch_backward<false>(p, stream);
 }
 

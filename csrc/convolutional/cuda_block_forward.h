@@ -3,6 +3,7 @@
 #pragma once
 
 #include "convolutional/cuda_block.h"
+#include "convolutional/cuda_thin.h"
 
 namespace metafast::cuda {
 namespace {
@@ -241,7 +242,8 @@ void launch_forward(BlockForward<T> p, Stream stream) {
 
 template <typename T>
 void launch(const BlockForward<T>& p, Stream stream) {
-  if (p.z_tangent.data != nullptr) return launch_forward<true>(p, stream);
+  if (p.thin.z != nullptr) return p.tangent() ? launch_thin<true>(p, stream) : launch_thin<false>(p, stream);
+  if (p.tangent()) return launch_forward<true>(p, stream);
   launch_forward<false>(p, stream);
 }
 

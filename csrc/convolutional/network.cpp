@@ -11,6 +11,17 @@ int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   return (size + 2 * padding - kernel) / stride + 1;
 }
 
+// Whether z of the first block is not kept (ThinInput in params.h).
+bool is_thin(const NetworkBlock& b, bool on_cuda) {
+  const BlockShape& s = b.shape;
+  if (b.linear) return false;
+  if (!on_cuda) return b.kernel_y * b.kernel_x * b.channels <= kFewTerms;
+  const auto are = [](int64_t wanted, auto... sizes) { return ((sizes == wanted) && ...); };
+  return are(1, b.channels, b.stride_y, b.stride_x) && are(3, b.kernel_y, b.kernel_x) && s.norm &&
+         s.pool == Pool::max && are(2, s.pool_height, s.pool_width, s.pool_stride_y, s.pool_stride_x) &&
+         are(0, s.pool_padding_y, s.pool_padding_x);
+}
+
 }  // namespace
 
 Network::Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorList params, const Tensor& x) {
@@ -94,8 +105,7 @@ Network::Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorLi
     width = block.out_width;
     blocks_.push_back(block);
   }
-  const NetworkBlock& first = blocks_[0];
-  thin_ = !runs_cuda(x) && !first.linear && first.kernel_y * first.kernel_x * first.channels <= kFewTerms;
+  thin_ = is_thin(blocks_[0], runs_cuda(x));
   TORCH_CHECK_VALUE(height == 1 && width == 1,
                     "network: expected a linear layer as its last block, got maps of ", height, " x ", width);
   TORCH_CHECK_VALUE(shapes_.size() == params.size(), "params: expected ", shapes_.size(), " tensors, got ",

@@ -134,11 +134,22 @@ struct ConvolveWeights {
 // Of a sum: those take less time than a vector from memory.
 constexpr int64_t kFewTerms = 36;
 
-// On the CPU, where the input of the first block has few channels, z is not kept: it is found again, an image
+// Where the input of the first block has few channels, z is not kept: it is found again, an image or a window
 // at a time, whenever it is read, in less time than memory would take. Null: z is where the maps say.
 template <typename T>
 struct ThinInput {
   const Convolve<T>*z, *z_tangent;
+  const double* moments;  // of the input, on CUDA: as ThinMoments has them
+};
+
+// On CUDA, for places of 3 x 3 of one channel: the sums over the pixels of z, in kParts parts, of the number
+// x_k that place k meets and, behind them, of the products x_k x_j, j <= k, by k.
+template <typename T>
+struct ThinMoments {
+  static constexpr int kTaps = 9, kSums = kTaps + kTaps * (kTaps + 1) / 2, kParts = 4;
+  Maps<const T> source;  // as in Convolve
+  int64_t tasks, images, height, width;
+  double* moments;  // [T, kParts, kSums]
 };
 
 enum class MapActivation { none, relu, tanh };
@@ -163,7 +174,9 @@ struct BlockShape {
     constexpr int64_t kMostParts = 32, kLeastPixels = 64;
     return few(kMostParts, pixels() / kLeastPixels);
   }
-  int64_t workspace_size() const { return norm ? tasks * parts() * kStatistics * pitch : 0; }
+  int64_t workspace_size(int64_t statistics = kStatistics) const {
+    return norm ? tasks * parts() * statistics * pitch : 0;
+  }
 };
 
 // A block's result, with its statistics. With a tangent (tangent() says) that of the result as well, and
@@ -181,9 +194,10 @@ struct BlockForward {
   T *mean, *rstd, *var;
   T *mean_tangent, *scale_tangent;
   Maps<T> out, out_tangent;  // the border is not touched; out is not written where there is a tangent
-  T* workspace = nullptr;    // on CUDA: shape.workspace_size() elements
+  T* workspace = nullptr;    // on CUDA: workspace_size() elements
   ThinInput<T> thin = {};
 
+  int64_t workspace_size() const { return thin.z ? 0 : shape.workspace_size(); }
   bool tangent() const { return z_tangent.data != nullptr || thin.z_tangent != nullptr; }
   // On the CPU a work item is a block of a task's channels.
   int64_t items() const { return shape.tasks * shape.blocks(); }
@@ -205,13 +219,17 @@ struct BlockBackward {
   Maps<T> grad_z, grad_z_tangent;    // the border is not touched
   T *grad_gamma, *grad_beta;         // [T, pitch], tasks `grad_task` apart, or null
   int64_t grad_task;
-  T* workspace = nullptr;  // on CUDA: shape.workspace_size() elements
+  T* workspace = nullptr;  // on CUDA: workspace_size() elements
   ThinInput<T> thin = {};
   // With a thin input: its gradient, or its tangent, goes to the weights' at once. grad_z and grad_z_tangent
-  // may then be absent.
+  // may then be absent; on CUDA grad_z may be wherever there is a tangent.
   const ConvolveWeights<T>* weights = nullptr;
 
   bool tangent() const { return z_tangent.data != nullptr || thin.z_tangent != nullptr; }
+  int64_t workspace_size() const {
+    constexpr int64_t kThin = 2 + ThinMoments<T>::kTaps;  // and as many of tangents
+    return thin.z ? shape.workspace_size(tangent() ? 2 * kThin : kThin) : shape.workspace_size();
+  }
   int64_t items() const { return shape.tasks * shape.blocks(); }
   int64_t item_cost() const {
     return shape.pixels() * kChannelBlock * (tangent() ? 6 : 3) * (thin.z ? thin.z->terms() : 1);
@@ -255,6 +273,7 @@ METAFAST_DECLARE_KERNEL(Convolve)
 METAFAST_DECLARE_KERNEL(ConvolveWeights)
 METAFAST_DECLARE_KERNEL(BlockForward)
 METAFAST_DECLARE_KERNEL(BlockBackward)
+METAFAST_DECLARE_KERNEL(ThinMoments)
 METAFAST_DECLARE_KERNEL(OutputGradient)
 METAFAST_DECLARE_KERNEL(Permute)
 

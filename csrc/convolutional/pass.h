@@ -272,7 +272,7 @@ class Pass {
       set_affine(p, b, theta);
       p.out = to[i].out;
       if (network_.thin(i)) {
-        p.thin.z = &z;
+        p.thin = thin_input(&z, nullptr);
       } else {
         launch(z);
       }
@@ -290,8 +290,13 @@ class Pass {
       p.grad = as_const(g.out);
       p.grad_z = g.z;
       set_gradients(p, b, grad);
-      const Convolve<T> z = convolution(b, input(i, of), theta, of[i].z);
-      if (network_.thin(i)) p.thin.z = &z;
+      Convolve<T> z = convolution(b, input(i, of), theta, of[i].z);
+      Tensor found;
+      if (finds_z(i, grad_x)) {
+        p.thin = thin_input(&z, nullptr);
+      } else if (network_.thin(i)) {
+        p.z = found_again(z, found);
+      }
       ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(g.z), grad);
       launch_with_weights(p, weights);
       const Maps<T>* const to = i > 0 ? &gradients.blocks[i - 1].out : grad_x;
@@ -318,7 +323,7 @@ class Pass {
       p.out_tangent = to.blocks[i].out;
       const Convolve<T> z = convolution(b, input(i, of), theta, of[i].z);
       if (network_.thin(i)) {
-        p.thin = {&z, &tangent};
+        p.thin = thin_input(&z, &tangent);
       } else {
         launch(tangent);
       }
@@ -339,12 +344,19 @@ class Pass {
       set_tangents(p, b, direction, tangents.blocks[i]);
       p.grad = as_const(g.out);
       p.grad_tangent = as_const(t.out);
-      p.grad_z = g.z;
+      // The first block's is for that of images alone.
+      if (i > 0 || grad_x != nullptr || !runs_cuda(like_)) p.grad_z = g.z;
       p.grad_z_tangent = t.z;
       set_gradients(p, b, product);
-      const Convolve<T> z = convolution(b, input(i, of), theta, of[i].z),
-                        tangent = convolution(b, input(i, of), direction, tangents.blocks[i].z);
-      if (network_.thin(i)) p.thin = {&z, &tangent};
+      Convolve<T> z = convolution(b, input(i, of), theta, of[i].z),
+                  tangent = convolution(b, input(i, of), direction, tangents.blocks[i].z);
+      Tensor found, found_tangent;
+      if (finds_z(i, grad_x)) {
+        p.thin = thin_input(&z, &tangent);
+      } else if (network_.thin(i)) {
+        p.z = found_again(z, found);
+        p.z_tangent = found_again(tangent, found_tangent);
+      }
       ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(t.z), product);
       if (i > 0) {
         weights.factors[1] = {under_kernel(layer(b), as_const(tangents.blocks[i - 1].out)), as_const(g.z)};
@@ -371,10 +383,37 @@ class Pass {
   const Tensor& like_;
   const int64_t tasks_, images_;
   const Maps<const T> x_;
+  mutable Tensor moments_;  // of a thin input, on CUDA
 
   const std::vector<NetworkBlock>& blocks() const { return network_.blocks(); }
   Maps<const T> input(size_t i, const Activations<T>& of) const {
     return i > 0 ? as_const(of[i - 1].out) : x_;
+  }
+
+  // Whether the backward of block i is of a thin input. On CUDA it gives no gradient of images.
+  bool finds_z(size_t i, const Maps<T>* grad_x) const {
+    return network_.thin(i) && !(runs_cuda(like_) && grad_x != nullptr);
+  }
+  ThinInput<T> thin_input(const Convolve<T>* z, const Convolve<T>* tangent) const {
+#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
+    if (runs_cuda(like_) && !moments_.defined()) {
+      using Moments = ThinMoments<T>;
+      moments_ = empty({tasks_, Moments::kParts, Moments::kSums},
+                       like_.options().dtype(at::kDouble).requires_grad(false));
+      run_kernel(Moments{z->factors[0].source, tasks_, images_, z->height, z->width,
+                         moments_.mutable_data_ptr<double>()},
+                 like_);
+    }
+#endif
+    return {z, tangent, moments_.defined() ? moments_.const_data_ptr<double>() : nullptr};
+  }
+  // z of a thin input, or its tangent, written down in memory of its own.
+  Maps<const T> found_again(Convolve<T>& z, Tensor& memory) const {
+    z.out = in_memory<T>(memory, like_.options(), [&](Workspace<T>& space) {
+      return space.take_maps(tasks_, images_, z.height, z.width, z.pitch, {});
+    });
+    launch(z);
+    return as_const(z.out);
   }
 
   // Whether float32 on CUDA may round to TF32 in convolutions, as torch's switch for them says.
@@ -391,8 +430,8 @@ class Pass {
     p.wanted_items = at::get_num_threads() > 1 ? 4 * at::get_num_threads() : 1;
     launch_with(p, p.workspace_size());
   }
-  void launch(BlockForward<T>& p) const { launch_with(p, p.shape.workspace_size()); }
-  void launch(BlockBackward<T>& p) const { launch_with(p, p.shape.workspace_size()); }
+  void launch(BlockForward<T>& p) const { launch_with(p, p.workspace_size()); }
+  void launch(BlockBackward<T>& p) const { launch_with(p, p.workspace_size()); }
   // A block's gradient, and that of its weights from it.
   void launch_with_weights(BlockBackward<T>& p, ConvolveWeights<T>& weights) const {
     if (p.thin.z != nullptr && p.grad_z.data == nullptr) {

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 _NUMBERS = 17  # of a block: see csrc/library.cpp
-_FEW_TERMS = 36  # see csrc/convolutional/network.cpp
+_FEW_TERMS = 36
 
 
 @dataclass(frozen=True)
 class Block:
     width: int  # channels of the result
     norm: bool
-    thin: bool  # whether what the convolution gives is not kept: of few terms, on a CPU, of the first block
+    thin: bool  # whether what the convolution gives is not kept: of the first block, in few terms
     packed: int  # elements of its parameters
     padding: tuple[int, int]  # around its input
     convolved: tuple[int, int]  # height and width of what the convolution gives
@@ -37,12 +37,21 @@ def blocks_of(network: Sequence[int], params: Sequence[Tensor], x: Tensor) -> li
         if pool[0]:
             window = pool_kernel if pool_kernel[0] else convolved
             size = _after(convolved, window, numbers[12:14], numbers[14:16])
-        terms = kernel[0] * kernel[1] * x.shape[2]
-        thin = start == 0 and not linear and x.device.type == "cpu" and terms <= _FEW_TERMS
+        thin = start == 0 and _is_thin(numbers, x)
         packed = (inputs + vectors) * _pitch(width)
         blocks.append(Block(width, numbers[7] > 0, thin, packed, tuple(padding), convolved, size))
         first += 1 + vectors
     return blocks
+
+
+def _is_thin(numbers: Sequence[int], x: Tensor) -> bool:
+    """See csrc/convolutional/network.cpp."""
+    kernel, stride, norm, pooling = numbers[:2], numbers[2:4], numbers[7], numbers[9:16]
+    if x.device.type == "cpu":
+        return 0 < kernel[0] * kernel[1] * x.shape[2] <= _FEW_TERMS
+    largest_of_squares = [1, 2, 2, 2, 2, 0, 0]
+    grey = x.shape[2] == 1 and list(kernel) == [3, 3] and list(stride) == [1, 1]
+    return grey and norm > 0 and list(pooling) == largest_of_squares
 
 
 def activations(blocks: Sequence[Block], tasks: int, images: int) -> int:
