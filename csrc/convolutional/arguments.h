@@ -95,8 +95,19 @@ class PackedInput {
   }
 };
 
+// The sum of the rows, in an order that depends on their number alone: [R, n] -> [n].
+template <typename T>
+Tensor sum_rows(const Tensor& rows) {
+  const Tensor dense = rows.contiguous(), out = empty({rows.size(1)}, rows.options());
+  if (out.numel() == 0) return out;
+  SumPartials<T> p{dense.const_data_ptr<T>(), out.mutable_data_ptr<T>(), 1, rows.size(0), rows.size(1)};
+  run_kernel(p, out);
+  return out;
+}
+
 // Results of the parameters' shapes: [T, ...], which store() writes from packed vectors of some tasks, or
-// without T their sum over tasks, to which add() adds a group's, in the tasks' order.
+// without T their sum over tasks, to which add() adds a group's, in an order that no number of threads
+// changes.
 template <typename T>
 class PackedOutput {
  public:
@@ -115,7 +126,11 @@ class PackedOutput {
   }
   void add(const Tensor& packed) const {
     if (!sum_.defined()) return;
-    for (int64_t i = 0; i < packed.size(0); ++i) sum_.add_(packed[i]);
+    if (runs_cuda(packed)) {  // where what a group is follows from the sizes alone
+      sum_.add_(sum_rows<T>(packed));
+    } else {
+      for (int64_t i = 0; i < packed.size(0); ++i) sum_.add_(packed[i]);
+    }
   }
 
   // Where there is nothing to store.
@@ -175,18 +190,6 @@ void store_images(const Network& network, const Tensor& like, const Maps<T>& map
   const int64_t C = b.channels, H = b.height, W = b.width, image = C * H * W;
   permute<T>(like, maps.data, out, {tasks, images, C, H, W}, {maps.task, maps.image, 1, maps.row, maps.pixel},
              {images * image, image, H * W, W, 1});
-}
-
-// ---- sums ----
-
-// The sum of the rows, in an order that depends on their number alone: [R, n] -> [n].
-template <typename T>
-Tensor sum_rows(const Tensor& rows) {
-  const Tensor dense = rows.contiguous(), out = empty({rows.size(1)}, rows.options());
-  if (out.numel() == 0) return out;
-  SumPartials<T> p{dense.const_data_ptr<T>(), out.mutable_data_ptr<T>(), 1, rows.size(0), rows.size(1)};
-  run_kernel(p, out);
-  return out;
 }
 
 // ---- arguments ----

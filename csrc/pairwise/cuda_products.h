@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(kMeanThreads) row_factors(ProductFactors<T> p)
   RowShared<T>& shared = shared_memory<RowShared<T>>();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t first = block_index() * kWarpSize, j = first + lane, own = first + warp;
-  constexpr int kUnroll = M::kCosine && sizeof(T) == sizeof(double) ? 1 : 4;  // as registers allow
+  [[maybe_unused]] constexpr int kUnroll =
+      M::kCosine && sizeof(T) == sizeof(double) ? 1 : 4;  // as registers allow
   T of_y = 0;
   for (int64_t start = 0; start < p.queries; start += kBatch) {
     const int count = static_cast<int>(min(p.queries - start, static_cast<int64_t>(kBatch)));
