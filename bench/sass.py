@@ -146,11 +146,14 @@ def _opcode(line: str) -> str:
     return re.sub(r"^@!?U?P\w+ +", "", line).split()[0]
 
 
-def table(cubin: Path, registers: dict[str, int], least: int, only: str) -> list[str]:
+def table(
+    cubin: Path, registers: dict[str, int], least: int, only: str, without: str | None = None
+) -> list[str]:
     lines = []
     for kernel in sorted(kernels(cubin), key=lambda kernel: kernel.name):
         loops = [loop for loop in kernel.loops if loop.arithmetic >= least]
-        if only not in kernel.name or not loops:
+        excluded = without is not None and without in kernel.name
+        if only not in kernel.name or excluded or not loops:
             continue
         lines.append(f"{kernel.name}: {registers[kernel.name]} registers")
         for loop in sorted(loops, key=lambda loop: -loop.arithmetic):
@@ -164,6 +167,7 @@ def table(cubin: Path, registers: dict[str, int], least: int, only: str) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels whose name holds TEXT")
+    parser.add_argument("--without", metavar="TEXT", help="no kernels whose name holds TEXT")
     parser.add_argument("--family", default="*", help="the folder of csrc; default: all")
     parser.add_argument("--architecture", type=int, default=ARCHITECTURE, help="default: %(default)s")
     parser.add_argument(
@@ -180,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "csrc").glob(f"{args.family}/cuda.cu")):
             compiled = compile_cubin(source, Path(folder), args.architecture)
-            lines = table(*compiled, args.least, args.only)
+            lines = table(*compiled, args.least, args.only, args.without)
             print(*([f"\n{source.relative_to(ROOT)}", *lines] if lines else []), sep="\n")
 
 
