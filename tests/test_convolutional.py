@@ -85,7 +85,7 @@ GREY = {
         (ConvBlock(3, bias=False, norm=True, affine=False, **POOL), LINEAR), (70, 3), (1, 8, 9), momentum=0.5
     ),
     "first order": Case(SHORT, image=(1, 6, 5), first_order=True),
-    "zeros": Case(SHORT, image=(1, 6, 5), images="empty"),
+    "zeros": Case(SHORT, image=(1, 6, 5), images="half"),
     "wide padding": Case((ConvBlock(3, padding=2, **NORMED, **POOL), LINEAR), (5, 3), (1, 6, 6)),
 }
 
