@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from record_ops import RecordOps
 from torch import Tensor, nn
 
 from metafast.data import Episodes
@@ -55,7 +54,7 @@ def forward(
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
             if statistics is not None:
                 mean, var = statistics[len(seen)]
-            seen.append((x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3))))
+            seen.append((mean, var))
             x = (x - mean[:, None, None]) / (var[:, None, None] + layer.eps).sqrt()
             x = x * own["weight"][:, None, None] + own["bias"][:, None, None]
         elif isinstance(layer, nn.Conv2d):
@@ -240,16 +239,6 @@ def test_queries_see_each_other_through_batch_norm_only_where_asked(
         assert torch.allclose(method.predict(alone, steps), together, rtol=1e-9) != transductive
 
 
-def test_queries_that_do_not_see_each_other_are_fused() -> None:
-    drawn = episodes()
-    method = MAML(network(), loss="cross_entropy", lr=LR, steps=1, transductive=False)
-    with RecordOps() as record:
-        method.loss(drawn).backward()
-    assert {str(op).partition(".")[2] for op in record.calls} >= {
-        f"{op}.default" for op in ("conv_inner_sgd", "conv_inner_sgd_backward", "conv_forward_backward")
-    }
-
-
 def test_a_class_that_a_task_does_not_have_is_not_predicted() -> None:
     drawn = episodes()
     drawn = Episodes(*list(vars(drawn).values())[:4], ways=torch.tensor([2, 3]))
@@ -292,8 +281,6 @@ def test_regression_by_a_network_that_is_no_mlp() -> None:
 
 def test_arguments_that_do_not_fit_the_network_are_named() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten())
-    with pytest.raises(ValueError, match=r"transductive: expected True .* layer '1' \(BatchNorm2d\)"):
-        MAML(net, loss="cross_entropy", lr=LR, steps=1, transductive=False)
     with pytest.raises(ValueError, match=r"path: expected one of fused, torch\.func, loop, got 'vmap'"):
         MAML(net, loss="cross_entropy", lr=LR, steps=1, path="vmap")
     with pytest.raises(TypeError, match="transductive: expected bool, got str"):

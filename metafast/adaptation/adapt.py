@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from metafast.adaptation import fused, transforms
 from metafast.adaptation.errors import blamed
@@ -35,6 +36,10 @@ class Adapted:
     mode, training or evaluation, that the module is in at the call. Gradients pass through the call and
     through the adaptation. A call keeps nothing: buffers that it changes (the running statistics of batch
     norm) are changed in a copy.
+
+    With ``statistics_of`` [T, S, ...], other examples, batch norm in training goes by the statistics of
+    those under the task's parameters, so that each of x is computed by itself (not transductive). Gradients
+    pass through the statistics. Such a call is not fused.
 
     It can be pickled, with the module and without the graph; and where it was made without a graph, under
     `torch.no_grad`, copied by `copy.deepcopy`, as torch has it with all tensors.
@@ -60,12 +65,19 @@ class Adapted:
         """By their names, each [T, ...]; empty where the fused path runs an MLP."""
         return self._states.stacked()[1]
 
-    def __call__(self, x: Examples) -> Any:
+    def __call__(self, x: Examples, *, statistics_of: Tensor | None = None) -> Any:
         check_examples("x", x, "T, Q", T=self.tasks)
+        if statistics_of is not None:
+            together, first = self._behind(statistics_of, x)
+            return tree_map(lambda leaf: leaf[:, first[0] :], self._call(together, first))
         if (known := self._network(x)) is not None:
             return fused.call(known, self._states.stacked(), x)
+        return self._call(x)
+
+    def _call(self, x: Examples, by_first: tuple[int, int] | None = None) -> Any:
+        """On a general path."""
         _refuse_no_tasks(self.tasks)
-        task = Task(self.module, InnerLoop(), self._states)
+        task = Task(self.module, InnerLoop(), self._states, by_first)
         return blamed(
             "torch.func" if self.path == "fused" else self.path,
             task,
@@ -73,6 +85,19 @@ class Adapted:
             lambda: GENERAL.get(self.path, transforms).call(task, self._states, x),
             lambda: task.call(*self._states.each()[0], at(x, 0)),
         )
+
+    def _behind(self, first: Tensor, x: Examples) -> tuple[Tensor, tuple[int, int]]:
+        """x behind other examples, how many these are, and of how many."""
+        check_examples("statistics_of", first, "T, S", T=self.tasks)
+        if not isinstance(first, Tensor) or not isinstance(x, Tensor):
+            kinds = f"{type(first).__name__} beside {type(x).__name__}"
+            raise TypeError(f"statistics_of: expected a tensor beside a tensor x, got {kinds}")
+        if first.shape[2:] != x.shape[2:] or first.dtype != x.dtype:
+            expected = f"{list(x.shape[2:])} of {x.dtype} as in x"
+            raise ValueError(
+                f"statistics_of: expected examples {expected}, got {list(first.shape[2:])} of {first.dtype}"
+            )
+        return torch.cat([first, x], 1), (first.shape[1], first.shape[1] + x.shape[1])
 
     def _network(self, x: Examples) -> Mlp | ConvNet | None:
         """The module as the kernels know it, as it is at this call."""

@@ -26,11 +26,14 @@ class Exact(TorchFunctionMode):
     """Within it modules run in functions that are right to any order, in any transform.
 
     Functions that are given a stray tensor, by its id, raise: a module's parameter where a task's should be.
+
+    With ``by_first`` (n, of m), batch norm of m examples goes by the statistics of the first n.
     """
 
-    def __init__(self, strays: Mapping[int, str]) -> None:
+    def __init__(self, strays: Mapping[int, str], by_first: tuple[int, int] | None) -> None:
         super().__init__()
         self._strays = strays
+        self._by_first = by_first
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -42,6 +45,15 @@ class Exact(TorchFunctionMode):
                         f"module: expected that it uses {self._strays[id(arg)]} by its name alone; its "
                         "forward got the parameter from an object that is no part of the module"
                     )
+        if self._by_first is not None and func is F.batch_norm:
+            first, of = self._by_first
+            rows, rest = divmod(len(args[0]), of)  # of an example, where a module normalises its parts
+            if rest:
+                raise ValueError(
+                    "statistics_of: expected a module whose batch norm has as many rows of each example, got "
+                    f"{len(args[0])} rows of {of} examples"
+                )
+            return norms.batch_norm(*args, **(kwargs or {}), by_first=first * rows)
         return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 

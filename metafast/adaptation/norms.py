@@ -26,13 +26,18 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    by_first: int | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm`."""
+    """`torch.nn.functional.batch_norm`; in training by the statistics of x, or of its first rows, which do
+    not enter the running ones."""
     channels = [1, -1, *[1] * (x.dim() - 2)]
     if not training:
         return _by_running(x, running_mean, running_var, weight, bias, eps, channels)
     over = [0, *range(2, x.dim())]
-    _refuse_one_value(x, over)
+    _refuse_one_value(x[:by_first], over)
+    if by_first is not None:
+        return _elementary(x, over, eps, weight, bias, channels, (None, None, 0.0), by_first)
     if _has_kernel(x, weight, running_mean):
         return _Normed.apply(_Batch(eps, running_mean, running_var, momentum), x, weight, bias)[0]
     return _elementary(x, over, eps, weight, bias, channels, (running_mean, running_var, momentum))
@@ -105,11 +110,13 @@ def _elementary(
     bias: Tensor | None,
     shape: Sequence[int],
     running: tuple[Tensor | None, Tensor | None, float],
+    by_first: int | None = None,
 ) -> Tensor:
-    """x by its own mean and variance over some dimensions; weight and bias as of this shape."""
-    mean = x.mean(over, keepdim=True)
+    """x by the mean and variance over some dimensions, perhaps of its first rows; weight and bias as of this
+    shape."""
+    mean = x[:by_first].mean(over, keepdim=True)
     centred = x - mean
-    var = centred.square().mean(over, keepdim=True)
+    var = centred[:by_first].square().mean(over, keepdim=True)
     running_mean, running_var, momentum = running
     if running_mean is not None:
         count = x.numel() // max(mean.numel(), 1)

@@ -22,11 +22,21 @@ Result = TypeVar("Result")
 
 
 class Task:
-    """What all tasks of a call of `adapt` do alike. Shapes are one task's."""
+    """What all tasks of a call of `adapt` do alike. Shapes are one task's.
 
-    def __init__(self, module: nn.Module, inner: InnerLoop, states: States) -> None:
+    With ``by_first`` (n, of m), batch norm of m examples goes by the statistics of the first n.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inner: InnerLoop,
+        states: States,
+        by_first: tuple[int, int] | None = None,
+    ) -> None:
         self.scratch = Scratch(module)
         self.inner = inner
+        self._by_first = by_first
         self._shared: Tensors = {}  # parameters that do not adapt, and have a gradient
         if inner.checkpoint_steps:
             adapting = set(states.names)
@@ -42,7 +52,10 @@ class Task:
     def call(self, params: Tensors, buffers: Tensors, x: Examples) -> tuple[Any, Tensors]:
         """The output of the module, and the buffers that it leaves."""
         buffers = {name: buffer.clone() for name, buffer in buffers.items()}  # batch norm writes into them
-        with Exact(self._strays), nullcontext() if self._called else checked(self.scratch.module, x):
+        with (
+            Exact(self._strays, self._by_first),
+            nullcontext() if self._called else checked(self.scratch.module, x),
+        ):
             out = self.scratch.call({**params, **buffers}, x)
         self._called = True
         return out, self.scratch.buffers(buffers)

@@ -6,7 +6,7 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,7 @@ from metafast._dispatch.arguments import blame, check_choice, check_count, check
 from metafast.adaptation.adapt import Adapted, adapt
 from metafast.adaptation.inner_loop import layers_of
 from metafast.adaptation.path import PATHS
-from metafast.adaptation.scratch import called, structural_copy
-from metafast.adaptation.states import States
+from metafast.adaptation.scratch import structural_copy
 from metafast.adaptation.structure import ConvNet, Mlp, recognise
 from metafast.data import Episodes, Problem
 from metafast.ops.inner_loop import inner_sgd, maml_loss, task_linear
@@ -113,7 +112,7 @@ class AnyNetworkSettings(AdaptationSettings):
                 problem.input_shape,
                 self.channels,
                 others=("mlp",),
-                track_running_stats=not self.transductive,
+                track_running_stats=False,
             )
             network = nn.Sequential(backbone, nn.Linear(features, problem.outputs))
             network = network if problem.regression else _impartial(network)
@@ -135,8 +134,8 @@ class Adaptation(Method):
     inner loop, and for the queries by those of the task's queries together. What is predicted for a query
     then depends on the other queries (transductive, as in the code of Finn et al.). With
     ``transductive=False`` the queries are normalised by the mean and variance of their task's support under
-    the adapted weights, constants in the meta-gradient, so that each is predicted by itself; that costs one
-    more pass over the support. The running statistics of the network itself are not used.
+    the adapted weights, so that each is predicted by itself; that costs one more pass over the support. The
+    running statistics of the network itself are not used.
 
     Args:
         network: [..., D] -> [..., O], all of whose parameters that require grad adapt.
@@ -149,8 +148,8 @@ class Adaptation(Method):
             on examples as they are.
 
     Raises:
-        ValueError: ``network`` has no parameter that adapts, ``loss`` or ``path`` is another, a number is
-            negative, or ``transductive=False`` and a batch norm is without running statistics.
+        ValueError: ``network`` has no parameter that adapts, ``loss`` or ``path`` is another, or a number is
+            negative.
         TypeError: an argument is of another type.
     """
 
@@ -185,12 +184,6 @@ class Adaptation(Method):
             names = [name for name, param in network.named_parameters() if param.requires_grad]
         if not names:
             raise ValueError("network: expected a parameter that requires grad, got none")
-        for name, norm in _norms(network).items():
-            if not transductive and norm.running_mean is None:
-                raise ValueError(
-                    "transductive: expected True where batch norm keeps no running statistics, which "
-                    f"{called(name, norm)} does not, got False"
-                )
         self._named = operator.attrgetter(*names)  # at each use: a module may be given other weights
         self._names = names
         self.activation = known.activation if self.fused else None
@@ -305,24 +298,18 @@ class Adaptation(Method):
         """What any module gives for the queries after ``steps`` steps on the support: [T, Q, O]."""
         examples = episodes.support, episodes.support_labels
         adapted = self._adapted(*examples, steps, first_order=first_order)
-        if not self.transductive and _norms(self.network):
-            with torch.no_grad():  # a step that goes nowhere, for what batch norm sees of the support on it
-                seen = adapt(adapted, *examples, loss=self.loss_name, lr=0.0, steps=1, path=self.path)
-            states = States(adapted.tasks, (adapted.params, seen.buffers))
-            adapted = replace(adapted, _states=states)
-            for norm in _norms(adapted.module).values():  # of the double
-                norm.eval()
-        return adapted(episodes.query)
+        if self.transductive or not _norms(self.network):
+            return adapted(episodes.query)
+        return adapted(episodes.query, statistics_of=episodes.support)
 
     def _by_batch(self) -> nn.Module:
         """The network, or a double, with batch norm by the statistics of the batch, in whichever mode the
         network is itself."""
-        if self.transductive and all(norm.training for norm in _norms(self.network).values()):
+        if all(norm.training or norm.running_mean is None for norm in _norms(self.network)):
             return self.network
         double = structural_copy(self.network)
-        for norm in _norms(double).values():
+        for norm in _norms(double):
             norm.train()
-            norm.momentum = 1.0  # the running statistics are those of the last batch alone
         return double
 
     @abstractmethod
@@ -350,8 +337,8 @@ def _is_flat(known: Mlp | ConvNet | str) -> bool:
     return isinstance(known, Mlp) and all(type(layer) is nn.Flatten for layer in known.body)
 
 
-def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
-    return {name: part for name, part in network.named_modules() if isinstance(part, _BatchNorm)}
+def _norms(network: nn.Module) -> list[_BatchNorm]:
+    return [part for part in network.modules() if isinstance(part, _BatchNorm)]
 
 
 def _impartial(network: nn.Sequential) -> nn.Sequential:

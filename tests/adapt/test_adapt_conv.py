@@ -289,6 +289,48 @@ def test_evaluation_by_running_statistics_is_fused(name: str) -> None:
     close(*found)
 
 
+@pytest.mark.parametrize("path", ["fused", "torch.func", "loop"])
+def test_statistics_of_other_examples(path: str) -> None:
+    """Each query by itself, by hand; gradients pass through the statistics."""
+    module, (x, y, query_x, query_y) = make("three blocks")
+    adapted = metafast.adapt(module, x, y, loss="cross_entropy", lr=0.1, steps=1, path=path)
+    before = {name: buffer.clone() for name, buffer in adapted.buffers.items()}
+    out = adapted(query_x, statistics_of=x)
+    close(adapted(query_x[:, :1], statistics_of=x), out[:, :1])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in adapted.buffers.items())
+    outputs = []
+    again = metafast.adapt(module, x, y, loss="cross_entropy", lr=0.1, steps=1, path="loop").params
+    for task in range(TASKS):
+        seen, maps = x[task], query_x[task]
+        theta = {name: param[task] for name, param in again.items()}
+        for name in ("0.0", "1.0", "2"):
+            conv, norm = (f"{name}.weight", f"{name}.bias"), name[:-1] + str(int(name[-1]) + 1)
+            seen, maps = (F.conv2d(z, *(theta[part] for part in conv), padding=1) for z in (seen, maps))
+            mean, var = seen.mean((0, 2, 3)), seen.var((0, 2, 3), correction=0)
+            scale = theta[f"{norm}.weight"] / (var + 1e-5).sqrt()
+            shift = theta[f"{norm}.bias"] - mean * scale
+            seen, maps = (
+                F.max_pool2d((z * scale[:, None, None] + shift[:, None, None]).relu(), 2)
+                for z in (seen, maps)
+            )
+        outputs.append(F.linear(maps.flatten(1), theta["7.weight"], theta["7.bias"]))
+    leaves = [*module.parameters(), x, query_x]
+    close(*(with_gradients(of, query_y, "cross_entropy", leaves) for of in (out, torch.stack(outputs))))
+
+
+def test_statistics_of_what_does_not_fit() -> None:
+    module, (x, y, query_x, _) = make("three blocks")
+    adapted = metafast.adapt(module, x, y, loss="cross_entropy", lr=0.1, steps=1)
+    with pytest.raises(ValueError, match=r"statistics_of: expected shape \[T, S, ...\] with T = 3, got \[2,"):
+        adapted(query_x, statistics_of=x[:2])
+    with pytest.raises(
+        ValueError, match=r"statistics_of: expected examples \[1, 13, 9\] of .* got \[1, 9, 9\]"
+    ):
+        adapted(query_x, statistics_of=x[..., :9, :])
+    with pytest.raises(TypeError, match="statistics_of: expected a tensor beside a tensor x, got list"):
+        adapted(query_x, statistics_of=[x])
+
+
 def test_one_value_per_channel_is_enough_to_evaluate() -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
     x, y = torch.randn(2, 4, 1, 3, 3), torch.tensor([0, 1, 2, 0]).expand(2, 4)
