@@ -30,7 +30,7 @@ class MAML(Adaptation):
     By the exact meta-gradient, through all steps.
 
     Args:
-        network, options: as :class:`Adaptation`'s.
+        network, loss, lr, steps, test_steps, transductive, path: as :class:`Adaptation`'s.
         learn_lr: learn the rate of every step and layer with the weights, ``lr`` at first (MAML++, Antoniou
             et al. 2019, section 4). ``steps`` is then at least 1, and steps beyond it take the rates of the
             last.
@@ -51,8 +51,27 @@ class MAML(Adaptation):
     backbone_on: ClassVar[Mapping[str, str]] = {"omniglot": "conv4-strided"}
     by_backbone: ClassVar[Recipes] = of_convolutions(learn_inner_lr=False)
 
-    def __init__(self, network: nn.Module, *, learn_lr: bool = False, **options: Any) -> None:
-        super().__init__(network, **options)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        loss: str,
+        lr: float,
+        steps: int,
+        test_steps: int | None = None,
+        transductive: bool = True,
+        path: str | None = None,
+        learn_lr: bool = False,
+    ) -> None:
+        super().__init__(
+            network,
+            loss=loss,
+            lr=lr,
+            steps=steps,
+            test_steps=test_steps,
+            transductive=transductive,
+            path=path,
+        )
         if learn_lr:
             if self.steps == 0:
                 raise ValueError("steps: expected at least 1, whose rates are learned, got 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from .method import Recipes, Reported
 class MetaSGD(Adaptation):
     """Meta-SGD (Li, Zhou, Chen, Li 2017): MAML that learns a learning rate for every weight.
 
-    The arguments are :class:`Adaptation`'s; ``lr`` is where the rates begin.
+    ``lr`` is where they begin.
     """
 
     paper = "Li, Zhou, Chen, Li 2017"
@@ -28,8 +28,26 @@ class MetaSGD(Adaptation):
     recipes: ClassVar[Recipes] = {"sine": SINE, "images": {**IMAGES, "inner_lr": 0.05, "inner_steps": 1}}
     by_backbone: ClassVar[Recipes] = of_convolutions(test_steps=1)
 
-    def __init__(self, network: nn.Module, **options: Any) -> None:
-        super().__init__(network, **options)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        loss: str,
+        lr: float,
+        steps: int,
+        test_steps: int | None = None,
+        transductive: bool = True,
+        path: str | None = None,
+    ) -> None:
+        super().__init__(
+            network,
+            loss=loss,
+            lr=lr,
+            steps=steps,
+            test_steps=test_steps,
+            transductive=transductive,
+            path=path,
+        )
         self.lr = nn.ParameterList([self.lr.expand_as(param).clone() for param in self.params])
 
     def rates(self, steps: int) -> list[Tensor]:

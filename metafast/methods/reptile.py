@@ -32,7 +32,7 @@ class Reptile(Adaptation):
     ``batch`` of them. The gradients of steps on different examples are what it learns to align (section 5.1).
 
     Args:
-        network, options: as :class:`Adaptation`'s.
+        network, loss, lr, steps, test_steps, transductive, path: as :class:`Adaptation`'s.
         batch: how many examples a step of training takes; it goes through all in random order, then through
             all again. Default: all at once.
     """
@@ -87,8 +87,27 @@ class Reptile(Adaptation):
         schedule="linear",
     )
 
-    def __init__(self, network: nn.Module, *, batch: int | None = None, **options: Any) -> None:
-        super().__init__(network, **options)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        loss: str,
+        lr: float,
+        steps: int,
+        test_steps: int | None = None,
+        transductive: bool = True,
+        path: str | None = None,
+        batch: int | None = None,
+    ) -> None:
+        super().__init__(
+            network,
+            loss=loss,
+            lr=lr,
+            steps=steps,
+            test_steps=test_steps,
+            transductive=transductive,
+            path=path,
+        )
         if batch is not None:
             check_count(1, batch=batch)
         self.batch = batch
