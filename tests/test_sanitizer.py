@@ -35,6 +35,7 @@ NAMES = (
     "inner_sgd[cross_entropy, shared]",
     "conv_inner_sgd[cross_entropy, shared]",
     "conv_forward[pooled]",
+    "task_conv2d",
     "sgd_update",
     "lstm_optimizer_step[2 layers]",
     "meta_lstm_unroll[1 layer]",

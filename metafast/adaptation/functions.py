@@ -30,7 +30,7 @@ class Exact(TorchFunctionMode):
     With ``by_first`` (n, of m), batch norm of m examples goes by the statistics of the first n.
     """
 
-    def __init__(self, strays: Mapping[int, str], by_first: tuple[int, int] | None) -> None:
+    def __init__(self, strays: Mapping[int, str], by_first: tuple[int, int] | None = None) -> None:
         super().__init__()
         self._strays = strays
         self._by_first = by_first
