@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,3 +67,37 @@ class JaxCall:
 
     def wait(self) -> None:
         self.block(self.last)
+
+
+def meta_step(
+    device: torch.device,
+    task_loss: Callable[[Any, Any, Any], Any],
+    params: Sequence[Tensor],
+    data: Sequence[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    first_order: bool = False,
+) -> JaxCall:
+    """jit(value_and_grad(vmap)) of the query loss after some steps of SGD on the support.
+
+    Args:
+        task_loss: of parameters, x and y of one task.
+        data: support x, y, query x, y of all tasks.
+    """
+    import jax
+
+    def query_loss(params: Any, x: Any, y: Any, query_x: Any, query_y: Any) -> Any:
+        for _ in range(steps):
+            grads = jax.grad(task_loss)(params, x, y)
+            if first_order:
+                grads = jax.lax.stop_gradient(grads)
+            params = [p - lr * g for p, g in zip(params, grads, strict=True)]
+        return task_loss(params, query_x, query_y)
+
+    def mean_loss(params: Any, *data: Any) -> Any:
+        return jax.vmap(query_loss, in_axes=(None, 0, 0, 0, 0))(params, *data).mean()
+
+    step = jax.jit(jax.value_and_grad(mean_loss))
+    weights, examples = ([from_torch(tensor) for tensor in tensors] for tensors in (params, data))
+    return JaxCall(device, lambda: step(weights, *examples))

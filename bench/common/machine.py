@@ -72,6 +72,10 @@ def measure_peak(clock: Clock, quick: bool, exponentials: bool, fma: bool = Fals
     )
 
 
+# For the instruction set that metafast's kernels take here, as cmake/family.cmake has them.
+_ISA_FLAGS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mfma"]}
+
+
 def _fma(threads: int) -> float | None:
     """Of all threads at once; None without a C compiler. A library's sgemm may reach less than half of it:
     which instructions MKL takes depends on who made the processor."""
@@ -80,7 +84,7 @@ def _fma(threads: int) -> float | None:
         return None
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
         library, source = f"{folder}/fma.so", str(Path(__file__).with_name("fma.c"))
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        flags = ["-O3", *_ISA_FLAGS[_C.active_isa()], "-ffp-contract=fast", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, source, "-o", library], check=True)
         function = ctypes.CDLL(library).multiply_and_add  # which leaves Python's lock to the others
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_long]

@@ -113,6 +113,8 @@ def run(family: Family, options: argparse.Namespace, report: Report) -> list[str
     clock, plan = Clock(options.device), QUICK if options.quick else family.plan
     peak = measure_peak(clock, options.quick, family.exponentials, family.fma)
     report.say(str(peak))
+    if family.fma and options.device.type == "cpu" and peak.fma is None:
+        report.say("no C compiler (cc) to measure the FMA peak with: the floors are of sgemm")
     report.content |= {
         "sgemm_flops": peak.flops,
         "fma_flops": peak.fma,

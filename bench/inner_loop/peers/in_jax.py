@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.common.in_jax import JaxCall, from_torch, import_jax
+from bench.common.in_jax import JaxCall, import_jax, meta_step
 from bench.inner_loop.workloads import LEARNING_RATE, Problem
 
 
@@ -21,18 +21,12 @@ def vmap(problem: Problem) -> JaxCall:
             return ((out - y) ** 2).mean()
         return -jnp.take_along_axis(jax.nn.log_softmax(out), y[:, None], 1).mean()
 
-    def query_loss(params: Any, support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
-        for _ in range(problem.steps):
-            grads = jax.grad(task_loss)(params, support_x, support_y)
-            if problem.first_order:
-                grads = jax.lax.stop_gradient(grads)
-            params = [p - LEARNING_RATE * g for p, g in zip(params, grads, strict=True)]
-        return task_loss(params, query_x, query_y)
-
-    def mean_loss(params: Any, *data: Any) -> Any:
-        return jax.vmap(query_loss, in_axes=(None, 0, 0, 0, 0))(params, *data).mean()
-
-    step = jax.jit(jax.value_and_grad(mean_loss))
-    params = [from_torch(p) for p in problem.params]
-    data = [from_torch(t) for t in problem.data]
-    return JaxCall(device, lambda: step(params, *data))
+    return meta_step(
+        device,
+        task_loss,
+        problem.params,
+        problem.data,
+        steps=problem.steps,
+        lr=LEARNING_RATE,
+        first_order=problem.first_order,
+    )

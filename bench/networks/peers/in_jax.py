@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.common.cases import Skip
-from bench.common.in_jax import JaxCall, from_torch, import_jax
+from bench.common.in_jax import JaxCall, import_jax, meta_step
 from bench.networks.workloads import LEARNING_RATE, Problem
 
 
@@ -30,16 +30,6 @@ def vmap(problem: Problem) -> JaxCall:
         x = x[:, :, : height // 2 * 2, : width // 2 * 2]
         return x.reshape(count, channels, height // 2, 2, width // 2, 2).max((3, 5))
 
-    def query_loss(params: Any, x: Any, y: Any, query_x: Any, query_y: Any) -> Any:
-        for _ in range(problem.steps):
-            grads = jax.grad(task_loss)(params, x, y)
-            params = [p - LEARNING_RATE * g for p, g in zip(params, grads, strict=True)]
-        return task_loss(params, query_x, query_y)
-
-    def mean_loss(params: Any, *data: Any) -> Any:
-        return jax.vmap(query_loss, in_axes=(None, 0, 0, 0, 0))(params, *data).mean()
-
-    step = jax.jit(jax.value_and_grad(mean_loss))
-    params = [from_torch(p) for p in problem.parameters]
-    data = [from_torch(t) for t in problem.data]
-    return JaxCall(device, lambda: step(params, *data))
+    return meta_step(
+        device, task_loss, problem.parameters, problem.data, steps=problem.steps, lr=LEARNING_RATE
+    )
