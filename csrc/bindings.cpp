@@ -167,15 +167,16 @@ PYBIND11_MODULE(_C, m) {
       "conv_inner_sgd",
       [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr, const Numbers& network,
          const Epsilons& eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-         int64_t keep) {
-        return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
+         std::optional<at::ScalarType> product_dtype, int64_t keep) {
+        return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order,
+                              product_dtype, keep);
       },
       release);
   m.def(
       "conv_forward",
-      [](const Tensors& params, const Tensor& x, const Numbers& network, const Epsilons& eps, bool keep) {
-        return conv_forward(params, x, network, eps, keep);
-      },
+      [](const Tensors& params, const Tensor& x, const Numbers& network, const Epsilons& eps,
+         std::optional<at::ScalarType> product_dtype,
+         bool keep) { return conv_forward(params, x, network, eps, product_dtype, keep); },
       release);
   m.def(
       "sgd_update",

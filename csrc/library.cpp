@@ -128,7 +128,9 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   //   whether it stands before the activation (0, 1)
   // and eps, a number a block. params are, block by block, weight [O, C, kh, kw] (linear: [O, C H W]), bias
   // [O] if any, gamma [O] and beta [O] if any, each shared by all tasks or of each task ([T, ...]). x [T, B,
-  // C, H, W]. Batch norm uses the statistics of the task's images. The last block is linear.
+  // C, H, W]. Batch norm uses the statistics of the task's images. The last block is linear. product_dtype:
+  // of what convolutions multiply, where params are float32 on CUDA: bfloat16; float16, whose mantissa TF32
+  // has; None: as torch's switch for TF32 says. Results, and all between products, are float32.
 
   // K = steps steps of SGD on each task; y [T, B, O] for loss mse or int64 [T, B] for cross_entropy; lr as of
   // inner_sgd, [K, L] by block. -> the adapted parameters, each [T, ...]; the mean and the variance (divided
@@ -137,23 +139,23 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   // as well, for gradients of lr; with 0 size 0.
   m.def(
       "conv_inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, int[] network, float[] eps, str "
-      "loss, "
-      "int steps, float momentum, bool first_order, int keep) -> (Tensor[], Tensor, Tensor)");
+      "loss, int steps, float momentum, bool first_order, ScalarType? product_dtype, int keep) -> (Tensor[], "
+      "Tensor, Tensor)");
   // grads: of the adapted parameters. -> gradients of params, lr, x, y, in one list; of size 0 where not
   // wanted (wanted: params, lr, x, y). It cannot be differentiated.
   m.def(
       "conv_inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, Tensor "
-      "kept, "
-      "int[] network, float[] eps, str loss, int steps, float momentum, bool first_order, bool[4] wanted) -> "
-      "Tensor[]");
+      "kept, int[] network, float[] eps, str loss, int steps, float momentum, bool first_order, ScalarType? "
+      "product_dtype, bool[4] wanted) -> Tensor[]");
   // The networks' outputs [T, B, O], and, if `keep`, what the backward needs, else size 0.
-  m.def("conv_forward(Tensor[] params, Tensor x, int[] network, float[] eps, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "conv_forward(Tensor[] params, Tensor x, int[] network, float[] eps, ScalarType? product_dtype, bool "
+      "keep) -> (Tensor, Tensor)");
   // grad: of the outputs. -> gradients of params and x, in one list; of size 0 where not wanted (wanted:
   // params, x). It cannot be differentiated.
   m.def(
       "conv_forward_backward(Tensor grad, Tensor[] params, Tensor x, Tensor kept, int[] network, float[] "
-      "eps, "
-      "bool[2] wanted) -> Tensor[]");
+      "eps, ScalarType? product_dtype, bool[2] wanted) -> Tensor[]");
 
   // A convolution of each task's own: x [T, B, C, H, W], weight [T, O, C, kh, kw], bias [T, O] -> [T, B, O,
   // H', W'].

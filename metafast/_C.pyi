@@ -2,6 +2,7 @@
 
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 class BuildInfo(TypedDict):
@@ -121,13 +122,20 @@ def conv_inner_sgd(
     steps: int,
     momentum: float,
     first_order: bool,
+    product_dtype: torch.dtype | None,
     keep: int,
     /,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """`torch.ops.metafast.conv_inner_sgd`, typed."""
 
 def conv_forward(
-    params: list[Tensor], x: Tensor, network: list[int], eps: list[float], keep: bool, /
+    params: list[Tensor],
+    x: Tensor,
+    network: list[int],
+    eps: list[float],
+    product_dtype: torch.dtype | None,
+    keep: bool,
+    /,
 ) -> tuple[Tensor, Tensor]:
     """`torch.ops.metafast.conv_forward`, typed."""
 

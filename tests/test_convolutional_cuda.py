@@ -1,7 +1,7 @@
 """The CUDA kernels of convolutional networks, each on its own, on the emulator against plain loops in double.
 
-tests/cuda_emulator/convolutional.cpp has the loops. What the ops' own tests do not come by is here: TF32,
-every size of tile, pixels that are nobody's.
+tests/cuda_emulator/convolutional.cpp has the loops. What the ops' own tests do not come by is here: TF32 and
+bfloat16, every size of tile, pixels that are nobody's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from background import Job
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 TOLERANCE = {"float": 1e-5, "double": 1e-13}
+ROUNDINGS = ("none", "tf32", "bfloat16")  # csrc/convolutional/params.h
 SEEDS = range(2)
 
 
@@ -69,9 +70,9 @@ class Convolution(NamedTuple):
     bias: bool = True
     adds: bool = False
 
-    def error(self, kernel: str, dtype: str, tf32: bool = False) -> float:
+    def error(self, kernel: str, dtype: str, rounding: str = "none") -> float:
         sizes = (self.tasks, self.images, self.height, self.width, self.pitch, *self.taps, self.depth)
-        flags = (self.backwards, self.shared_weights, self.bias, self.adds, tf32)
+        flags = (self.backwards, self.shared_weights, self.bias, self.adds, ROUNDINGS.index(rounding))
         return error(kernel, dtype, *sizes, self.pixel, self.stride, self.factors, *flags)
 
 
@@ -102,10 +103,16 @@ def test_convolutions(case: Convolution, kernel: str, dtype: str) -> None:
 @pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 @pytest.mark.parametrize("kernel", ["convolve", "weights"])
 def test_convolutions_in_tf32(case: Convolution, kernel: str) -> None:
-    rounded = case.error(kernel, "float", tf32=True)
+    rounded = case.error(kernel, "float", "tf32")
     assert rounded < 1e-3
     if case.depth % 16 == 0 and case.taps[0] > 0:  # others stay in float32
         assert rounded > TOLERANCE["float"]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("kernel", ["convolve", "weights"])
+def test_convolutions_in_bfloat16_are_those_of_rounded_factors(case: Convolution, kernel: str) -> None:
+    assert case.error(kernel, "float", "bfloat16") < TOLERANCE["float"]
 
 
 class Block(NamedTuple):

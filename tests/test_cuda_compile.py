@@ -32,7 +32,7 @@ ON_NEWEST = ("common", "convolutional", "pairwise")
 # arithmetic instructions has a generic load or store: the compiler knows where their operands lie.
 RESIDENT = {
     "csrc/convolutional/cuda.cu": (
-        *(("convolve<", 128), ("convolve<Tf32Tile", 32), ("convolve_weights<", 64)),
+        *(("convolve<", 128), ("convolve<TensorTile", 8), ("convolve_weights<", 64)),
         ("thin_gradient_sums<true", 128),
     ),
     "csrc/inner_loop/cuda.cu": tuple(

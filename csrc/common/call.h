@@ -51,12 +51,15 @@ inline std::optional<at::Tensor> optional_of(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
+inline c10::DeviceType autocast_device(c10::DispatchKeySet keys) {
+  return keys.has(c10::DispatchKey::AutocastCUDA) ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+}
+
 // Under autocast distances, losses and inner loops run in float32, as torch.cdist does: every floating tensor
 // argument of an op that is registered so is cast, whatever its position.
 inline void autocast_to_float32(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                                 torch::jit::Stack* stack) {
-  const c10::DeviceType device =
-      keys.has(c10::DispatchKey::AutocastCUDA) ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+  const c10::DeviceType device = autocast_device(keys);
   c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   for (auto it = stack->end() - op.schema().arguments().size(); it != stack->end(); ++it) {
     c10::IValue& argument = *it;

@@ -80,4 +80,24 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const Tf32Pair (&
 // those with 11 bits stay as they are, infinity and NaN too.
 __device__ __forceinline__ float before_tf32(float x) { return x * (1 + 0.7f / (1 << 11)); }
 
+// ---- tensor cores: products of bfloat16 ----
+
+// Two numbers rounded to the nearest, ties to even; the first is the lower half.
+__device__ __forceinline__ unsigned bfloat16_pair(float first, float second) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
+// sums [16, 8] += a [16, 16] b [16, 8], by a warp, of pairs of neighbours along the 16. Lane 4 g + t has a at
+// rows g, g + 8, g, g + 8 and columns 2t, 2t, 2t + 8, 2t + 8; b at rows 2t, 2t + 8 of column g; sums as
+// above.
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const unsigned (&a)[4],
+                                             const unsigned (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 }  // namespace metafast::cuda

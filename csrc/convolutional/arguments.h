@@ -194,6 +194,25 @@ void store_images(const Network& network, const Tensor& like, const Maps<T>& map
 
 // ---- arguments ----
 
+// What products may round to that are of `dtype`, or without one of float32 as torch's switch for TF32 in
+// convolutions says. TF32 has all of float16's mantissa, and float32's range.
+inline Rounding rounding_of(const Tensor& like, std::optional<at::ScalarType> dtype) {
+  if (!runs_cuda(like) || like.scalar_type() == at::kDouble) return Rounding::none;
+  if (dtype == at::kBFloat16) return Rounding::bfloat16;
+  if (dtype == at::kHalf) return Rounding::tf32;
+  const bool tf32 = like.is_cuda() && at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+  return tf32 ? Rounding::tf32 : Rounding::none;
+}
+
+inline Rounding checked_rounding(const Tensor& x, std::optional<at::ScalarType> product_dtype) {
+  if (product_dtype) {
+    TORCH_CHECK_VALUE(runs_cuda(x), "product_dtype: expected None on the CPU, got ", *product_dtype);
+    TORCH_CHECK_TYPE(product_dtype == at::kBFloat16 || product_dtype == at::kHalf,
+                     "product_dtype: expected bfloat16, float16 or None, got ", *product_dtype);
+  }
+  return rounding_of(x, product_dtype);
+}
+
 inline void check_params(at::TensorList params, const Tensor& x) {
   check_real({x, "x"});
   for (size_t i = 0; i < params.size(); ++i) {
@@ -212,9 +231,11 @@ struct Problem {
   const int64_t steps;
   const double momentum;
   const bool first_order;
+  const Rounding rounding;
 
   Problem(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef numbers,
-          at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order)
+          at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+          std::optional<at::ScalarType> product_dtype)
       : network((check_params(params, x), numbers), eps, params, x),
         x(x),
         y(y.contiguous()),
@@ -222,7 +243,8 @@ struct Problem {
         labels(loss == "cross_entropy"),
         steps(steps),
         momentum(momentum),
-        first_order(first_order) {
+        first_order(first_order),
+        rounding(checked_rounding(x, product_dtype)) {
     TORCH_CHECK_VALUE(labels || loss == "mse", "loss: expected mse or cross_entropy, got ", loss);
     constexpr int64_t kMostSteps = std::numeric_limits<int32_t>::max();  // whose memory can still be counted
     TORCH_CHECK_VALUE(steps >= 0 && steps <= kMostSteps, "steps: expected a number >= 0, ",

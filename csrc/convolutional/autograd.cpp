@@ -18,28 +18,33 @@ namespace metafast {
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(
     at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
     at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-    int64_t keep) {
-  METAFAST_CALL(conv_inner_sgd, params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
+    std::optional<at::ScalarType> product_dtype, int64_t keep) {
+  METAFAST_CALL(conv_inner_sgd, params, x, y, lr, network, eps, loss, steps, momentum, first_order,
+                product_dtype, keep);
 }
 
 std::vector<Tensor> conv_inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
                                             const Tensor& y, at::TensorList lr, const Tensor& kept,
                                             at::IntArrayRef network, at::ArrayRef<double> eps,
                                             std::string_view loss, int64_t steps, double momentum,
-                                            bool first_order, std::array<bool, 4> wanted) {
+                                            bool first_order, std::optional<at::ScalarType> product_dtype,
+                                            std::array<bool, 4> wanted) {
   METAFAST_CALL(conv_inner_sgd_backward, grads, params, x, y, lr, kept, network, eps, loss, steps, momentum,
-                first_order, wanted);
+                first_order, product_dtype, wanted);
 }
 
 std::tuple<Tensor, Tensor> conv_forward(at::TensorList params, const Tensor& x, at::IntArrayRef network,
-                                        at::ArrayRef<double> eps, bool keep) {
-  METAFAST_CALL(conv_forward, params, x, network, eps, keep);
+                                        at::ArrayRef<double> eps, std::optional<at::ScalarType> product_dtype,
+                                        bool keep) {
+  METAFAST_CALL(conv_forward, params, x, network, eps, product_dtype, keep);
 }
 
 std::vector<Tensor> conv_forward_backward(const Tensor& grad, at::TensorList params, const Tensor& x,
                                           const Tensor& kept, at::IntArrayRef network,
-                                          at::ArrayRef<double> eps, std::array<bool, 2> wanted) {
-  METAFAST_CALL(conv_forward_backward, grad, params, x, kept, network, eps, wanted);
+                                          at::ArrayRef<double> eps,
+                                          std::optional<at::ScalarType> product_dtype,
+                                          std::array<bool, 2> wanted) {
+  METAFAST_CALL(conv_forward_backward, grad, params, x, kept, network, eps, product_dtype, wanted);
 }
 
 namespace {
@@ -56,6 +61,7 @@ struct Options {
   int64_t steps = 0;
   double momentum = 0;
   bool first_order = false;
+  std::optional<at::ScalarType> product_dtype;
 };
 
 struct Call : torch::CustomClassHolder {
@@ -107,11 +113,12 @@ std::vector<Tensor> conv_inner_sgd_backward_autograd(at::TensorList grads, at::T
                                                      const Tensor& kept, at::IntArrayRef network,
                                                      at::ArrayRef<double> eps, std::string_view loss,
                                                      int64_t steps, double momentum, bool first_order,
+                                                     std::optional<at::ScalarType> product_dtype,
                                                      std::array<bool, 4> wanted) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return conv_inner_sgd_backward(grads, params, x, y, lr, kept, network, eps, loss, steps, momentum,
-                                   first_order, wanted);
+                                   first_order, product_dtype, wanted);
   };
   variable_list inputs = joined(params, {x, y}, lr);
   inputs.insert(inputs.end(), grads.begin(), grads.end());
@@ -126,9 +133,9 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
                                const Options& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor &x = inputs[params + lr], &y = inputs[params + lr + 1];
-    auto [adapted, statistics, kept] =
-        conv_inner_sgd(inputs.slice(0, params), x, y, inputs.slice(params, lr), o.network, o.eps, o.loss,
-                       o.steps, o.momentum, o.first_order, 1 + any_requires_grad(inputs.slice(params, lr)));
+    auto [adapted, statistics, kept] = conv_inner_sgd(
+        inputs.slice(0, params), x, y, inputs.slice(params, lr), o.network, o.eps, o.loss, o.steps,
+        o.momentum, o.first_order, o.product_dtype, 1 + any_requires_grad(inputs.slice(params, lr)));
     ctx->save_for_backward(joined(inputs, {kept}));
     auto call = c10::make_intrusive<Call>(o, params, lr);
     for (const Tensor& result : adapted) call->result_sizes.emplace_back(result.sizes());
@@ -154,7 +161,7 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
     return gradients(
         conv_inner_sgd_backward(of_adapted, inputs.slice(0, call.params), saved[data], saved[data + 1],
                                 inputs.slice(call.params, call.lr), saved.back(), o.network, o.eps, o.loss,
-                                o.steps, o.momentum, o.first_order, wanted),
+                                o.steps, o.momentum, o.first_order, o.product_dtype, wanted),
         saved, 3);
   }
 };
@@ -162,28 +169,31 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_autograd(
     at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
     at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-    int64_t keep) {
+    std::optional<at::ScalarType> product_dtype, int64_t keep) {
   variable_list inputs = joined(params, {x, y}, lr);
   if (needs_graph_of("conv_inner_sgd", inputs)) {
     variable_list results = ConvInnerSgdFunction::apply(
         at::TensorList(inputs), static_cast<int64_t>(params.size()), static_cast<int64_t>(lr.size()),
-        Options{network.vec(), eps.vec(), std::string(loss), steps, momentum, first_order});
+        Options{network.vec(), eps.vec(), std::string(loss), steps, momentum, first_order, product_dtype});
     const Tensor kept = results.back(), statistics = results[results.size() - 2];
     results.resize(results.size() - 2);
     return {results, statistics, kept};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order, keep);
+  return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order, product_dtype,
+                        keep);
 }
 
 // ---- conv_forward ----
 
 std::vector<Tensor> conv_forward_backward_autograd(const Tensor& grad, at::TensorList params, const Tensor& x,
                                                    const Tensor& kept, at::IntArrayRef network,
-                                                   at::ArrayRef<double> eps, std::array<bool, 2> wanted) {
+                                                   at::ArrayRef<double> eps,
+                                                   std::optional<at::ScalarType> product_dtype,
+                                                   std::array<bool, 2> wanted) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return conv_forward_backward(grad, params, x, kept, network, eps, wanted);
+    return conv_forward_backward(grad, params, x, kept, network, eps, product_dtype, wanted);
   };
   const variable_list inputs = joined(params, {x, grad});
   if (!needs_graph_of("conv_forward_backward", inputs)) return compute();
@@ -196,7 +206,8 @@ struct ConvForwardFunction : Function<ConvForwardFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Options& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const int64_t params = static_cast<int64_t>(inputs.size()) - 1;
-    auto [out, kept] = conv_forward(inputs.slice(0, params), inputs[params], o.network, o.eps, true);
+    auto [out, kept] =
+        conv_forward(inputs.slice(0, params), inputs[params], o.network, o.eps, o.product_dtype, true);
     ctx->save_for_backward(joined(inputs, {kept}));
     Call::save(ctx, c10::make_intrusive<Call>(o, params, 0));
     ctx->mark_non_differentiable({kept});
@@ -208,24 +219,42 @@ struct ConvForwardFunction : Function<ConvForwardFunction> {
     const variable_list saved = ctx->get_saved_variables();
     if (!grads[0].defined()) return variable_list(saved.size());
     const std::array<bool, 2> wanted{any_needed(ctx, 0, call.params), ctx->needs_input_grad(call.params)};
-    return gradients(
-        conv_forward_backward(grads[0], at::TensorList(saved).slice(0, call.params), saved[call.params],
-                              saved.back(), call.options.network, call.options.eps, wanted),
-        saved, 1);
+    return gradients(conv_forward_backward(grads[0], at::TensorList(saved).slice(0, call.params),
+                                           saved[call.params], saved.back(), call.options.network,
+                                           call.options.eps, call.options.product_dtype, wanted),
+                     saved, 1);
   }
 };
 
 std::tuple<Tensor, Tensor> conv_forward_autograd(at::TensorList params, const Tensor& x,
                                                  at::IntArrayRef network, at::ArrayRef<double> eps,
-                                                 bool keep) {
+                                                 std::optional<at::ScalarType> product_dtype, bool keep) {
   const variable_list inputs = joined(params, {x});
   if (needs_graph_of("conv_forward", inputs)) {
-    const variable_list results =
-        ConvForwardFunction::apply(at::TensorList(inputs), Options{network.vec(), eps.vec(), {}});
+    const variable_list results = ConvForwardFunction::apply(
+        at::TensorList(inputs),
+        Options{.network = network.vec(), .eps = eps.vec(), .product_dtype = product_dtype});
     return {results[0], results[1]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return conv_forward(params, x, network, eps, keep);
+  return conv_forward(params, x, network, eps, product_dtype, keep);
+}
+
+// ---- autocast ----
+
+// In float32, with products of autocast's dtype where there are tensor cores for them. An argument says so,
+// as the backward runs outside the region.
+void autocast_products(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const c10::FunctionSchema& schema = op.schema();
+  const auto place = schema.argumentIndexWithName("product_dtype").value();
+  c10::IValue& product_dtype = *(stack->end() - schema.arguments().size() + place);
+  if (product_dtype.isNone()) product_dtype = at::autocast::get_autocast_dtype(autocast_device(keys));
+  autocast_to_float32(op, keys, stack);
+}
+
+void implement_autocast_on_gpus(torch::Library& m) {
+  m.impl("conv_inner_sgd", torch::CppFunction::makeFromBoxedFunction<&autocast_products>());
+  m.impl("conv_forward", torch::CppFunction::makeFromBoxedFunction<&autocast_products>());
 }
 
 }  // namespace
@@ -237,14 +266,14 @@ TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, Autograd, m) {
   m.impl("conv_forward_backward", conv_forward_backward_autograd);
 }
 
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCUDA, m) { implement_autocast_on_gpus(m); }
+#ifdef METAFAST_EMULATED
+TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) { implement_autocast_on_gpus(m); }
+#else
 TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCPU, m) {
   m.impl("conv_inner_sgd", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
   m.impl("conv_forward", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
 }
-
-TORCH_LIBRARY_IMPL(METAFAST_NAMESPACE, AutocastCUDA, m) {
-  m.impl("conv_inner_sgd", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
-  m.impl("conv_forward", torch::CppFunction::makeFromBoxedFunction<&autocast_to_float32>());
-}
+#endif
 
 }  // namespace metafast

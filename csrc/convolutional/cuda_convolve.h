@@ -169,6 +169,16 @@ bool in_vectors(const Params& p) {
 
 // Results of no more channels go into narrower tiles.
 constexpr int64_t kFewChannels = 32;
+// Where there are fewer large tiles than a device takes at once, small ones.
+constexpr int64_t kManyTiles = 256, kLargeRows = 128, kLargeCols = 64;
+
+template <class Format>
+void launch_on_tensor_cores(const Convolve<float>& p, bool many, Stream stream) {
+  constexpr int kVector = kVectorLength<float>;
+  if (p.pitch <= kFewChannels) return launch_convolve<TensorTile<Format, 64, 32, 32, 32>, kVector>(p, stream);
+  if (many) return launch_convolve<TensorTile<Format, kLargeRows, kLargeCols, 64, 64>, kVector>(p, stream);
+  launch_convolve<TensorTile<Format, 64, 64, 32, 32>, kVector>(p, stream);
+}
 
 template <typename T>
 void launch_in_vectors(const Convolve<T>& p, Stream stream) {
@@ -176,17 +186,14 @@ void launch_in_vectors(const Convolve<T>& p, Stream stream) {
   if constexpr (sizeof(T) == sizeof(double)) {
     launch_convolve<FmaTile<T, 64, 32, 4, 4>, kVector>(p, stream);
   } else {
-    // Where there are fewer large tiles than a device takes at once, small ones.
-    constexpr int64_t kManyTiles = 256, kLargeRows = 128, kLargeCols = 64;
     const bool many = p.tasks * (p.pixels() / kLargeRows) * div_up(p.pitch, kLargeCols) >= kManyTiles;
+    if (p.rounding == Rounding::tf32) return launch_on_tensor_cores<Tf32>(p, many, stream);
+    if (p.rounding == Rounding::bfloat16) return launch_on_tensor_cores<Bfloat16>(p, many, stream);
     if (p.pitch <= kFewChannels) {
-      if (p.tf32) return launch_convolve<Tf32Tile<64, 32, 32, 32>, kVector>(p, stream);
       launch_convolve<FmaTile<T, 64, 32, 8, 4>, kVector>(p, stream);
     } else if (many) {
-      if (p.tf32) return launch_convolve<Tf32Tile<kLargeRows, kLargeCols, 64, 64>, kVector>(p, stream);
       launch_convolve<FmaTile<T, kLargeRows, kLargeCols, 8, 8>, kVector>(p, stream);
     } else {
-      if (p.tf32) return launch_convolve<Tf32Tile<64, 64, 32, 32>, kVector>(p, stream);
       launch_convolve<FmaTile<T, 64, 64, 8, 4>, kVector>(p, stream);
     }
   }

@@ -1,5 +1,5 @@
 // Tiles of matrix products, whose operands come through shared memory in stages: on the CUDA cores, or for
-// float32 that may be rounded to TF32 on the tensor cores. Part of cuda.cu.
+// float32 that may be rounded on the tensor cores. Part of cuda.cu.
 #pragma once
 
 #include "common/cuda.h"
@@ -121,8 +121,20 @@ struct FmaTile {
 
 // ---- tensor cores: a warp has kWarpRows x kWarpCols sums ----
 
-template <int kTileRows, int kTileCols, int kWarpRows, int kWarpCols>
-struct Tf32Tile {
+// How they take numbers: in words of neighbours along k. An instruction takes 8 words of a line, a lane two.
+struct Tf32 {
+  static constexpr int kInWord = 1;
+  static __device__ __forceinline__ float word(const float* numbers) { return before_tf32(numbers[0]); }
+};
+struct Bfloat16 {
+  static constexpr int kInWord = 2;
+  static __device__ __forceinline__ unsigned word(const float* numbers) {
+    return bfloat16_pair(numbers[0], numbers[1]);
+  }
+};
+
+template <class Format, int kTileRows, int kTileCols, int kWarpRows, int kWarpCols>
+struct TensorTile {
   using Scalar = float;
   static constexpr int kRows = kTileRows, kCols = kTileCols, kInner = 16, kStages = 3;
   static constexpr int kPadAlong = 8, kPadAcross = 4;
@@ -138,30 +150,36 @@ struct Tf32Tile {
       member_ = lane % 4;
     }
 
-    // The k's of an instruction are not in its own order: what it takes for t and t + 4 of 8 are 2 t and 2 t
-    // + 1, which along k are one load.
-    __device__ __forceinline__ void add(const Stage<Tf32Tile, kAlong>& stage) {
+    // Of 8 k's a lane takes 2 t and 2 t + 1, which along k are one load: a word of bfloat16, and of TF32 two,
+    // which the instruction knows as those of t and t + 4.
+    __device__ __forceinline__ void add(const Stage<TensorTile, kAlong>& stage) {
       const int group = threadIdx.x % kWarpSize / 4;
       const float* const left = stage.left + stage.left_at(row_, member_ * 2);
       const float* const right = stage.right + member_ * 2 * stage.kRightPitch + col_ + group;
 #pragma unroll
-      for (int k = 0; k < kInner; k += 8) {
-        float a[kRowTiles][4], b[kColTiles][2];
+      for (int k = 0; k < kInner; k += 8 * Format::kInWord) {
+        Word a[kRowTiles][4], b[kColTiles][2];
 #pragma unroll
         for (int i = 0; i < kRowTiles * 2; ++i) {
-          const float* const line = left + stage.left_at(i * 8, k);
-          Vector<float, 2> two;
-          if constexpr (kAlong) {
-            two = load_vector<2>(line);
-          } else {
-            two = {{line[0], line[stage.kLeftPitch]}};
-          }
+          const auto words = load([&](int of) {
+            const float* const line = left + stage.left_at(i * 8, k + of);
+            if constexpr (kAlong) {
+              return load_vector<2>(line);
+            } else {
+              return Vector<float, 2>{{line[0], line[stage.kLeftPitch]}};
+            }
+          });
 #pragma unroll
-          for (int e = 0; e < 2; ++e) a[i / 2][i % 2 + e * 2] = before_tf32(two.values[e]);
+          for (int e = 0; e < 2; ++e) a[i / 2][i % 2 + e * 2] = words.values[e];
         }
 #pragma unroll
-        for (int j = 0; j < kColTiles * 2; ++j) {
-          b[j / 2][j % 2] = before_tf32(right[(k + j % 2) * stage.kRightPitch + j / 2 * 8]);
+        for (int j = 0; j < kColTiles; ++j) {
+          const auto words = load([&](int of) {
+            const float* const line = right + (k + of) * stage.kRightPitch + j * 8;
+            return Vector<float, 2>{{line[0], line[stage.kRightPitch]}};
+          });
+#pragma unroll
+          for (int e = 0; e < 2; ++e) b[j][e] = words.values[e];
         }
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
@@ -186,9 +204,23 @@ struct Tf32Tile {
     }
 
    private:
+    using Word = decltype(Format::word(nullptr));
     static constexpr int kRowTiles = kWarpRows / 16, kColTiles = kWarpCols / 8;
     float sums_[kRowTiles][kColTiles][4] = {};
     int row_, col_, member_;
+
+    // A lane's words of a line; two(k) are its numbers of the 8 k's from k on.
+    template <class Two>
+    static __device__ __forceinline__ Vector<Word, 2> load(const Two& two) {
+      float numbers[2 * Format::kInWord];
+#pragma unroll
+      for (int i = 0; i < Format::kInWord; ++i) {
+        const Vector<float, 2> some = two(i * 8);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) numbers[i * 2 + e] = some.values[e];
+      }
+      return {{Format::word(numbers), Format::word(numbers + Format::kInWord)}};
+    }
   };
 };
 

@@ -141,6 +141,13 @@ void launch_weights(const ConvolveWeights<T>& p, Stream stream) {
                 sum_weights<T>, p);
 }
 
+template <class Format>
+void launch_on_tensor_cores(const ConvolveWeights<float>& p, Stream stream) {
+  constexpr int kVector = kVectorLength<float>;
+  if (p.pitch <= kFewChannels) return launch_weights<TensorTile<Format, 64, 32, 32, 32>, kVector>(p, stream);
+  launch_weights<TensorTile<Format, 128, 64, 64, 64>, kVector>(p, stream);
+}
+
 }  // namespace
 
 template <typename T>
@@ -153,10 +160,8 @@ void launch(const ConvolveWeights<T>& p, Stream stream) {
   } else {
     // What is not in vectors are images of few channels, hence few rows.
     if (!vectors) return launch_weights<FmaTile<T, 16, 64, 4, 4>, 1>(p, stream);
-    if (p.tf32) {
-      if (p.pitch <= kFewChannels) return launch_weights<Tf32Tile<64, 32, 32, 32>, kVector>(p, stream);
-      return launch_weights<Tf32Tile<128, 64, 64, 64>, kVector>(p, stream);
-    }
+    if (p.rounding == Rounding::tf32) return launch_on_tensor_cores<Tf32>(p, stream);
+    if (p.rounding == Rounding::bfloat16) return launch_on_tensor_cores<Bfloat16>(p, stream);
     if (p.pitch <= kFewChannels) return launch_weights<FmaTile<T, 64, 32, 8, 4>, kVector>(p, stream);
     launch_weights<FmaTile<T, 64, 64, 8, 8>, kVector>(p, stream);
   }

@@ -121,7 +121,8 @@ class Layouts {
 template <typename T>
 class Product {
  public:
-  Product(const Layer& layer, const Tensor& like, bool tf32) : layer_(layer), like_(like), tf32_(tf32) {}
+  Product(const Layer& layer, const Tensor& like)
+      : layer_(layer), like_(like), rounding_(rounding_of(like, like.scalar_type())) {}
 
   void to_maps(const View<const T>& x, const View<const T>& weight, const View<T>& out) const {
     in_groups(
@@ -179,7 +180,7 @@ class Product {
  private:
   const Layer& layer_;
   const Tensor& like_;
-  const bool tf32_;
+  const Rounding rounding_;
 
   // What some tasks hold in memory, in the kernels' layouts.
   struct Parts {
@@ -240,11 +241,11 @@ class Product {
   }
 
   void launch(Convolve<T> p) const {
-    p.tf32 = tf32_;
+    p.rounding = rounding_;
     run_kernel(p, like_);
   }
   void launch(ConvolveWeights<T> p) const {
-    p.tf32 = tf32_;
+    p.rounding = rounding_;
     p.wanted_items = at::get_num_threads() > 1 ? 4 * at::get_num_threads() : 1;
     Tensor workspace;
     if (runs_cuda(like_)) {
@@ -284,13 +285,6 @@ void check_five(const Arg& arg) {
                     arg.tensor.sizes());
 }
 
-// float32 on CUDA may round to TF32 as torch's switch for convolutions says. 16-bit numbers it holds as they
-// are.
-bool may_round(const Tensor& like) {
-  if (!like.is_cuda() || like.scalar_type() == at::kDouble) return false;
-  return like.scalar_type() != at::kFloat || at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
-}
-
 // What run(product, first, second, result) writes; zeros where it would add up nothing.
 template <class F>
 Tensor computed(const Layer& layer, const Tensor& first, const Tensor& second, at::IntArrayRef sizes,
@@ -303,8 +297,7 @@ Tensor computed(const Layer& layer, const Tensor& first, const Tensor& second, a
     const at::ScalarType dtype = compute_type(first);
     const Tensor one = to_dtype(first, dtype), other = to_dtype(second, dtype);
     const Tensor result = empty(sizes, options.dtype(dtype));
-    run(Product<T>(layer, first, may_round(first)), View<const T>(one), View<const T>(other),
-        View<T>(result));
+    run(Product<T>(layer, first), View<const T>(one), View<const T>(other), View<T>(result));
     return to_dtype(result, first.scalar_type());
   });
 }

@@ -32,8 +32,8 @@ Maps<T> gradient_images(const Network& network, int64_t tasks, int64_t images, W
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
     at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef numbers,
     at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-    int64_t keep) {
-  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
+    std::optional<at::ScalarType> product_dtype, int64_t keep) {
+  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order, product_dtype);
   const LongCall call;
   const Network& network = problem.network;
   const c10::OptionalDeviceGuard guard(x.device());
@@ -71,8 +71,9 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
                                                const Tensor& y, at::TensorList lr, const Tensor& kept,
                                                at::IntArrayRef numbers, at::ArrayRef<double> eps,
                                                std::string_view loss, int64_t steps, double momentum,
-                                               bool first_order, std::array<bool, 4> wanted) {
-  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order);
+                                               bool first_order, std::optional<at::ScalarType> product_dtype,
+                                               std::array<bool, 4> wanted) {
+  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order, product_dtype);
   const LongCall call;
   const Network& network = problem.network;
   const int64_t tasks = problem.tasks(), P = network.size();
@@ -157,9 +158,11 @@ void store_outputs(const Network& network, const Activations<T>& of, int64_t tas
 }
 
 std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& x, at::IntArrayRef numbers,
-                                           at::ArrayRef<double> eps, bool keep) {
+                                           at::ArrayRef<double> eps,
+                                           std::optional<at::ScalarType> product_dtype, bool keep) {
   check_params(params, x);
   const Network network(numbers, eps, params, x);
+  const Rounding rounding = checked_rounding(x, product_dtype);
   const LongCall call;
   const c10::OptionalDeviceGuard guard(x.device());
   return with_scalar(x, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
@@ -183,7 +186,7 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
     groups.run([&](Some some) {
       const Activations<T> of_some = activations.from(keep ? some.first : some.slot);
       if (!runs_cuda(x)) of_some.clear_borders(network, some.count, images);
-      Pass<T>(network, x, some.count, images, maps_from(maps, some.first))
+      Pass<T>(network, x, some.count, images, maps_from(maps, some.first), rounding)
           .forward(packed_view<const T>(theta.load(some)), of_some);
       store_outputs<T>(network, of_some, some.count, images, x,
                        out.mutable_data_ptr<T>() + some.first * images * outputs);
@@ -194,9 +197,12 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
 
 std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList params, const Tensor& x,
                                              const Tensor& kept, at::IntArrayRef numbers,
-                                             at::ArrayRef<double> eps, std::array<bool, 2> wanted) {
+                                             at::ArrayRef<double> eps,
+                                             std::optional<at::ScalarType> product_dtype,
+                                             std::array<bool, 2> wanted) {
   check_params(params, x);
   const Network network(numbers, eps, params, x);
+  const Rounding rounding = checked_rounding(x, product_dtype);
   const LongCall call;
   const int64_t tasks = x.size(0), images = x.size(1), outputs = network.outputs();
   check_same_dtype({x, "x"}, {{grad, "grad"}, {kept, "kept"}});
@@ -242,7 +248,7 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
             permute<T>(x, dense.const_data_ptr<T>() + some.first * images * outputs, top.data,
                        {some.count, images, 1, 1, outputs}, {images * outputs, outputs, 0, 0, 1},
                        {top.task, top.image, 0, 0, 1});
-            Pass<T>(network, x, some.count, images, maps_from(maps, some.first))
+            Pass<T>(network, x, some.count, images, maps_from(maps, some.first), rounding)
                 .backward(packed_view<const T>(theta.load(some)), activations.from(some.first), gradients,
                           packed_view<T>(of_some), wanted[1] ? &of_images : nullptr);
             if (wanted[0]) grad_params.store(some.first, of_some);

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <array>
+#include <optional>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -16,17 +17,21 @@ using at::Tensor;
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(
     at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
     at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
-    int64_t keep);
+    std::optional<at::ScalarType> product_dtype, int64_t keep);
 std::vector<Tensor> conv_inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
                                             const Tensor& y, at::TensorList lr, const Tensor& kept,
                                             at::IntArrayRef network, at::ArrayRef<double> eps,
                                             std::string_view loss, int64_t steps, double momentum,
-                                            bool first_order, std::array<bool, 4> wanted);
+                                            bool first_order, std::optional<at::ScalarType> product_dtype,
+                                            std::array<bool, 4> wanted);
 
 std::tuple<Tensor, Tensor> conv_forward(at::TensorList params, const Tensor& x, at::IntArrayRef network,
-                                        at::ArrayRef<double> eps, bool keep);
+                                        at::ArrayRef<double> eps, std::optional<at::ScalarType> product_dtype,
+                                        bool keep);
 std::vector<Tensor> conv_forward_backward(const Tensor& grad, at::TensorList params, const Tensor& x,
                                           const Tensor& kept, at::IntArrayRef network,
-                                          at::ArrayRef<double> eps, std::array<bool, 2> wanted);
+                                          at::ArrayRef<double> eps,
+                                          std::optional<at::ScalarType> product_dtype,
+                                          std::array<bool, 2> wanted);
 
 }  // namespace metafast

@@ -47,6 +47,10 @@ struct Maps {
   }
 };
 
+// What a product of float32 on CUDA may round its factors to, for the tensor cores. Sums are float32; images
+// of few channels stay as they are.
+enum class Rounding { none, tf32, bfloat16 };
+
 // out[t, b, y, x, o] (+)= bias[o] + the sum over factors, taps (i, j) and d < depth of
 //   source[t, b, y, x, i tap_row + j tap_pixel + d] * weights[t, i, j, d, o],   o < pitch.
 // Forward a tap is a place of the kernel. Backward it is one as well, from the last on, and o are the
@@ -71,8 +75,8 @@ struct Convolve {
   const T* bias;                       // [pitch] or null
   int64_t bias_task;
   Maps<T> out;
-  bool adds;          // to what is in out
-  bool tf32 = false;  // float32 on CUDA: tensor cores may round to TF32
+  bool adds;  // to what is in out
+  Rounding rounding = Rounding::none;
 
   METAFAST_HD int64_t pixels() const { return images * height * width; }  // of a task
   int64_t terms() const { return taps_y * taps_x * depth; }               // of a sum
@@ -105,8 +109,8 @@ struct ConvolveWeights {
   int64_t tap_row, tap_pixel;
   T* out;  // [T, taps_y, taps_x, depth, pitch], tasks `out_task` apart
   int64_t out_task;
-  T* out_bias;             // [T, pitch], tasks `out_task` apart, or null
-  bool tf32 = false;       // as in Convolve
+  T* out_bias;  // [T, pitch], tasks `out_task` apart, or null
+  Rounding rounding = Rounding::none;
   T* workspace = nullptr;  // on CUDA: workspace_size() elements
   int64_t wanted_items = 1;
 

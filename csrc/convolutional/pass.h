@@ -261,8 +261,9 @@ template <typename T>
 class Pass {
  public:
   // `like` says on which device.
-  Pass(const Network& network, const Tensor& like, int64_t tasks, int64_t images, Maps<const T> x)
-      : network_(network), like_(like), tasks_(tasks), images_(images), x_(x) {}
+  Pass(const Network& network, const Tensor& like, int64_t tasks, int64_t images, Maps<const T> x,
+       Rounding rounding)
+      : network_(network), like_(like), tasks_(tasks), images_(images), x_(x), rounding_(rounding) {}
 
   void forward(Packed<const T> theta, const Activations<T>& to) const {
     for (size_t i = 0; i < blocks().size(); ++i) {
@@ -383,6 +384,7 @@ class Pass {
   const Tensor& like_;
   const int64_t tasks_, images_;
   const Maps<const T> x_;
+  const Rounding rounding_;
   mutable Tensor moments_;  // of a thin input, on CUDA
 
   const std::vector<NetworkBlock>& blocks() const { return network_.blocks(); }
@@ -416,17 +418,12 @@ class Pass {
     return as_const(z.out);
   }
 
-  // Whether float32 on CUDA may round to TF32 in convolutions, as torch's switch for them says.
-  bool allows_tf32() const {
-    return std::is_same_v<T, float> && like_.is_cuda() &&
-           at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
-  }
   void launch(Convolve<T>& p) const {
-    p.tf32 = allows_tf32();
+    p.rounding = rounding_;
     run_kernel(p, like_);
   }
   void launch(ConvolveWeights<T>& p) const {
-    p.tf32 = allows_tf32();
+    p.rounding = rounding_;
     p.wanted_items = at::get_num_threads() > 1 ? 4 * at::get_num_threads() : 1;
     launch_with(p, p.workspace_size());
   }

@@ -176,8 +176,9 @@ def _conv_inner_sgd_backward(
 
 
 def _conv_forward(
-    params: Sequence[Tensor], x: Tensor, network: Sequence[int], eps: Sequence[float], keep: bool
+    params: Sequence[Tensor], x: Tensor, network: Sequence[int], eps: Sequence[float], *args: Any
 ) -> tuple[Tensor, Tensor]:
+    *_, keep = args
     blocks = conv_shapes.blocks_of(network, params, x)
     kept = conv_shapes.activations(blocks, *x.shape[:2]) if keep else 0
     return x.new_empty(*x.shape[:2], blocks[-1].width), x.new_empty(kept)

@@ -202,8 +202,9 @@ def adapt(
     statistics, which start from the module's and follow its steps (`Adapted.buffers`); the module's stay as
     they are. In evaluation mode a call goes by those. Dropout draws anew for each task and step. Batch norm,
     layer norm, attention and embeddings run in elementary operations, since torch's own have wrong second
-    derivatives under `vmap` or none. Under autocast the fused path adapts in float32; on "torch.func",
-    autocast reaches what `vmap` lets it reach.
+    derivatives under `vmap` or none. Under autocast the fused path adapts in float32, on CUDA with
+    convolutions that multiply in autocast's dtype (`metafast.conv_inner_sgd`); on "torch.func", autocast
+    reaches what `vmap` lets it reach.
 
     Raises:
         ValueError: a shape or an option does not fit, no parameter adapts, or the module is not one that

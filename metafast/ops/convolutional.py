@@ -18,8 +18,11 @@ has it. Both work in `torch.compile(fullgraph=True)`. In the transforms of `torc
 the call runs the pure-PyTorch twin in `metafast.reference`: right, but slower (`metafast.trace_doors` tells).
 
 CPU and CUDA, float32 and float64; on one device the same bits in every run, on the CPU with any number of
-threads. Under autocast they run in float32, as `inner_sgd` does. Where a window of max-pooling has several
-largest pixels the first in rows gets the gradient, as in torch; a ReLU has slope 0 at 0.
+threads. Under autocast they run in float32, as `inner_sgd` does. On CUDA the factors of their products are
+then rounded, forward and backward: in bfloat16 to bfloat16, in float16 to TF32, which has all of its mantissa
+and float32's range. Sums, parameters, steps, batch norm and losses stay float32, and so do products of maps
+whose channels are no multiple of 16, as those of images. Where a window of max-pooling has several largest
+pixels the first in rows gets the gradient, as in torch; a ReLU has slope 0 at 0.
 
 Memory: the parameters of T tasks after each of the K steps where a gradient is asked for, else of one step;
 and the maps of one step.
@@ -52,6 +55,7 @@ from metafast.reference.inner_loop import LearningRate
 
 _ACTIVATIONS = ("none", "relu", "tanh")
 _POOLS = ("none", "max", "average")
+_PRODUCT_DTYPE = None  # autocast puts its own in the place
 
 
 def conv_inner_sgd(
@@ -120,7 +124,7 @@ def conv_inner_sgd(
         rates = rates_listed(lr, params, x)
         numbers, eps = _encoded(network)
         keep = (1 + _has_graph(*rates)) * _has_graph(*params, x, y, *rates)
-        args = (params, x, y, rates, numbers, eps, *options.values(), keep)
+        args = (params, x, y, rates, numbers, eps, *options.values(), _PRODUCT_DTYPE, keep)
         adapted, statistics, *_ = doors.call_listed(
             "conv_inner_sgd",
             args,
@@ -171,7 +175,7 @@ def conv_forward(network: Sequence[ConvBlock], params: Sequence[Tensor], x: Tens
         numbers, eps = _encoded(network)
         out, _ = doors.call_listed(
             "conv_forward",
-            (params, x, numbers, eps, _has_graph(*params, x)),
+            (params, x, numbers, eps, _PRODUCT_DTYPE, _has_graph(*params, x)),
             lambda: (reference.conv_forward(network, params, x), None),
         )
     except Exception:
@@ -196,8 +200,9 @@ def task_conv2d(
     maps are each other's derivatives. A dimension of `vmap` joins the tasks, or, where the weights do not
     have it, the images of a task; every other transform of `torch.func` takes it as torch's own operations.
 
-    Under autocast it runs in its dtype, as `torch.nn.functional.conv2d`. float16 and bfloat16 are computed in
-    float32, forward and backward, and rounded once (on CUDA before the bias is added as well).
+    Under autocast it runs in its dtype, as `torch.nn.functional.conv2d`. float16 and bfloat16 are multiplied
+    as they are and added in float32, forward and backward, and rounded once (on CUDA before the bias is added
+    as well).
 
     On CUDA torch convolves float32 in TF32 by default, and so does this: the factors are rounded to 10 bits
     of mantissa, and a result is off by some thousandths. `torch.backends.cudnn.conv.fp32_precision = "ieee"`

@@ -6,7 +6,7 @@ any order, by autograd and by every transform of ``torch.func``.
 A network is a list of `ConvBlock`. Its parameters are, block by block, the weight ([O, C, kh, kw], of a
 linear layer [O, C H W]), the bias [O] if any, and gamma [O] and beta [O] of an affine norm, each shared by
 all tasks or of each task ([T, ...]). Inputs are [T, S, C, H, W]; targets as in `inner_loop`. Under autocast
-the functions run in float32, as the compiled operations do.
+the functions run in float32.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "convolutional/params.h"
+#include "cuda_bf16.h"
 
 namespace {
 
@@ -89,7 +90,14 @@ std::vector<T> random_numbers(int64_t count) {
 struct ConvolveCase {
   int64_t tasks, images, height, width, pitch;
   int64_t taps_y, taps_x, depth, pixel;  // pixel: numbers of a pixel of the source
-  int64_t stride, count, backwards, shared_weights, bias, adds, tf32;
+  int64_t stride, count, backwards, shared_weights, bias, adds, rounding;
+
+  // A factor as the product takes it, in bfloat16. (TF32's results are compared with those of exact factors.)
+  template <typename T>
+  double factor(T value) const {
+    const bool rounds = static_cast<Rounding>(rounding) == Rounding::bfloat16 && depth % kChannelBlock == 0;
+    return rounds ? __bfloat162float(__float2bfloat16(static_cast<float>(value))) : value;
+  }
 };
 
 template <typename T>
@@ -129,7 +137,7 @@ double convolve_error(const ConvolveCase& c) {
   Box<T> out(c.tasks, c.images, c.height, c.width, c.pitch, kUntouched);
   if (c.adds) out.fill_randomly(c.pitch);
   p.out = out.maps();
-  p.adds = c.adds, p.tf32 = c.tf32;
+  p.adds = c.adds, p.rounding = static_cast<Rounding>(c.rounding);
 
   std::vector<double> expected;
   for (int64_t t = 0; t < c.tasks; ++t)
@@ -143,10 +151,10 @@ double convolve_error(const ConvolveCase& c) {
                 for (int64_t j = 0; j < c.taps_x; ++j)
                   for (int64_t d = 0; d < c.depth; ++d) {
                     const auto& factor = p.factors[f];
-                    sum += static_cast<double>(
-                               factor.source.at(t, b, y, x)[i * p.tap_row + j * p.tap_pixel + d]) *
-                           factor.weights[t * factor.weights_task + i * p.weights_row + j * p.weights_pixel +
-                                          d * c.pitch + o];
+                    const T* source = factor.source.at(t, b, y, x) + i * p.tap_row + j * p.tap_pixel;
+                    const T* of_tap =
+                        factor.weights + t * factor.weights_task + i * p.weights_row + j * p.weights_pixel;
+                    sum += c.factor(source[d]) * c.factor(of_tap[d * c.pitch + o]);
                   }
             expected.push_back(sum);
           }
@@ -167,7 +175,8 @@ double weights_error(const ConvolveCase& c) {
   ConvolveWeights<T> p{};
   p.count = static_cast<int>(c.count);
   p.tasks = c.tasks, p.images = c.images, p.height = c.height, p.width = c.width, p.pitch = c.pitch;
-  p.taps_y = c.taps_y, p.taps_x = c.taps_x, p.depth = c.depth, p.tf32 = c.tf32;
+  p.taps_y = c.taps_y, p.taps_x = c.taps_x, p.depth = c.depth;
+  p.rounding = static_cast<Rounding>(c.rounding);
   for (int64_t f = 0; f < c.count; ++f) {
     sources.emplace_back(c.tasks, c.images, height, width, c.pixel, 0.0);
     sources.back().fill_randomly(c.pixel);
@@ -201,10 +210,11 @@ double weights_error(const ConvolveCase& c) {
           for (int64_t b = 0; b < c.images; ++b)
             for (int64_t y = 0; y < c.height; ++y)
               for (int64_t x = 0; x < c.width; ++x) {
-                const double grad = p.factors[f].grad.at(t, b, y, x)[o];
+                const T grad = p.factors[f].grad.at(t, b, y, x)[o];
                 const int64_t tap = k / c.depth, i = tap / c.taps_x, j = tap % c.taps_x, d = k % c.depth;
                 const T* source = p.factors[f].source.at(t, b, y, x);
-                sum += k == p.rows() ? grad : grad * source[i * p.tap_row + j * p.tap_pixel + d];
+                sum += k == p.rows() ? grad
+                                     : c.factor(grad) * c.factor(source[i * p.tap_row + j * p.tap_pixel + d]);
               }
         error.add(found, sum);
       }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda_bf16.h"
 #include "cuda_runtime.h"
 
 namespace metafast::cuda {
@@ -99,6 +100,48 @@ inline void multiply_add(float (&sums)[4], const float (&a)[4], const float (&b)
                  b_pairs[2] = {{b[0], 0}, {b[1], 0}};
   Tf32Operands mine{&sums, a_pairs, b_pairs};
   emulator::warp_collective({"multiply_add", file, line}, &mine, multiply_add_warp<1>);
+}
+
+inline unsigned bfloat16_pair(float first, float second) {
+  return __float2bfloat16(first).bits | unsigned{__float2bfloat16(second).bits} << 16;
+}
+
+struct Bfloat16Operands {
+  float (*sums)[4];
+  const unsigned *a, *b;
+};
+
+// As multiply_add_warp.
+inline void multiply_add_bfloat16_warp(void* const* lanes) {
+  float a[16][16], b[16][8];
+  const auto of = [lanes](int lane) -> const Bfloat16Operands& {
+    return *static_cast<const Bfloat16Operands*>(lanes[lane]);
+  };
+  const auto half = [](unsigned pair, int e) {
+    return __bfloat162float({static_cast<std::uint16_t>(pair >> 16 * e)});
+  };
+  for (int lane = 0; lane < warpSize; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int e = 0; e < 2; ++e) {
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][2 * t + i / 2 * 8 + e] = half(of(lane).a[i], e);
+      for (int i = 0; i < 2; ++i) b[2 * t + i * 8 + e][g] = half(of(lane).b[i], e);
+    }
+  }
+  for (int lane = 0; lane < warpSize; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      float& result = (*of(lane).sums)[i];
+      double sum = result;
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+      result = towards_zero(sum);
+    }
+  }
+}
+
+inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                         const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  Bfloat16Operands mine{&sums, a, b};
+  emulator::warp_collective({"multiply_add", file, line}, &mine, multiply_add_bfloat16_warp);
 }
 
 }  // namespace metafast::cuda
