@@ -165,11 +165,12 @@ PYBIND11_MODULE(_C, m) {
   using Epsilons = std::vector<double>;
   m.def(
       "conv_inner_sgd",
-      [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr, const Numbers& network,
-         const Epsilons& eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+      [](const Tensors& params, const Tensor& x, const Tensor& y, const Tensors& lr,
+         const OptionalTensor& example_weights, const Numbers& network, const Epsilons& eps,
+         std::string_view loss, int64_t steps, double momentum, bool first_order,
          std::optional<at::ScalarType> product_dtype, int64_t keep) {
-        return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order,
-                              product_dtype, keep);
+        return conv_inner_sgd(params, x, y, lr, example_weights, network, eps, loss, steps, momentum,
+                              first_order, product_dtype, keep);
       },
       release);
   m.def(

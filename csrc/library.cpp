@@ -133,20 +133,21 @@ METAFAST_LIBRARY(METAFAST_NAMESPACE, m) {
   // has; None: as torch's switch for TF32 says. Results, and all between products, are float32.
 
   // K = steps steps of SGD on each task; y [T, B, O] for loss mse or int64 [T, B] for cross_entropy; lr as of
-  // inner_sgd, [K, L] by block. -> the adapted parameters, each [T, ...]; the mean and the variance (divided
+  // inner_sgd, [K, L] by block. example_weights [T, B]: of the examples in their task's mean; with 0 batch
+  // norm alone sees one. -> the adapted parameters, each [T, ...]; the mean and the variance (divided
   // by the number of pixels) of each step's batch, [K, 2, T, channels of all blocks with norm]; and what
   // the backward needs of the steps, [keep, K, T, P]: with keep 1 the parameters, with 2 the momentum buffers
   // as well, for gradients of lr; with 0 size 0.
   m.def(
-      "conv_inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, int[] network, float[] eps, str "
-      "loss, int steps, float momentum, bool first_order, ScalarType? product_dtype, int keep) -> (Tensor[], "
-      "Tensor, Tensor)");
-  // grads: of the adapted parameters. -> gradients of params, lr, x, y, in one list; of size 0 where not
-  // wanted (wanted: params, lr, x, y). It cannot be differentiated.
+      "conv_inner_sgd(Tensor[] params, Tensor x, Tensor y, Tensor[] lr, Tensor? example_weights, "
+      "int[] network, float[] eps, str loss, int steps, float momentum, bool first_order, "
+      "ScalarType? product_dtype, int keep) -> (Tensor[], Tensor, Tensor)");
+  // grads: of the adapted parameters. -> gradients of params, lr, x, y, example_weights, in one list; of size
+  // 0 where not wanted (wanted: params, lr, x, y, example_weights). It cannot be differentiated.
   m.def(
-      "conv_inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, Tensor "
-      "kept, int[] network, float[] eps, str loss, int steps, float momentum, bool first_order, ScalarType? "
-      "product_dtype, bool[4] wanted) -> Tensor[]");
+      "conv_inner_sgd_backward(Tensor[] grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, "
+      "Tensor? example_weights, Tensor kept, int[] network, float[] eps, str loss, int steps, "
+      "float momentum, bool first_order, ScalarType? product_dtype, bool[5] wanted) -> Tensor[]");
   // The networks' outputs [T, B, O], and, if `keep`, what the backward needs, else size 0.
   m.def(
       "conv_forward(Tensor[] params, Tensor x, int[] network, float[] eps, ScalarType? product_dtype, bool "

@@ -43,6 +43,7 @@ class Case:
     images: str = "random"  # or "half", whose left halves are 0; "empty", of whose tasks one's all are 0
     dead: bool = False  # whether a ReLU of the first block is 0 everywhere
     ignored: bool = False  # whether labels are left out, of a task all
+    weighted: bool = False  # whether examples have weights: some 0, with no target, of a task all; some < 0
 
 
 @dataclass
@@ -55,11 +56,12 @@ class Problem:
     x: Tensor
     y: Tensor
     options: dict[str, Any]
+    weights: Tensor | None
 
     @property
     def leaves(self) -> list[Tensor]:
         rates = self.lr if isinstance(self.lr, list) else [self.lr]
-        tensors = (*self.params, *rates, self.x, self.y)
+        tensors = (*self.params, *rates, self.x, self.y, self.weights)
         return [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Problem:
@@ -74,7 +76,8 @@ class Problem:
 
         lr = [leaf(rate) for rate in self.lr] if isinstance(self.lr, list) else leaf(self.lr)
         params = [leaf(p) for p in self.params]
-        return Problem(self.network, params, lr, leaf(self.x), leaf(self.y), self.options)
+        x, y, weights = map(leaf, (self.x, self.y, self.weights))
+        return Problem(self.network, params, lr, x, y, self.options, weights)
 
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
@@ -114,13 +117,19 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0, device: torch.device | s
         lr = normal(case.steps, len(case.network), scale=0.02, shift=0.05)
     else:
         lr = torch.tensor(0.05) if case.lr == "scalar" else 0.05
+    weights = None
+    if case.weighted:
+        weights = torch.rand(case.tasks, case.support, generator=generator) + 0.2
+        weights[:, -1] = -0.1
+        weights[0, 0], weights[1] = 0, 0
+        y[weights == 0] = 77 if case.loss == "cross_entropy" else torch.nan
     options = {
         "loss": case.loss,
         "steps": case.steps,
         "momentum": case.momentum,
         "first_order": case.first_order,
     }
-    return Problem(case.network, params, lr, x, y, options).to(dtype, device)
+    return Problem(case.network, params, lr, x, y, options, weights).to(dtype, device)
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -165,6 +174,22 @@ def forward(network: Sequence[ConvBlock], params: Sequence[Tensor], x: Tensor, m
     return x.flatten(1)
 
 
+def mean_loss(out: Tensor, y: Tensor, loss: str, weights: Tensor | None) -> Tensor:
+    """Of one task: out [S, O], y [S, O] or [S], weights [S]."""
+    if weights is None:
+        if loss == "mse":
+            return F.mse_loss(out, y)
+        return F.cross_entropy(out, y, reduction="sum") / (y != -100).sum().clamp_min(1)
+    counts = weights != 0
+    if loss == "cross_entropy":
+        counts = counts & (y != -100)
+    if not counts.any():
+        return 0 * out.sum()
+    out, y, weights = out[counts], y[counts], weights[counts]
+    each = (out - y).square().mean(1) if loss == "mse" else F.cross_entropy(out, y, reduction="none")
+    return (weights * each).sum() / weights.sum()
+
+
 def plain(problem: Problem) -> tuple[list[Tensor], Tensor]:
     """The adapted parameters and the statistics, by one task after the other."""
     blocks = [i for i, block in enumerate(problem.network) for _ in block.parameters]
@@ -181,10 +206,8 @@ def plain(problem: Problem) -> tuple[list[Tensor], Tensor]:
         for step in range(steps):
             moments: list[Any] = []
             out = forward(problem.network, theta, x, moments)
-            if options["loss"] == "mse":
-                loss = F.mse_loss(out, y)
-            else:
-                loss = F.cross_entropy(out, y, reduction="sum") / (y != -100).sum().clamp_min(1)
+            weights = None if problem.weights is None else problem.weights[t]
+            loss = mean_loss(out, y, options["loss"], weights)
             grads = torch.autograd.grad(loss, theta, create_graph=not options["first_order"])
             momenta = (
                 grads
@@ -274,6 +297,18 @@ CASES = {
     "averages": Case(_with_pools("average", (2, 3), (2, 1), (1, 0), True)),
     "averages of all": Case(_with_pools("average", None, 1, 0, False), image=(1, 7, 5)),
     "gaps": Case(_with_pools("max", 2, 3, 0, False), image=(1, 9, 8)),
+}
+WEIGHTED = {
+    "labels": Case(weighted=True, steps=3),
+    "momentum": Case(weighted=True, lr="element", momentum=0.6, per_task=True),
+    "mse": Case(weighted=True, loss="mse", momentum=0.3),
+    "left out": Case(weighted=True, ignored=True, support=4),
+    "an example a class": Case(weighted=True, support=3, image=(1, 7, 5)),
+    "first order": Case(weighted=True, first_order=True, lr="step and block"),
+    "no norm": Case(
+        (ConvBlock(3, padding=1, activation="tanh", **POOL), LINEAR), (4, 40), weighted=True, loss="mse"
+    ),
+    "many examples": Case(weighted=True, widths=(4, 35), support=37),
 }
 CASES |= {f"{name}, K=3": replace(CASES[name], steps=3) for name in ("Conv4", "strided", "per task")}
 LARGE = Case(CONV4, (64, 64, 64, 64, 5), (3, 84, 84), tasks=2, support=5, steps=1)

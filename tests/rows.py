@@ -352,7 +352,9 @@ def _images(sizes: Sizes, count: int, g: Generator) -> Tensor:
     return torch.randn(sizes.tasks, count, 2, 5, columns, dtype=torch.float64, generator=g)
 
 
-def _conv_inner_sgd(name: str, shape: str, *, loss: str, shared: bool = False, **options: object) -> Row:
+def _conv_inner_sgd(
+    name: str, shape: str, *, loss: str, shared: bool = False, weighted: bool = False, **options: object
+) -> Row:
     """The adapted parameters in one tensor, [T, P]."""
     options = {"loss": loss, "steps": STEPS, **options}
     count = 6 if shape == "pooled" else 4
@@ -360,23 +362,27 @@ def _conv_inner_sgd(name: str, shape: str, *, loss: str, shared: bool = False, *
     def make(sizes: Sizes, g: Generator) -> tuple[Tensor, ...]:
         lr = torch.rand(STEPS, 2, dtype=torch.float64, generator=g) / 10
         data = _images(sizes, sizes.support, g), _targets(sizes, sizes.support, g, loss)
-        return *_conv_params(sizes, g, shape, shared=shared), lr, *data
+        weights = torch.rand(sizes.tasks, sizes.support, dtype=torch.float64, generator=g) + 0.1
+        given = (lr, *data, weights) if weighted else (lr, *data)
+        return *_conv_params(sizes, g, shape, shared=shared), *given
 
     def call(m: ModuleType) -> Callable[..., Tensor]:
         def adapted(*tensors: Tensor) -> Tensor:
-            params, (lr, *data) = tensors[:count], tensors[count:]
-            found, _ = m.conv_inner_sgd(_conv_network(m, shape), params, *data, lr=lr, **options)
+            params, (lr, x, y, *rest) = tensors[:count], tensors[count:]
+            weights = dict(zip(names[2:], rest, strict=True))
+            found, _ = m.conv_inner_sgd(_conv_network(m, shape), params, x, y, lr=lr, **weights, **options)
             return torch.cat([parameter.flatten(1) for parameter in found], 1)
 
         return adapted
 
+    names = ("x", "y", "example_weights") if weighted else ("x", "y")
     labels = (count + 2,) if loss == "cross_entropy" else ()
     return Row(
         f"conv_inner_sgd[{name}]",
         call,
         make,
-        tuple(i for i in range(count + 3) if i not in labels),
-        (*(f"params[{i}]" for i in range(count)), "lr", "x", "y"),
+        tuple(i for i in range(count + 1 + len(names)) if i not in labels),
+        (*(f"params[{i}]" for i in range(count)), "lr", *names),
         shared=tuple(range(count + 1)) if shared else (count,),
         op="conv_inner_sgd",
         half=False,
@@ -593,6 +599,8 @@ ROWS = (
     _inner_sgd("cross_entropy, weighted", weighted=True, loss="cross_entropy", momentum=0.5),
     _conv_inner_sgd("mse, per task", "pooled", loss="mse", momentum=0.5),
     _conv_inner_sgd("cross_entropy, shared", "strided", loss="cross_entropy", shared=True),
+    _conv_inner_sgd("mse, weighted", "strided", loss="mse", weighted=True, momentum=0.5),
+    _conv_inner_sgd("cross_entropy, weighted", "pooled", loss="cross_entropy", shared=True, weighted=True),
     _conv_forward("strided"),
     _conv_forward("pooled"),
     Row(

@@ -15,6 +15,7 @@ from convolutional_problems import (
     NORMED,
     POOL,
     SHORT,
+    WEIGHTED,
     Case,
     Problem,
     assert_near,
@@ -44,7 +45,13 @@ def device(backend: torch.device, request: pytest.FixtureRequest) -> torch.devic
 def _adapted(module: ModuleType, problem: Problem) -> list[Tensor]:
     """The adapted parameters, the statistics, and the gradients of all that can have one."""
     params, statistics = module.conv_inner_sgd(
-        problem.network, problem.params, problem.x, problem.y, lr=problem.lr, **problem.options
+        problem.network,
+        problem.params,
+        problem.x,
+        problem.y,
+        lr=problem.lr,
+        example_weights=problem.weights,
+        **problem.options,
     )
     return [t.cpu() for t in (*params, statistics, *gradients(params, problem.leaves))]
 
@@ -69,6 +76,27 @@ def test_the_definition(name: str) -> None:
 def test_conv_inner_sgd(name: str, dtype: torch.dtype, device: torch.device) -> None:
     problem = make(CASES[name], dtype, device=device)
     assert_near(_adapted(metafast, problem), _expected(CASES[name]), dtype)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_the_definition_of_weights(name: str) -> None:
+    problem = make(WEIGHTED[name], torch.float64)
+    assert_near(_adapted(reference, problem), _expected(WEIGHTED[name]), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_of_examples(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    problem = make(WEIGHTED[name], dtype, device=device)
+    assert_near(_adapted(metafast, problem), _expected(WEIGHTED[name]), dtype)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_equal_weights_are_no_weights(loss: str, device: torch.device) -> None:
+    problem = make(Case(loss=loss, ignored=True), torch.float64, device=device)
+    expected = _adapted(metafast, problem)
+    problem.weights = torch.full(problem.x.shape[:2], 0.3, dtype=torch.float64, device=device)
+    assert_near(_adapted(metafast, problem), expected, torch.float64)
 
 
 # Of grey images z of the first block may be nowhere written down; nor its gradient, if nobody wants theirs.
@@ -226,6 +254,13 @@ def test_what_is_no_network(network: Any, error: type[Exception], message: str) 
         ({"x": torch.zeros(3, 5, 2, 1, 1).double()}, ValueError, "x: expected images on which the pooling"),
         ({"x": torch.zeros(3, 5, 2, 4, 4).double()}, ValueError, r"params\[4\]: expected shape \[O, I\]"),
         ({"y": torch.full((3, 5), 3)}, ValueError, r"y: expected classes in \[0, 3\) or -100 \(ignored\)"),
+        ({"example_weights": [1.0]}, TypeError, "example_weights: expected a tensor, got list"),
+        ({"example_weights": torch.ones(3, 5)}, TypeError, "example_weights: expected the dtype of x"),
+        (
+            {"example_weights": torch.ones(3, 2).double()},
+            ValueError,
+            r"example_weights: expected shape \[T, B\] = \[3, 5\], got \[3, 2\]",
+        ),
     ],
     ids=str,
 )

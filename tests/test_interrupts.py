@@ -77,8 +77,8 @@ def convolutional(images=20, steps=3000):  # many steps of one task, then many t
     numbers, eps = _encoded(network)
     grads = [torch.ones(1, *p.shape) for p in theta]
     kept = torch.randn(1, steps, 1, sum(p[0].numel() * 16 for p in theta)) / 8
-    lr, rest = [torch.tensor(0.001)], (numbers, eps, "mse", steps, 0.0, False)
-    yield lambda: ops.conv_inner_sgd_backward(grads, theta, x, y, lr, kept, *rest, [True] + [False] * 3)
+    given = theta, x, y, [torch.tensor(0.001)], None, kept, numbers, eps, "mse", steps, 0.0, False, None
+    yield lambda: ops.conv_inner_sgd_backward(grads, *given, [True] + [False] * 4)
     wide, many = params(64), torch.randn(1000, images, 1, 28, 28)
     yield lambda: metafast.conv_forward(network, wide, many)
 

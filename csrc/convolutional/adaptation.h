@@ -75,7 +75,7 @@ class Steps {
   void step(int64_t k, const Tensor& theta, const Tensor& before, const Tensor& buffer, const Tensor& next,
             const Tensor& statistics) const {
     pass_.forward(packed_view<const T>(theta), memory_.activations);
-    differentiate_loss(false, nullptr);
+    differentiate_loss();
     pass_.backward(packed_view<const T>(theta), memory_.activations, memory_.gradients,
                    packed_view<T>(buffer), nullptr);
     keep_statistics(statistics);
@@ -94,14 +94,16 @@ class Steps {
     }
   }
 
-  // v += H_k direction; to grad_x and grad_y, where they are, the mixed derivatives are added.
+  // v += H_k direction; to grad_x and grad_y, where they are, the mixed derivatives are added; to changes [T,
+  // B], if defined, how what each example adds to the loss changes along the direction.
   void step_back(const Tensor& theta, const Tensor& direction, const Tensor& product, const Tensor& v,
-                 const Maps<T>* grad_x, T* grad_y) const {
+                 const Maps<T>* grad_x, T* grad_y, const Tensor& changes) const {
     const auto at = packed_view<const T>(theta), along = packed_view<const T>(direction);
     pass_.forward(at, memory_.activations);
-    differentiate_loss(false, nullptr);
+    differentiate_loss();
     pass_.forward_tangent(at, along, memory_.activations, *memory_.tangents);
     differentiate_loss(true, grad_y);
+    if (changes.defined()) add_changes(changes);
     pass_.backward_tangent(at, along, memory_.activations, *memory_.tangents, memory_.gradients,
                            *memory_.gradient_tangents, packed_view<T>(product), grad_x);
     const SameArithmetic arithmetic;
@@ -118,7 +120,7 @@ class Steps {
   Tensor rate(int64_t k) const { return rates_.narrow(0, rates_.size(0) > 1 ? k : 0, 1); }
 
   // Of the last result, or of its tangent.
-  void differentiate_loss(bool tangent, T* grad_y) const {
+  void differentiate_loss(bool tangent = false, T* grad_y = nullptr) const {
     const int64_t examples = tasks_.first * problem_.images();
     OutputGradient<T> p{};
     p.tasks = tasks_.count;
@@ -131,12 +133,25 @@ class Steps {
       p.grad = memory_.gradient_tangents->blocks.back().out;
       if (grad_y != nullptr) p.grad_y = grad_y + examples * p.outputs;
     }
+    if (problem_.shares) {
+      p.shares = problem_.shares->of_examples.template const_data_ptr<T>() + examples;
+    }
     if (problem_.labels) {
       p.labels = problem_.y.template const_data_ptr<int64_t>() + examples;
     } else {
       p.y = problem_.y.template const_data_ptr<T>() + examples * p.outputs;
     }
     run_kernel(p, problem_.x);
+  }
+
+  void add_changes(const Tensor& changes) const {
+    const auto rows = [&](const Maps<T>& maps) {
+      return at::from_blob(maps.data, {tasks_.count, problem_.images(), problem_.network.outputs()},
+                           {maps.task, maps.image, 1}, problem_.options());
+    };
+    const SameArithmetic arithmetic;
+    const Tensor gradient = rows(memory_.gradients.blocks.back().out);
+    tasks_.of_all(changes).add_((gradient * rows(memory_.tangents->blocks.back().out)).sum(2));
   }
 
   void keep_statistics(const Tensor& statistics) const {

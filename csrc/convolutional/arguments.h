@@ -2,12 +2,14 @@
 #pragma once
 
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 
 #include "common/dispatch.h"
 #include "common/sums.h"
 #include "convolutional/groups.h"
+#include "convolutional/ops.h"
 
 namespace metafast {
 namespace {
@@ -222,10 +224,34 @@ inline void check_params(at::TensorList params, const Tensor& x) {
   }
 }
 
+// What the weights w of a task's examples make of the mean over them: w_b / (terms sum w) is the share of an
+// example whose loss is a sum of so many terms. Examples without a label have none.
+struct Shares {
+  Tensor of_examples;  // [T, B]
+  Tensor totals;       // [T, 1]: sum w
+  int64_t terms;
+
+  Shares(const Tensor& weights, const Tensor& y, bool labels) : terms(labels ? 1 : y.size(2)) {
+    const SameArithmetic arithmetic;
+    const Tensor counting = labels ? weights.masked_fill(y == kIgnoreLabel, 0) : weights;
+    totals = counting.sum(1, /*keepdim=*/true);
+    of_examples = (counting / (totals * terms)).masked_fill(totals == 0, 0).contiguous();
+  }
+
+  // The gradient of the weights, from that of the shares times these. What is left out has none.
+  Tensor gradient(const Tensor& changes) const {
+    const SameArithmetic arithmetic;
+    const Tensor each = changes / (of_examples * terms), mean = changes.sum(1, /*keepdim=*/true);
+    return ((each - mean) / totals).masked_fill(of_examples == 0, 0);
+  }
+};
+
 // What conv_inner_sgd and its backward have in common.
 struct Problem {
   const Network network;
-  const Tensor x, y;
+  const Tensor x;
+  Tensor y;  // no label beside a weight of 0
+  std::optional<Shares> shares;
   const std::vector<Tensor> lr;
   const bool labels;  // cross entropy, not mse
   const int64_t steps;
@@ -233,8 +259,9 @@ struct Problem {
   const bool first_order;
   const Rounding rounding;
 
-  Problem(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef numbers,
-          at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+  Problem(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+          const OptionalTensor& example_weights, at::IntArrayRef numbers, at::ArrayRef<double> eps,
+          std::string_view loss, int64_t steps, double momentum, bool first_order,
           std::optional<at::ScalarType> product_dtype)
       : network((check_params(params, x), numbers), eps, params, x),
         x(x),
@@ -250,6 +277,8 @@ struct Problem {
     TORCH_CHECK_VALUE(steps >= 0 && steps <= kMostSteps, "steps: expected a number >= 0, ",
                       steps < 0 ? "" : "below 2^31, ", "got ", steps);
     check_targets();
+    if (example_weights) weigh({*example_weights, "example_weights"});
+    if (labels) check_label_values();
     check_lr(lr, params);
   }
 
@@ -289,6 +318,18 @@ struct Problem {
     }
     check_labels_dtype(arg);
     check_sizes(arg, {tasks(), images()}, "[T, B]");
+  }
+
+  void weigh(const Arg& weights) {
+    check_same_device({x, "x"}, {weights});
+    check_same_dtype({x, "x"}, {weights});
+    check_sizes(weights, {tasks(), images()}, "[T, B]");
+    const Tensor given = weights.tensor.detach();
+    if (labels) y = y.masked_fill(given == 0, kIgnoreLabel);
+    shares.emplace(given, y, labels);
+  }
+
+  void check_label_values() const {
     if (runs_cuda(y)) return;  // the kernel asserts there, which does not synchronise
     const int64_t* label = y.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < y.numel(); ++i) {

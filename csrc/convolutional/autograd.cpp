@@ -16,21 +16,23 @@ namespace metafast {
   return handle.call(__VA_ARGS__)
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(
-    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
-    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+    const OptionalTensor& example_weights, at::IntArrayRef network, at::ArrayRef<double> eps,
+    std::string_view loss, int64_t steps, double momentum, bool first_order,
     std::optional<at::ScalarType> product_dtype, int64_t keep) {
-  METAFAST_CALL(conv_inner_sgd, params, x, y, lr, network, eps, loss, steps, momentum, first_order,
-                product_dtype, keep);
+  METAFAST_CALL(conv_inner_sgd, params, x, y, lr, example_weights, network, eps, loss, steps, momentum,
+                first_order, product_dtype, keep);
 }
 
 std::vector<Tensor> conv_inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                            const Tensor& y, at::TensorList lr, const Tensor& kept,
+                                            const Tensor& y, at::TensorList lr,
+                                            const OptionalTensor& example_weights, const Tensor& kept,
                                             at::IntArrayRef network, at::ArrayRef<double> eps,
                                             std::string_view loss, int64_t steps, double momentum,
                                             bool first_order, std::optional<at::ScalarType> product_dtype,
-                                            std::array<bool, 4> wanted) {
-  METAFAST_CALL(conv_inner_sgd_backward, grads, params, x, y, lr, kept, network, eps, loss, steps, momentum,
-                first_order, product_dtype, wanted);
+                                            std::array<bool, 5> wanted) {
+  METAFAST_CALL(conv_inner_sgd_backward, grads, params, x, y, lr, example_weights, kept, network, eps, loss,
+                steps, momentum, first_order, product_dtype, wanted);
 }
 
 std::tuple<Tensor, Tensor> conv_forward(at::TensorList params, const Tensor& x, at::IntArrayRef network,
@@ -57,7 +59,7 @@ using torch::autograd::variable_list;
 struct Options {
   std::vector<int64_t> network;
   std::vector<double> eps;
-  std::string loss;
+  std::string loss = {};
   int64_t steps = 0;
   double momentum = 0;
   bool first_order = false;
@@ -108,34 +110,42 @@ variable_list gradients(variable_list grads, const variable_list& inputs, size_t
 
 // ---- conv_inner_sgd ----
 
-std::vector<Tensor> conv_inner_sgd_backward_autograd(at::TensorList grads, at::TensorList params,
-                                                     const Tensor& x, const Tensor& y, at::TensorList lr,
-                                                     const Tensor& kept, at::IntArrayRef network,
-                                                     at::ArrayRef<double> eps, std::string_view loss,
-                                                     int64_t steps, double momentum, bool first_order,
-                                                     std::optional<at::ScalarType> product_dtype,
-                                                     std::array<bool, 4> wanted) {
+variable_list inner_sgd_inputs(at::TensorList params, at::TensorList lr, const Tensor& x, const Tensor& y,
+                               const OptionalTensor& example_weights) {
+  variable_list inputs = joined(params, {x, y}, lr);
+  if (example_weights) inputs.push_back(*example_weights);
+  return inputs;
+}
+
+std::vector<Tensor> conv_inner_sgd_backward_autograd(
+    at::TensorList grads, at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+    const OptionalTensor& example_weights, const Tensor& kept, at::IntArrayRef network,
+    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    std::optional<at::ScalarType> product_dtype, std::array<bool, 5> wanted) {
   const auto compute = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return conv_inner_sgd_backward(grads, params, x, y, lr, kept, network, eps, loss, steps, momentum,
-                                   first_order, product_dtype, wanted);
+    return conv_inner_sgd_backward(grads, params, x, y, lr, example_weights, kept, network, eps, loss, steps,
+                                   momentum, first_order, product_dtype, wanted);
   };
-  variable_list inputs = joined(params, {x, y}, lr);
+  variable_list inputs = inner_sgd_inputs(params, lr, x, y, example_weights);
   inputs.insert(inputs.end(), grads.begin(), grads.end());
   if (!needs_graph_of("conv_inner_sgd_backward", inputs)) return compute();
   return LastDerivative::apply(at::TensorList(inputs), std::function<variable_list()>(compute),
                                "conv_inner_sgd");
 }
 
-// The inputs are the parameters, lr, x and y; the results the adapted parameters, then the statistics.
+// The inputs are the parameters, lr, x, y and, if given, the weights of examples; the results the adapted
+// parameters, then the statistics.
 struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs, int64_t params, int64_t lr,
                                const Options& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor &x = inputs[params + lr], &y = inputs[params + lr + 1];
-    auto [adapted, statistics, kept] = conv_inner_sgd(
-        inputs.slice(0, params), x, y, inputs.slice(params, lr), o.network, o.eps, o.loss, o.steps,
-        o.momentum, o.first_order, o.product_dtype, 1 + any_requires_grad(inputs.slice(params, lr)));
+    const int64_t data = params + lr;
+    const at::TensorList rates = inputs.slice(params, lr);
+    auto [adapted, statistics, kept] =
+        conv_inner_sgd(inputs.slice(0, params), inputs[data], inputs[data + 1], rates,
+                       example_weights(inputs, data), o.network, o.eps, o.loss, o.steps, o.momentum,
+                       o.first_order, o.product_dtype, 1 + any_requires_grad(rates));
     ctx->save_for_backward(joined(inputs, {kept}));
     auto call = c10::make_intrusive<Call>(o, params, lr);
     for (const Tensor& result : adapted) call->result_sizes.emplace_back(result.sizes());
@@ -149,28 +159,38 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
     const Call& call = Call::restore(ctx);
     const Options& o = call.options;
     const variable_list saved = ctx->get_saved_variables();
-    const at::TensorList inputs(saved);
+    const at::TensorList inputs = at::TensorList(saved).slice(0, saved.size() - 1);
     const int64_t data = call.params + call.lr;
-    const std::array<bool, 4> wanted{any_needed(ctx, 0, call.params), any_needed(ctx, call.params, data),
-                                     ctx->needs_input_grad(data), ctx->needs_input_grad(data + 1)};
+    const OptionalTensor weights = example_weights(inputs, data);
+    const std::array<bool, 5> wanted{any_needed(ctx, 0, call.params), any_needed(ctx, call.params, data),
+                                     ctx->needs_input_grad(data), ctx->needs_input_grad(data + 1),
+                                     weights && ctx->needs_input_grad(data + 2)};
     variable_list of_adapted(grads.begin(), grads.begin() + call.params);
     for (size_t i = 0; i < of_adapted.size(); ++i) {
       if (!of_adapted[i].defined())
         of_adapted[i] = at::zeros(call.result_sizes[i], saved[i].options().requires_grad(false));
     }
-    return gradients(
-        conv_inner_sgd_backward(of_adapted, inputs.slice(0, call.params), saved[data], saved[data + 1],
-                                inputs.slice(call.params, call.lr), saved.back(), o.network, o.eps, o.loss,
-                                o.steps, o.momentum, o.first_order, o.product_dtype, wanted),
-        saved, 3);
+    variable_list found =
+        conv_inner_sgd_backward(of_adapted, inputs.slice(0, call.params), inputs[data], inputs[data + 1],
+                                inputs.slice(call.params, call.lr), weights, saved.back(), o.network, o.eps,
+                                o.loss, o.steps, o.momentum, o.first_order, o.product_dtype, wanted);
+    found.resize(inputs.size());  // without what was not given
+    return gradients(std::move(found), saved, 3);
+  }
+
+ private:
+  static OptionalTensor example_weights(at::TensorList inputs, int64_t data) {
+    const size_t place = data + 2;
+    return place < inputs.size() ? OptionalTensor(inputs[place]) : std::nullopt;
   }
 };
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_autograd(
-    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
-    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+    const OptionalTensor& example_weights, at::IntArrayRef network, at::ArrayRef<double> eps,
+    std::string_view loss, int64_t steps, double momentum, bool first_order,
     std::optional<at::ScalarType> product_dtype, int64_t keep) {
-  variable_list inputs = joined(params, {x, y}, lr);
+  const variable_list inputs = inner_sgd_inputs(params, lr, x, y, example_weights);
   if (needs_graph_of("conv_inner_sgd", inputs)) {
     variable_list results = ConvInnerSgdFunction::apply(
         at::TensorList(inputs), static_cast<int64_t>(params.size()), static_cast<int64_t>(lr.size()),
@@ -180,8 +200,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_autograd(
     return {results, statistics, kept};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return conv_inner_sgd(params, x, y, lr, network, eps, loss, steps, momentum, first_order, product_dtype,
-                        keep);
+  return conv_inner_sgd(params, x, y, lr, example_weights, network, eps, loss, steps, momentum, first_order,
+                        product_dtype, keep);
 }
 
 // ---- conv_forward ----

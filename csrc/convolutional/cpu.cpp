@@ -43,16 +43,17 @@ void run(const OutputGradient<T>& p, int64_t begin, int64_t end) {
       count = 0;
       for (int64_t b = 0; b < p.images; ++b) count += p.labels[task * p.images + b] != kIgnoreLabel;
     }
-    const T share = T(1) / static_cast<T>(count > 0 ? count * (p.labels ? 1 : p.outputs) : 1);
+    const T equal = T(1) / static_cast<T>(count > 0 ? count * (p.labels ? 1 : p.outputs) : 1);
     for (int64_t b = 0; b < p.images; ++b) {
       const int64_t example = task * p.images + b;
+      const T share = p.shares ? p.shares[example] : equal;
       const T* const out = p.out.at(task, b, 0, 0);
       const T* const tangent = p.out_tangent.data ? p.out_tangent.at(task, b, 0, 0) : nullptr;
       T* const grad = p.grad.at(task, b, 0, 0);
-      if (p.labels == nullptr) {
-        differentiate_squares(p, example, out, tangent, share, grad);
-      } else if (p.labels[example] == kIgnoreLabel) {
+      if (share == 0 || (p.labels != nullptr && p.labels[example] == kIgnoreLabel)) {
         std::fill_n(grad, p.outputs, T(0));
+      } else if (p.labels == nullptr) {
+        differentiate_squares(p, example, out, tangent, share, grad);
       } else {
         differentiate_cross_entropy(p, p.labels[example], out, tangent, share, grad);
       }

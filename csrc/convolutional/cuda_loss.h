@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kLossThreads) loss_gradient(const __grid_const
   if (task >= p.tasks) return;
   const int64_t first = block_index() % blocks * kLossExamples;
   const int64_t* const labels = p.labels != nullptr ? p.labels + task * p.images : nullptr;
-  T share = 1;
+  T equal = 1;
   if (labels == nullptr) {
-    share /= static_cast<T>(p.images * p.outputs);
+    equal /= static_cast<T>(p.images * p.outputs);
   } else {
     int count = 0;
     for (int64_t b = threadIdx.x; b < p.images; b += kLossThreads) {
@@ -75,17 +75,18 @@ __global__ void __launch_bounds__(kLossThreads) loss_gradient(const __grid_const
                             "labels: expected classes in [0, O) or -100 (ignored)");
       count += labels[b] != kIgnoreLabel;
     }
-    share /= static_cast<T>(block_sum(count, shared.counts));
+    equal /= static_cast<T>(block_sum(count, shared.counts));
   }
   for (int64_t b = first + threadIdx.x / kWarpSize; b < first + kLossExamples && b < p.images;
        b += kLossWarps) {
+    const T share = p.shares != nullptr ? p.shares[task * p.images + b] : equal;
     const T* const out = p.out.at(task, b, 0, 0);
     const T* const tangent = p.out_tangent.data != nullptr ? p.out_tangent.at(task, b, 0, 0) : nullptr;
     T* const grad = p.grad.at(task, b, 0, 0);
-    if (labels == nullptr) {
-      differentiate_squares(p, task * p.images + b, out, tangent, share, grad);
-    } else if (labels[b] == kIgnoreLabel) {
+    if (share == T(0) || (labels != nullptr && labels[b] == kIgnoreLabel)) {
       for (int64_t o = threadIdx.x % kWarpSize; o < p.outputs; o += kWarpSize) grad[o] = 0;
+    } else if (labels == nullptr) {
+      differentiate_squares(p, task * p.images + b, out, tangent, share, grad);
     } else {
       differentiate_cross_entropy(p, labels[b], out, tangent, share, grad);
     }

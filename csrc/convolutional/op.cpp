@@ -4,7 +4,6 @@
 #include <torch/library.h>
 
 #include "convolutional/adaptation.h"
-#include "convolutional/ops.h"
 
 namespace metafast {
 namespace {
@@ -30,10 +29,12 @@ Maps<T> gradient_images(const Network& network, int64_t tasks, int64_t images, W
 // ---- conv_inner_sgd ----
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
-    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef numbers,
-    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+    const OptionalTensor& example_weights, at::IntArrayRef numbers, at::ArrayRef<double> eps,
+    std::string_view loss, int64_t steps, double momentum, bool first_order,
     std::optional<at::ScalarType> product_dtype, int64_t keep) {
-  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order, product_dtype);
+  const Problem problem(params, x, y, lr, example_weights, numbers, eps, loss, steps, momentum, first_order,
+                        product_dtype);
   const LongCall call;
   const Network& network = problem.network;
   const c10::OptionalDeviceGuard guard(x.device());
@@ -68,12 +69,14 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
 }
 
 std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                               const Tensor& y, at::TensorList lr, const Tensor& kept,
+                                               const Tensor& y, at::TensorList lr,
+                                               const OptionalTensor& example_weights, const Tensor& kept,
                                                at::IntArrayRef numbers, at::ArrayRef<double> eps,
                                                std::string_view loss, int64_t steps, double momentum,
                                                bool first_order, std::optional<at::ScalarType> product_dtype,
-                                               std::array<bool, 4> wanted) {
-  const Problem problem(params, x, y, lr, numbers, eps, loss, steps, momentum, first_order, product_dtype);
+                                               std::array<bool, 5> wanted) {
+  const Problem problem(params, x, y, lr, example_weights, numbers, eps, loss, steps, momentum, first_order,
+                        product_dtype);
   const LongCall call;
   const Network& network = problem.network;
   const int64_t tasks = problem.tasks(), P = network.size();
@@ -91,9 +94,11 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
   const c10::OptionalDeviceGuard guard(x.device());
   return with_scalar(x, [&]<typename T>() {
     const at::TensorOptions options = problem.options();
-    const bool of_x = wanted[2], of_y = wanted[3] && !problem.labels;
+    const bool of_x = wanted[2], of_y = wanted[3] && !problem.labels,
+               of_weights = wanted[4] && problem.shares;
     const Tensor grad_x = of_x ? at::zeros(x.sizes(), options) : empty({0}, options);
     const Tensor grad_y = of_y ? at::zeros(problem.y.sizes(), options) : empty({0}, options);
+    const Tensor changes = of_weights ? at::zeros({tasks, problem.images()}, options) : Tensor();
     const bool reverses = !first_order && steps > 0;
     const PackedOutput<T> grad_params(network, tasks, network.shared(), options);
     std::optional<Adaptation<T>> adaptation;
@@ -128,7 +133,7 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
             if (wanted[1]) grad_rates.add(some, k, v, of(1, k + 1));
             of_some.turn(k, v, direction);
             of_some.step_back(k > 0 ? of(0, k) : theta, direction, product, v, of_x ? &maps : nullptr,
-                              of_y ? grad_y.mutable_data_ptr<T>() : nullptr);
+                              of_y ? grad_y.mutable_data_ptr<T>() : nullptr, changes);
           }
           if (wanted[0]) grad_params.store(some.first, v);
           if (of_x) {
@@ -142,7 +147,7 @@ std::vector<Tensor> conv_inner_sgd_backward_op(at::TensorList grads, at::TensorL
         });
     std::vector<Tensor> all = wanted[0] ? grad_params.finish() : nothing(params.size(), options);
     append(all, wanted[1] ? grad_rates.finish() : nothing(lr.size(), options));
-    append(all, {grad_x, grad_y});
+    append(all, {grad_x, grad_y, of_weights ? problem.shares->gradient(changes) : empty({0}, options)});
     return all;
   });
 }

@@ -13,17 +13,20 @@
 namespace metafast {
 
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd(
-    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr, at::IntArrayRef network,
-    at::ArrayRef<double> eps, std::string_view loss, int64_t steps, double momentum, bool first_order,
+    at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
+    const OptionalTensor& example_weights, at::IntArrayRef network, at::ArrayRef<double> eps,
+    std::string_view loss, int64_t steps, double momentum, bool first_order,
     std::optional<at::ScalarType> product_dtype, int64_t keep);
 std::vector<Tensor> conv_inner_sgd_backward(at::TensorList grads, at::TensorList params, const Tensor& x,
-                                            const Tensor& y, at::TensorList lr, const Tensor& kept,
+                                            const Tensor& y, at::TensorList lr,
+                                            const OptionalTensor& example_weights, const Tensor& kept,
                                             at::IntArrayRef network, at::ArrayRef<double> eps,
                                             std::string_view loss, int64_t steps, double momentum,
                                             bool first_order, std::optional<at::ScalarType> product_dtype,
-                                            std::array<bool, 4> wanted);
+                                            std::array<bool, 5> wanted);
 
 std::tuple<Tensor, Tensor> conv_forward(at::TensorList params, const Tensor& x, at::IntArrayRef network,
                                         at::ArrayRef<double> eps, std::optional<at::ScalarType> product_dtype,

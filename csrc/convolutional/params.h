@@ -241,14 +241,16 @@ struct BlockBackward {
 };
 
 // The loss of a task from the last block's results: mse, the mean over examples and outputs, or cross
-// entropy, the mean over examples that are not left out. Its gradient; or, with a tangent, that of the
-// gradient. A task without an example has gradient 0.
+// entropy, the mean over examples that are not left out; with shares the sum of what they make of the
+// examples' losses, squares summed over outputs. Its gradient; or, with a tangent, that of the gradient. A
+// task without an example has gradient 0.
 template <typename T>
 struct OutputGradient {
   int64_t tasks, images, outputs;
   Maps<const T> out, out_tangent;  // a pixel each; out_tangent.data may be null
   const T* y;                      // [T, B, outputs], or null with labels
   const int64_t* labels;           // [T, B] or null
+  const T* shares;                 // [T, B], 0 leaves one out, or null: equal ones
   Maps<T> grad;                    // of out, or its tangent
   T* grad_y;                       // [T, B, outputs], with a tangent: minus it is added; or null
 

@@ -153,6 +153,7 @@ def _conv_inner_sgd(
     x: Tensor,
     y: Tensor,
     lr: Sequence[Tensor],
+    example_weights: Tensor | None,
     network: Sequence[int],
     eps: Sequence[float],
     loss: str,
@@ -166,13 +167,6 @@ def _conv_inner_sgd(
     statistics = x.new_empty(steps, 2, tasks, sum(block.width for block in blocks if block.norm))
     kept = (keep, steps, tasks, sum(block.packed for block in blocks)) if keep else (0,)
     return adapted, statistics, x.new_empty(kept)
-
-
-def _conv_inner_sgd_backward(
-    grads: Sequence[Tensor], params: Sequence[Tensor], x: Tensor, y: Tensor, lr: Sequence[Tensor], *args: Any
-) -> list[Tensor]:
-    *_, wanted = args
-    return _wanted_gradients(params, lr, (x, y), wanted)
 
 
 def _conv_forward(
@@ -263,7 +257,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "maml_loss_backward": _maml_loss_backward,
     "sgd_update": _sgd_update,
     "conv_inner_sgd": _conv_inner_sgd,
-    "conv_inner_sgd_backward": _conv_inner_sgd_backward,
+    "conv_inner_sgd_backward": _inner_sgd_backward,
     "conv_forward": _conv_forward,
     "conv_forward_backward": _conv_forward_backward,
     "task_conv2d_maps": _task_conv2d_maps,

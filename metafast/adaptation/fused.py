@@ -28,12 +28,13 @@ def train(
     Args:
         start: The parameters, shared by the tasks or [T, ...], and the buffers, [T, ...].
         features, y, weights: [T, S, ...], or [K, T, S, ...] where each step has its own; weights of examples,
-            or None, as for a `ConvNet`.
+            or None.
     """
     params, buffers = start
     name, weight = next(iter(known.params.items()))
     if features.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
         raise TypeError(f"x: expected the dtype of {name}, {weight.dtype}, got {features.dtype}")
+    weights = None if weights is None else weights.to(weight.dtype)
     found, statistics = _steps(
         known, [params[name] for name in known.params], inner, rates, features, y, weights
     )
@@ -94,7 +95,7 @@ def _mlp(
         activation=mlp.activation,
         momentum=inner.momentum,
         first_order=inner.first_order,
-        example_weights=None if weights is None else weights.to(weight.dtype),
+        example_weights=weights,
     )
     return moved, None
 
@@ -105,7 +106,7 @@ def _conv(
     inner: InnerLoop,
     features: Tensor,
     y: Tensor,
-    weights: None,
+    weights: Tensor | None,
     lr: float | Tensor | list[Tensor],
     steps: int,
 ) -> tuple[list[Tensor], Tensor]:
@@ -120,6 +121,7 @@ def _conv(
         steps=steps,
         momentum=inner.momentum,
         first_order=inner.first_order,
+        example_weights=weights,
     )
 
 

@@ -125,8 +125,6 @@ def _known(
     if isinstance(found, ConvNet) and (running := found.by_running()):
         norm = layer_name(*next(iter(running.values())))
         return f"{norm} goes by its running statistics, not by those of the batch"
-    if isinstance(found, ConvNet) and inner.weighted:
-        return "the kernels of convolutional networks have no example_weights"
     if isinstance(found, ConvNet) and found.affine and inner.layered and inner.momentum:
         return "the kernels have no rates of batch norm's own for each step together with momentum"
     device = next(iter(found.params.values())).device.type

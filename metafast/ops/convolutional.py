@@ -69,6 +69,7 @@ def conv_inner_sgd(
     steps: int,
     momentum: float = 0.0,
     first_order: bool = False,
+    example_weights: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Trains each task's copy of a convolutional network with `steps` steps of full-batch SGD.
 
@@ -91,11 +92,17 @@ def conv_inner_sgd(
         steps: K, from 0 on.
         momentum: As in `torch.optim.SGD`.
         first_order: Whether the backward takes the inner gradients as constants (Nichol et al. 2018).
+        example_weights: [T, S], the dtype of `params`; they may have a gradient. The loss of a task becomes
+            sum(w * loss of an example) / sum(w), and a task whose weights add up to 0 is not adapted. Weight
+            0 takes an example out of the loss, whatever its target, as the label -100 does; that weight has
+            no gradient. Batch norm sees the images of both, as in a plain loop over the weighted loss, so
+            they have to be finite.
 
     Returns:
         The adapted parameters, in the order of `params`, each [T, ...]. Their gradients reach `params`, `lr`,
-        `x` and a float `y`. And what batch norm saw of each step's batch, [K, 2, T, channels of all blocks
-        with batch norm]: the mean and the variance, divided by the number of pixels. That has no gradient.
+        `x`, a float `y` and `example_weights`. And what batch norm saw of each step's batch, [K, 2, T,
+        channels of all blocks with batch norm]: the mean and the variance, divided by the number of pixels.
+        That has no gradient.
 
     Raises:
         ValueError: a shape, device, option or label does not fit.
@@ -123,16 +130,20 @@ def conv_inner_sgd(
     try:
         rates = rates_listed(lr, params, x)
         numbers, eps = _encoded(network)
-        keep = (1 + _has_graph(*rates)) * _has_graph(*params, x, y, *rates)
-        args = (params, x, y, rates, numbers, eps, *options.values(), _PRODUCT_DTYPE, keep)
+        weights = () if example_weights is None else (example_weights,)
+        keep = (1 + _has_graph(*rates)) * _has_graph(*params, x, y, *rates, *weights)
+        args = (params, x, y, rates, example_weights, numbers, eps, *options.values(), _PRODUCT_DTYPE, keep)
         adapted, statistics, *_ = doors.call_listed(
             "conv_inner_sgd",
             args,
-            lambda: reference.conv_inner_sgd(network, params, x, y, lr=lr, **options),
+            lambda: reference.conv_inner_sgd(
+                network, params, x, y, lr=lr, example_weights=example_weights, **options
+            ),
         )
     except Exception:
+        of_weights = {} if example_weights is None else {"example_weights": example_weights}
         blame(
-            {"x": x, "y": y},
+            {"x": x, "y": y, **of_weights},
             {"params": params},
             {"steps": steps},
             {"momentum": momentum},

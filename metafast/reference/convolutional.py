@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inner_loop import LearningRate, descend, float32_under_autocast, losses_of, task_linear
+from .inner_loop import LearningRate, counting, descend, float32_under_autocast, losses_of, task_linear
 from .labels import checked_labels
 
 _ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "none": lambda x: x}
@@ -167,6 +167,7 @@ def conv_inner_sgd(
     steps: int,
     momentum: float = 0.0,
     first_order: bool = False,
+    example_weights: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Train each task's copy of a convolutional network by `steps` steps of full-batch SGD, as `inner_sgd`.
 
@@ -178,18 +179,20 @@ def conv_inner_sgd(
         lr: A number or 0-d tensor; [K, L], a rate for each step and block; or a sequence of tensors, one for
             each parameter and of the shape of one task's parameter.
         loss, steps, momentum, first_order: As in `inner_sgd`.
+        example_weights: [T, S]. The loss of a task is sum(w * loss of an example) / sum(w). Of an example of
+            weight 0 the target may be anything; batch norm sees its image.
 
     Returns:
         The adapted parameters, each [T, ...]; and the mean and the variance (divided by the number of pixels)
         of the batch in each step, [K, 2, T, channels of all blocks with norm], without a gradient.
     """
     if loss == "cross_entropy":
-        y = checked_labels("y", y, widths_of(network, params)[-1])
+        y = checked_labels("y", counting(y, example_weights), widths_of(network, params)[-1])
     statistics = []
 
     def of_tasks(theta: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         out, moments = _run(network, theta, x)
-        return losses_of(out, y, loss).sum(), moments
+        return losses_of(out, y, loss, example_weights).sum(), moments
 
     def gradient(theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         grads, moments = torch.func.grad(of_tasks, has_aux=True)(theta)

@@ -81,37 +81,35 @@ def _task_losses(
 ) -> Tensor:
     """The loss of each task: params [T, ...], x [T, S, D], y [T, S, O] or [T, S], weights [T, S] -> [T]."""
     if weights is not None:
-        counts = weights != 0
-        x = torch.where(counts.unsqueeze(-1), x, 0)  # so that no NaN of what is left out spreads
-        weights = torch.where(counts, weights, 0)  # whose own gradient is 0
-    out = _mlp(params, x, activation)
+        x = torch.where((weights != 0).unsqueeze(-1), x, 0)  # so that no NaN of what is left out spreads
+    return losses_of(_mlp(params, x, activation), y, loss, weights)
+
+
+def losses_of(out: Tensor, y: Tensor, loss: str, weights: Tensor | None = None) -> Tensor:
+    """The loss of each task: outputs [T, S, O], y [T, S, O] or [T, S], weights [T, S] -> [T]."""
+    if loss not in ("mse", "cross_entropy"):
+        raise ValueError(f"loss: expected mse or cross_entropy, got {loss}")
     if weights is not None:
+        counts = weights != 0
+        weights = torch.where(counts, weights, 0)  # whose own gradient is 0
         if loss == "mse":
             losses = (out - torch.where(counts.unsqueeze(-1), y, 0)).square().mean(2)
         else:
             y = torch.where(counts, y, IGNORED)
-            losses = F.cross_entropy(out.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="none")
-            losses = losses.view_as(y)
+            losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")
             weights = weights * (y != IGNORED)
         total = weights.sum(1)
         return torch.where(
             total == 0, torch.nan, (losses * weights).sum(1) / torch.where(total == 0, 1, total)
         )
-    return losses_of(out, y, loss)
-
-
-def losses_of(out: Tensor, y: Tensor, loss: str) -> Tensor:
-    """The loss of each task: outputs [T, S, O], y [T, S, O] or [T, S] -> [T]."""
     if loss == "mse":
         return (out - y).square().mean((1, 2))
-    if loss != "cross_entropy":
-        raise ValueError(f"loss: expected mse or cross_entropy, got {loss}")
     losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")  # [T, S], 0 where ignored
     valid = (y != IGNORED).sum(1)
     return torch.where(valid > 0, losses.sum(1) / valid.clamp_min(1), torch.nan)
 
 
-def _counting(labels: Tensor, weights: Tensor | None) -> Tensor:
+def counting(labels: Tensor, weights: Tensor | None) -> Tensor:
     """The labels, without those that have no weight."""
     return labels if weights is None else torch.where(weights != 0, labels, IGNORED)
 
@@ -209,7 +207,7 @@ def inner_sgd(
         The adapted parameters, each [T, ...].
     """
     if loss == "cross_entropy":
-        y = checked_labels("y", _counting(y, example_weights), params[-1].shape[-1])
+        y = checked_labels("y", counting(y, example_weights), params[-1].shape[-1])
     thetas = _trajectory(params, x, y, loss, lr, steps, activation, momentum, first_order, example_weights)
     return list(thetas[-1])
 
@@ -250,8 +248,8 @@ def maml_loss(
     """
     if loss == "cross_entropy":
         classes = params[-1].shape[-1]
-        support_y = checked_labels("support_y", _counting(support_y, support_weights), classes)
-        query_y = checked_labels("query_y", _counting(query_y, query_weights), classes)
+        support_y = checked_labels("support_y", counting(support_y, support_weights), classes)
+        query_y = checked_labels("query_y", counting(query_y, query_weights), classes)
     thetas = _trajectory(
         params, support_x, support_y, loss, lr, steps, activation, momentum, first_order, support_weights
     )

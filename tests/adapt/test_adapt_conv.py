@@ -226,6 +226,44 @@ def test_a_batch_for_each_step(kind: str) -> None:
     assert metafast.adapt(module, x, y, momentum=0.5, **options).path == "torch.func"
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weights_of_examples(loss: str) -> None:
+    """Batch norm sees zeros in the place of the example of weight 0, whatever it holds."""
+    _, (x, y, query_x, query_y) = make("three blocks", loss)
+    x, query_x = (F.pad(images.detach(), (0, 7, 0, 4)) for images in (x, query_x))  # [..., 17, 16]
+    conv4 = [layer for ins in (1, 4, 4, 4) for layer in block(ins, 4)]
+    module = nn.Sequential(*conv4, nn.Flatten(), nn.Linear(4, 3)).double()
+    weights = torch.rand(TASKS, 5, dtype=torch.float64)
+    weights[0, 1] = 0
+    with torch.no_grad():
+        x[0, 1] = torch.nan
+        y[0, 1] = -7 if loss == "cross_entropy" else torch.nan
+    leaves = [*module.parameters(), weights.requires_grad_(), x.requires_grad_()]
+    leaves += [y] if loss == "mse" else []
+    options = {"loss": loss, "lr": 0.1, "steps": STEPS, "momentum": 0.6}
+    adapted = metafast.adapt(module, x, y, example_weights=weights, **options)
+    assert adapted.path == "fused"
+
+    def weighted(out: Tensor, given: tuple[Tensor, Tensor]) -> Tensor:
+        y, weights = given
+        each = LOSSES[loss](out, y, reduction="none")
+        each = each.mean(1) if loss == "mse" else each
+        return (weights * each).sum() / weights.sum()
+
+    def cleared(examples: Tensor) -> Tensor:
+        counts = (weights != 0).view(TASKS, 5, *[1] * (examples.dim() - 2))
+        return torch.where(counts, examples, 0)
+
+    pairs, rates = (
+        list(zip(cleared(y), cleared(weights), strict=True)),
+        [0.1] * len(list(module.parameters())),
+    )
+    expected, buffers = plain(module, cleared(x), pairs, query_x, loss=weighted, lr=rates, momentum=0.6)
+    close(*(with_gradients(out, query_y, loss, leaves) for out in (adapted(query_x), expected)))
+    for key, buffer in adapted.buffers.items():
+        close(buffer, torch.stack([b[key] for b in buffers]))
+
+
 def test_labels_left_out_and_a_task_without_examples() -> None:
     module, (x, y, query_x, _) = make("without norm")
     y[0] = -100

@@ -231,11 +231,6 @@ def test_bad_weights() -> None:
         metafast.adapt(module, x, y, loss="mse", example_weights=weights.long(), **options)
     with pytest.raises(ValueError, match="example_weights: expected loss 'mse' or 'cross_entropy'"):
         metafast.adapt(module, x, y, loss=F.mse_loss, example_weights=weights, **options)
-    module, (x, y, *_) = make("conv with batch norm", "mse")
-    with pytest.raises(
-        ValueError, match="'fused', but the kernels of convolutional networks have no example_weights"
-    ):
-        metafast.adapt(module, x, y, loss="mse", example_weights=weights, path="fused", **options)
 
 
 @pytest.mark.parametrize("path", PATHS)
