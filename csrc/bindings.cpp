@@ -10,7 +10,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
-#include "common/pool.h"
+#include "common/threads.h"
 #include "convolutional/ops.h"
 #include "inner_loop/ops.h"
 #include "learned_optimizer/ops.h"

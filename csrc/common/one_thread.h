@@ -10,8 +10,8 @@ extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
 namespace metafast {
 
 // While one lives, the library's operations run on the thread that calls them. Else a product would be cut
-// into as many parts as torch has threads, and added in an order that depends on them; and each helper of the
-// pool would be given an OpenMP team of its own.
+// into as many parts as torch has threads, and added in an order that depends on them; and each helper
+// would be given a team of its own.
 class OneThreadedLibrary {
  public:
   OneThreadedLibrary()

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "common/pool.h"
+#include "common/threads.h"
 
 #ifdef __SSE2__
 #include <xmmintrin.h>
@@ -37,12 +37,10 @@ constexpr int64_t kGrain = 1 << 16;
 // Calls run(begin, end) for parts of [0, items), each item of about item_cost multiply-adds. What run()
 // prepares it prepares for every part, so a thread's work is cut in two, and only where that takes long in
 // four: whoever is done takes over parts of those that are late. Work of more than kLong multiply-adds
-// (pool.h) is cut into parts of that size, so that it can be interrupted between them; an item of more heeds
-// interrupts itself.
+// (threads.h) is cut into parts of that size, so that it can be interrupted between them; an item of more
+// heeds interrupts itself.
 template <class F>
 void parallel_for(int64_t items, int64_t item_cost, const F& run) {
-  constexpr int64_t kWakeCost =
-      1 << 18;  // the least for which to wake a thread: that takes some 5 microseconds
   constexpr int64_t kCutInFour = 1 << 22;
   item_cost = std::max<int64_t>(1, item_cost);
   const int64_t cost = items * item_cost, items_of_share = std::max<int64_t>(1, kGrain / item_cost);
@@ -54,7 +52,7 @@ void parallel_for(int64_t items, int64_t item_cost, const F& run) {
     [[maybe_unused]] const FlushSubnormals flush;
     run(items * share / shares, items * (share + 1) / shares);
   };
-  share_out(shares, threads - 1, cost / kWakeCost, Work(run_share), cost > kLong);
+  share_out(shares, threads, Work(run_share), cost > kLong);
 }
 
 }  // namespace metafast

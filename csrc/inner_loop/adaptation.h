@@ -14,7 +14,7 @@
 // number of tasks but results.
 #pragma once
 
-#include "common/pool.h"
+#include "common/threads.h"
 #include "inner_loop/network.h"
 
 namespace metafast::METAFAST_ISA {

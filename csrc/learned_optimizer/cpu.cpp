@@ -1,5 +1,5 @@
 // CPU kernels of the learned optimizer family.
-#include "common/pool.h"
+#include "common/threads.h"
 #include "learned_optimizer/adjoint.h"
 
 namespace metafast::METAFAST_ISA {

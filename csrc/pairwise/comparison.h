@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/pool.h"
+#include "common/threads.h"
 #include "pairwise/params.h"
 #include "pairwise/products.h"
 #include "pairwise/tile.h"

@@ -1,15 +1,17 @@
-// Threads that help with a CPU kernel's work. A call deals its work out in shares, which whoever runs takes:
-// the calling thread and, as soon as the system has scheduled them, helpers. A caller that finds no share
-// left returns without waiting for a helper that never began one. Beside busy processes a call so takes no
-// longer than on one thread; a fork and join, as OpenMP's, waits for every thread of its team to be
-// scheduled.
+// The threads of a CPU kernel, which are those of torch's OpenMP. A call deals its work out in shares, and
+// whoever is free takes one.
 //
-// That is why the kernels have a pool of their own beside torch's OpenMP: nothing in OpenMP lets the caller
-// go on without its team. Helpers exist from the first call that wants them, as many as the greatest number
-// of threads asked for, one fewer; they sleep between calls, and several callers share them.
+// Why not a pool of our own: OpenMP's threads spin on their cores for some milliseconds after each operation
+// of torch. Another pool's would have to fight them for the time, and between operations of torch, which is
+// where programs call, a second thread of such a pool was worth nothing.
+//
+// But a region of OpenMP ends only when the system has let every thread of its team run, if only to see that
+// nothing is left to do; beside busy processes that takes milliseconds, a thousand times as long as a short
+// kernel. So a caller keeps account: where its team made a call slower than its one thread would have been,
+// it stays alone for as long as it has lost, and for longer each time that this goes on.
 //
 // A call that takes long can be interrupted: the calling thread looks now and then whether the program wants
-// it ended, and then it deals out nothing more, waits for the helpers and throws.
+// it ended, and then it deals out nothing more, waits for the others and throws.
 #pragma once
 
 #include <cstdint>
@@ -34,12 +36,11 @@ class Work {
   void (*call_)(const void*, int64_t);
 };
 
-// Calls work(0), ..., work(shares - 1), each once, on this thread and on at most `helpers` others, of which
-// it wakes `wakes` if they sleep: a helper that is awake anyway costs nothing, a wake the time of a short
-// kernel. Returns when all are done. The first exception of a share ends the dealing and reaches the caller.
-// A call from within a share runs on its thread alone. If it `takes_long`, the caller heeds interrupts
-// between shares.
-void share_out(int64_t shares, int64_t helpers, int64_t wakes, const Work& work, bool takes_long = false);
+// Calls work(0), ..., work(shares - 1), each once, on a team of `threads`, this one among them, and returns
+// when all are done. The first exception of a share ends the dealing and reaches the caller. A call from
+// within a share runs on its thread alone, and so does every call in the child of a fork, which has no thread
+// but the one that forked. If it `takes_long`, the caller heeds interrupts between shares.
+void share_out(int64_t shares, int64_t threads, const Work& work, bool takes_long = false);
 
 // For shares that take long themselves, at times within them, on whatever thread: throws where the call is to
 // end. In calls that do not take long it does nothing.
