@@ -8,6 +8,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <functional>
+#include <string>
+#include <tuple>
 
 namespace metafast {
 
@@ -71,6 +73,41 @@ inline void autocast_to_float32(const c10::OperatorHandle& op, c10::DispatchKeyS
     }
   }
   op.callBoxed(stack);
+}
+
+// What a graph keeps of a call besides its tensors: a std::tuple of strings, numbers and flags, as one entry,
+// since every entry of saved_data costs an allocation or two. Compiled autograd compares their values, and
+// refuses an object of a class.
+template <class... Values>
+void keep_call(torch::autograd::AutogradContext* ctx, const std::tuple<Values...>& call) {
+  ctx->saved_data["call"] = call;
+}
+template <class Call>
+Call kept_call(torch::autograd::AutogradContext* ctx) {
+  const auto values = ctx->saved_data["call"].toTupleRef().elements().asArrayRef();
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return Call{values[i].template to<std::tuple_element_t<i, Call>>()...};
+  }(std::make_index_sequence<std::tuple_size_v<Call>>{});
+}
+
+// Gradients that a forward found on its way, where they are defined, until the first backward takes them.
+// Compiled autograd finds tensors only in entries of their own.
+inline void keep_gradients(torch::autograd::AutogradContext* ctx, at::TensorList grads) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].defined()) ctx->saved_data[std::to_string(i)] = grads[i];
+  }
+}
+// Those of `count` inputs; or none, if they were taken.
+inline torch::autograd::variable_list take_gradients(torch::autograd::AutogradContext* ctx, size_t count) {
+  torch::autograd::variable_list grads;
+  for (size_t i = 0; i < count; ++i) {
+    const auto found = ctx->saved_data.find(std::to_string(i));
+    if (found == ctx->saved_data.end()) continue;
+    grads.resize(count);
+    grads[i] = std::move(found->second).toTensor();
+    ctx->saved_data.erase(found);
+  }
+  return grads;
 }
 
 // Most backwards begin with a gradient of 1, which changes nothing. Reading it is free on the CPU, and would

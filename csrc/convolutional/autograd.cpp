@@ -66,18 +66,27 @@ struct Options {
   std::optional<at::ScalarType> product_dtype;
 };
 
-struct Call : torch::CustomClassHolder {
+// What a graph keeps of a call besides its tensors, the first of which are so many parameters, then lr.
+struct Call {
   Options options;
   int64_t params, lr;
-  std::vector<at::DimVector> result_sizes;  // of the adapted parameters
-  Call(Options options, int64_t params, int64_t lr) : options(std::move(options)), params(params), lr(lr) {}
 
-  static void save(AutogradContext* ctx, c10::intrusive_ptr<Call> call) {
-    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+  void save(AutogradContext* ctx) const {
+    const Options& o = options;
+    keep_call(ctx, Kept{o.loss, o.steps, o.momentum, o.first_order, o.product_dtype, params, lr});
+    ctx->saved_data["network"] = o.network;  // no list in a tuple has a value that can be compared
+    ctx->saved_data["eps"] = o.eps;
   }
-  static Call& restore(AutogradContext* ctx) {
-    return static_cast<Call&>(*ctx->saved_data["call"].toCapsule());
+  static Call restore(AutogradContext* ctx) {
+    auto [loss, steps, momentum, first_order, product_dtype, params, lr] = kept_call<Kept>(ctx);
+    return {Options{ctx->saved_data["network"].toIntVector(), ctx->saved_data["eps"].toDoubleVector(),
+                    std::move(loss), steps, momentum, first_order, product_dtype},
+            params, lr};
   }
+
+ private:
+  using Kept =
+      std::tuple<std::string, int64_t, double, bool, std::optional<at::ScalarType>, int64_t, int64_t>;
 };
 
 variable_list joined(at::TensorList first, std::initializer_list<Tensor> others, at::TensorList more = {}) {
@@ -135,28 +144,25 @@ std::vector<Tensor> conv_inner_sgd_backward_autograd(
 }
 
 // The inputs are the parameters, lr, x, y and, if given, the weights of examples; the results the adapted
-// parameters, then the statistics.
+// parameters. What has no gradient goes past the node.
 struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, int64_t params, int64_t lr,
-                               const Options& o) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Call& call,
+                               Tensor* statistics, Tensor* kept) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const int64_t data = params + lr;
-    const at::TensorList rates = inputs.slice(params, lr);
-    auto [adapted, statistics, kept] =
-        conv_inner_sgd(inputs.slice(0, params), inputs[data], inputs[data + 1], rates,
+    const Options& o = call.options;
+    const int64_t data = call.params + call.lr;
+    const at::TensorList rates = inputs.slice(call.params, call.lr);
+    variable_list adapted;
+    std::tie(adapted, *statistics, *kept) =
+        conv_inner_sgd(inputs.slice(0, call.params), inputs[data], inputs[data + 1], rates,
                        example_weights(inputs, data), o.network, o.eps, o.loss, o.steps, o.momentum,
                        o.first_order, o.product_dtype, 1 + any_requires_grad(rates));
-    ctx->save_for_backward(joined(inputs, {kept}));
-    auto call = c10::make_intrusive<Call>(o, params, lr);
-    for (const Tensor& result : adapted) call->result_sizes.emplace_back(result.sizes());
-    Call::save(ctx, std::move(call));
-    ctx->mark_non_differentiable({statistics, kept});
-    ctx->set_materialize_grads(false);  // which would make zeros for what is kept as well
-    adapted.insert(adapted.end(), {statistics, kept});
+    ctx->save_for_backward(joined(inputs, {*kept}));
+    call.save(ctx);
     return adapted;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Call& call = Call::restore(ctx);
+    const Call call = Call::restore(ctx);
     const Options& o = call.options;
     const variable_list saved = ctx->get_saved_variables();
     const at::TensorList inputs = at::TensorList(saved).slice(0, saved.size() - 1);
@@ -165,13 +171,8 @@ struct ConvInnerSgdFunction : Function<ConvInnerSgdFunction> {
     const std::array<bool, 5> wanted{any_needed(ctx, 0, call.params), any_needed(ctx, call.params, data),
                                      ctx->needs_input_grad(data), ctx->needs_input_grad(data + 1),
                                      weights && ctx->needs_input_grad(data + 2)};
-    variable_list of_adapted(grads.begin(), grads.begin() + call.params);
-    for (size_t i = 0; i < of_adapted.size(); ++i) {
-      if (!of_adapted[i].defined())
-        of_adapted[i] = at::zeros(call.result_sizes[i], saved[i].options().requires_grad(false));
-    }
     variable_list found =
-        conv_inner_sgd_backward(of_adapted, inputs.slice(0, call.params), inputs[data], inputs[data + 1],
+        conv_inner_sgd_backward(grads, inputs.slice(0, call.params), inputs[data], inputs[data + 1],
                                 inputs.slice(call.params, call.lr), weights, saved.back(), o.network, o.eps,
                                 o.loss, o.steps, o.momentum, o.first_order, o.product_dtype, wanted);
     found.resize(inputs.size());  // without what was not given
@@ -192,12 +193,13 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_autograd(
     std::optional<at::ScalarType> product_dtype, int64_t keep) {
   const variable_list inputs = inner_sgd_inputs(params, lr, x, y, example_weights);
   if (needs_graph_of("conv_inner_sgd", inputs)) {
-    variable_list results = ConvInnerSgdFunction::apply(
-        at::TensorList(inputs), static_cast<int64_t>(params.size()), static_cast<int64_t>(lr.size()),
-        Options{network.vec(), eps.vec(), std::string(loss), steps, momentum, first_order, product_dtype});
-    const Tensor kept = results.back(), statistics = results[results.size() - 2];
-    results.resize(results.size() - 2);
-    return {results, statistics, kept};
+    const Call call{
+        Options{network.vec(), eps.vec(), std::string(loss), steps, momentum, first_order, product_dtype},
+        static_cast<int64_t>(params.size()), static_cast<int64_t>(lr.size())};
+    Tensor statistics, kept;
+    const variable_list adapted =
+        ConvInnerSgdFunction::apply(at::TensorList(inputs), call, &statistics, &kept);
+    return {adapted, statistics, kept};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return conv_inner_sgd(params, x, y, lr, example_weights, network, eps, loss, steps, momentum, first_order,
@@ -223,26 +225,24 @@ std::vector<Tensor> conv_forward_backward_autograd(const Tensor& grad, at::Tenso
 
 // The inputs are the parameters and x.
 struct ConvForwardFunction : Function<ConvForwardFunction> {
-  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Options& o) {
+  static Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Call& call, Tensor* kept) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const int64_t params = static_cast<int64_t>(inputs.size()) - 1;
-    auto [out, kept] =
-        conv_forward(inputs.slice(0, params), inputs[params], o.network, o.eps, o.product_dtype, true);
-    ctx->save_for_backward(joined(inputs, {kept}));
-    Call::save(ctx, c10::make_intrusive<Call>(o, params, 0));
-    ctx->mark_non_differentiable({kept});
-    ctx->set_materialize_grads(false);
-    return {out, kept};
+    const Options& o = call.options;
+    Tensor out;
+    std::tie(out, *kept) = conv_forward(inputs.slice(0, call.params), inputs[call.params], o.network, o.eps,
+                                        o.product_dtype, true);
+    ctx->save_for_backward(joined(inputs, {*kept}));
+    call.save(ctx);
+    return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Call& call = Call::restore(ctx);
+    const Call call = Call::restore(ctx);
     const variable_list saved = ctx->get_saved_variables();
-    if (!grads[0].defined()) return variable_list(saved.size());
     const std::array<bool, 2> wanted{any_needed(ctx, 0, call.params), ctx->needs_input_grad(call.params)};
     return gradients(conv_forward_backward(grads[0], at::TensorList(saved).slice(0, call.params),
                                            saved[call.params], saved.back(), call.options.network,
                                            call.options.eps, call.options.product_dtype, wanted),
-                     saved, 1);
+                     saved, 2);
   }
 };
 
@@ -251,10 +251,11 @@ std::tuple<Tensor, Tensor> conv_forward_autograd(at::TensorList params, const Te
                                                  std::optional<at::ScalarType> product_dtype, bool keep) {
   const variable_list inputs = joined(params, {x});
   if (needs_graph_of("conv_forward", inputs)) {
-    const variable_list results = ConvForwardFunction::apply(
-        at::TensorList(inputs),
-        Options{.network = network.vec(), .eps = eps.vec(), .product_dtype = product_dtype});
-    return {results[0], results[1]};
+    const Call call{Options{.network = network.vec(), .eps = eps.vec(), .product_dtype = product_dtype},
+                    static_cast<int64_t>(params.size()), 0};
+    Tensor kept;
+    const Tensor out = ConvForwardFunction::apply(at::TensorList(inputs), call, &kept);
+    return {out, kept};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return conv_forward(params, x, network, eps, product_dtype, keep);

@@ -3,6 +3,7 @@
 // torch::autograd::Function: torch.func refuses that, and would need another door.
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include "common/call.h"
@@ -41,29 +42,104 @@ Tensor derivative(Operand by, Operands operands, Operand place, const Tensor& va
 
 // ---- backward ----
 
-struct ProductBackward : torch::autograd::Node {
+using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::IValuePacker;
+using torch::dynamo::autograd::PackedArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
+
+// What the backward of a product knows, besides its two factors.
+struct ProductCall {
   Operand to;
   std::array<Operand, 2> from;  // of its inputs
-  std::array<torch::autograd::SavedVariable, 2> saved;
   LayerSizes sizes;
+
+  // The gradients of the factors, where they are wanted.
+  variable_list gradients(const Tensor& grad, const std::array<Tensor, 2>& factors,
+                          const std::array<bool, 2>& wanted) const {
+    variable_list results(2);
+    if (!grad.defined()) return results;
+    Operands operands;
+    for (int i = 0; i < 2; ++i) operands[from[i]] = factors[i];
+    for (int i = 0; i < 2; ++i) {
+      if (wanted[i]) results[i] = derivative(from[i], operands, to, grad, sizes);
+    }
+    return results;
+  }
+};
+
+struct ProductBackward : torch::autograd::Node {
+  ProductCall call;
+  std::array<torch::autograd::SavedVariable, 2> saved;
 
   std::string name() const override { return "TaskConv2dBackward"; }
 
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
+  variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    torch::autograd::variable_list results(2);
-    if (!grads[0].defined()) return results;
-    Operands operands;
-    for (int i = 0; i < 2; ++i) operands[from[i]] = saved[i].unpack();
-    for (int i = 0; i < 2; ++i) {
-      if (task_should_compute_output(i)) results[i] = derivative(from[i], operands, to, grads[0], sizes);
-    }
-    return results;
+    return call.gradients(grads[0], unpacked(), wanted());
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& variable : saved) variable.reset_data();
+  }
+
+  // Compiled autograd puts gradients_of_packed() into its graph, once for all nodes that agree in the call;
+  // their tensors and sizes become inputs of the graph.
+  void compiled_args(CompiledNodeArgs& args) const override {
+    for (const Operand operand : {call.to, call.from[0], call.from[1]}) {
+      args.collect(static_cast<int64_t>(operand));
+    }
+    for (const auto& variable : saved) args.collect(variable, /*is_output=*/false);
+    const LayerSizes& s = call.sizes;
+    for (const auto& two : {s.image, s.kernel, s.stride, s.padding}) {
+      for (const c10::SymInt& size : two) args.collect(size);
+    }
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& swap) override {
+    LayerSizes& s = call.sizes;
+    for (auto& variable : saved) swap.before(variable);
+    for (auto* two : {&s.image, &s.kernel, &s.stride, &s.padding}) swap.before(*two);
+    PackedArgs packed;
+    for (const Operand operand : {call.to, call.from[0], call.from[1]}) {
+      packed.pack(static_cast<int64_t>(operand));
+    }
+    for (const auto& two : {s.image, s.kernel, s.stride, s.padding}) {
+      packed.pack(std::vector<c10::SymInt>(two.begin(), two.end()));
+    }
+    for (const Tensor& factor : unpacked()) packed.pack(factor);
+    for (const bool wants : wanted()) packed.pack(wants);
+    const std::vector<at::IValue> args = std::move(packed).vec();
+    std::vector<at::TypePtr> types;
+    for (const at::IValue& arg : args) types.push_back(arg.type());
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const std::string function =
+        compiler->bind_function(swap.get_py_compiler(), name(), gradients_of_packed, types,
+                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    const variable_list results = compiler->call_function(
+        swap.get_py_compiler(), "apply_functional", function, grads, args,
+        IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            torch::dynamo::autograd::get_input_metadata(next_edges())));
+    for (auto& variable : saved) swap.after(variable);
+    for (auto* two : {&s.image, &s.kernel, &s.stride, &s.padding}) swap.after(*two);
+    return results;
+  }
+
+ private:
+  std::array<Tensor, 2> unpacked() const { return {saved[0].unpack(), saved[1].unpack()}; }
+  std::array<bool, 2> wanted() { return {task_should_compute_output(0), task_should_compute_output(1)}; }
+
+  static variable_list gradients_of_packed(const variable_list& grads, const std::vector<at::IValue>& args) {
+    PackedArgs packed(args);
+    const auto operand = [&] { return static_cast<Operand>(packed.unpack<int64_t>()); };
+    const auto two = [&] { return packed.unpack<std::vector<c10::SymInt>>(); };
+    const Operand to = operand(), one = operand(), other = operand();
+    const auto image = two(), kernel = two(), stride = two(), padding = two();
+    const Tensor factor = packed.unpack<Tensor>(), other_factor = packed.unpack<Tensor>();
+    const bool wants = packed.unpack<bool>(), wants_other = packed.unpack<bool>();
+    return ProductCall{to, {one, other}, {image, kernel, stride, padding}}.gradients(
+        grads[0], {factor, other_factor}, {wants, wants_other});
   }
 };
 
@@ -76,10 +152,8 @@ Tensor differentiable_product(Operand to, std::array<Operand, 2> from, const Ope
   if (torch::autograd::compute_requires_grad(one, other)) {
     node = c10::make_intrusive<ProductBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(one, other));
-    node->to = to;
-    node->from = from;
     for (int i = 0; i < 2; ++i) node->saved[i] = {operands[from[i]], /*is_output=*/false};
-    node->sizes = sizes;
+    node->call = {to, from, sizes};
   }
   Tensor result = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -1,7 +1,6 @@
 // First derivatives of the inner loop ops. The backward of inner_sgd and of maml_loss is an op, which refuses
 // to be differentiated again; that of sgd_update can be, to any order.
 #include <ATen/ExpandUtils.h>
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <functional>
@@ -115,26 +114,24 @@ struct Options {
   bool first_order;
 };
 
-// What a graph keeps of a call besides its tensors, as one object, since every entry of saved_data costs an
-// allocation or two.
-struct Call : torch::CustomClassHolder {
+// What a graph keeps of a call.
+struct Call {
   Options options;
-  int64_t params, lr;
+  Inputs in;
   bool mean;
-  variable_list of_one;  // gradients of a mean whose gradient is 1, until the backward takes them
 
-  Call(Options options, const Inputs& in, bool mean = false)
-      : options(std::move(options)), params(in.params), lr(in.lr), mean(mean) {}
+  static void save(AutogradContext* ctx, const Options& o, const Inputs& in, bool mean = false) {
+    ctx->save_for_backward(in.tensors);
+    keep_call(ctx, Kept{o.loss, o.steps, o.activation, o.momentum, o.first_order, in.params, in.lr, mean});
+  }
+  static Call restore(AutogradContext* ctx) {
+    auto [loss, steps, activation, momentum, first_order, params, lr, mean] = kept_call<Kept>(ctx);
+    return {Options{std::move(loss), steps, std::move(activation), momentum, first_order},
+            Inputs(ctx->get_saved_variables(), params, lr), mean};
+  }
 
-  static Call& save(AutogradContext* ctx, c10::intrusive_ptr<Call> call) {
-    Call& saved = *call;
-    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
-    return saved;
-  }
-  static Call& restore(AutogradContext* ctx) {
-    return static_cast<Call&>(*ctx->saved_data["call"].toCapsule());
-  }
-  Inputs inputs(AutogradContext* ctx) const { return {ctx->get_saved_variables(), params, lr}; }
+ private:
+  using Kept = std::tuple<std::string, int64_t, std::string, double, bool, int64_t, int64_t, bool>;
 };
 
 // What a backward returns, for what was given: gradients of size 0 were not wanted, and what is no tensor has
@@ -171,15 +168,12 @@ std::vector<Tensor> inner_sgd_backward_autograd(at::TensorList grads, at::Tensor
 struct InnerSgdFunction : Function<InnerSgdFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList, const Inputs& in, const Options& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward(in.tensors);
-    Call::save(ctx, c10::make_intrusive<Call>(o, in));
+    Call::save(ctx, o, in);
     return inner_sgd(in.params_list(), in.example(0), in.example(1), in.lr_list(), in.weights(2), o.loss,
                      o.steps, o.activation, o.momentum, o.first_order);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Call& call = Call::restore(ctx);
-    const Inputs in = call.inputs(ctx);
-    const Options& o = call.options;
+    const auto [o, in, mean] = Call::restore(ctx);
     const auto wanted = in.any<5>([&](int64_t i) { return ctx->needs_input_grad(i); });
     return gradients(
         inner_sgd_backward(grads, in.params_list(), in.example(0), in.example(1), in.lr_list(), in.weights(2),
@@ -247,8 +241,7 @@ std::tuple<Tensor, std::vector<Tensor>> maml_loss_backward_autograd(
 struct MamlLossFunction : Function<MamlLossFunction> {
   static Tensor forward(AutogradContext* ctx, at::TensorList, const Inputs& in, const Options& o, bool mean) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward(in.tensors);
-    Call& call = Call::save(ctx, c10::make_intrusive<Call>(o, in, mean));
+    Call::save(ctx, o, in, mean);
     if (!mean) {
       return maml_loss(in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3),
                        in.lr_list(), in.weights(4), in.weights(5), in.weights(6), o.loss, o.steps,
@@ -256,25 +249,22 @@ struct MamlLossFunction : Function<MamlLossFunction> {
     }
     const variable_list given = in.given();
     const auto wanted = in.any<9>([&](int64_t i) { return given[i].requires_grad(); });
-    auto [value, grads] =
-        differentiate(call, in, at::scalar_tensor(1, in.tensors[0].options().requires_grad(false)), wanted);
-    call.of_one = std::move(grads);
+    auto [value, grads] = differentiate(
+        o, in, mean, at::scalar_tensor(1, in.tensors[0].options().requires_grad(false)), wanted);
+    keep_gradients(ctx, grads);
     return value;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    Call& call = Call::restore(ctx);
+    const auto [o, in, mean] = Call::restore(ctx);
     const Tensor& grad = grads[0];
     variable_list result;
-    if (call.of_one.empty() || at::GradMode::is_enabled()) {
-      const Inputs in = call.inputs(ctx);
+    if (!at::GradMode::is_enabled()) result = take_gradients(ctx, in.given().size());
+    if (result.empty()) {
       const auto wanted = in.any<9>([&](int64_t i) { return ctx->needs_input_grad(i); });
-      result = std::get<1>(differentiate(call, in, grad, wanted));
-    } else {
-      result = std::exchange(call.of_one, {});
-      if (!is_one(grad)) {
-        for (Tensor& of_one : result) {
-          if (of_one.defined()) of_one = of_one * grad;
-        }
+      result = std::get<1>(differentiate(o, in, mean, grad, wanted));
+    } else if (!is_one(grad)) {
+      for (Tensor& of_one : result) {
+        if (of_one.defined()) of_one = of_one * grad;
       }
     }
     constexpr size_t kOptions = 3;  // arguments of forward behind the list of tensors
@@ -284,14 +274,13 @@ struct MamlLossFunction : Function<MamlLossFunction> {
 
  private:
   // The result, and the gradients of the inputs where they are wanted.
-  static std::tuple<Tensor, variable_list> differentiate(const Call& call, const Inputs& in,
+  static std::tuple<Tensor, variable_list> differentiate(const Options& o, const Inputs& in, bool mean,
                                                          const Tensor& grad,
                                                          const std::array<bool, 9>& wanted) {
-    const Options& o = call.options;
     auto [value, grads] =
         maml_loss_backward(grad, in.params_list(), in.example(0), in.example(1), in.example(2), in.example(3),
                            in.lr_list(), in.weights(4), in.weights(5), in.weights(6), o.loss, o.steps,
-                           o.activation, o.momentum, o.first_order, call.mean, wanted);
+                           o.activation, o.momentum, o.first_order, mean, wanted);
     return {value, gradients(grads, in, 0)};
   }
 };

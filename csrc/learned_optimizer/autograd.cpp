@@ -1,6 +1,5 @@
 // First derivatives of the learned optimizer ops. The backward is an op, which refuses to be differentiated
 // again.
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "common/call.h"
@@ -52,12 +51,22 @@ struct Options {
 
 // What a graph keeps of a call besides its tensors, which are in one list: grads, params, losses (none or
 // one), state and weights.
-struct Call : torch::CustomClassHolder {
+struct Call {
   Options options;
   size_t grads, params, losses;
 
-  Call(Options options, size_t grads, size_t params, size_t losses)
-      : options(std::move(options)), grads(grads), params(params), losses(losses) {}
+  void save(AutogradContext* ctx) const {
+    const auto count = [](size_t number) { return static_cast<int64_t>(number); };
+    const Options& o = options;
+    keep_call(ctx, Kept{o.head, o.preprocess, o.p, o.scale, o.unrolled, count(grads), count(params),
+                        count(losses)});
+  }
+  static Call restore(AutogradContext* ctx) {
+    auto [head, preprocess, p, scale, unrolled, grads, params, losses] = kept_call<Kept>(ctx);
+    const auto size = [](int64_t number) { return static_cast<size_t>(number); };
+    return {Options{std::move(head), std::move(preprocess), p, scale, unrolled}, size(grads), size(params),
+            size(losses)};
+  }
 
   size_t state() const { return grads + params + losses; }  // where it is
   // Which of the five groups an input belongs to.
@@ -67,26 +76,29 @@ struct Call : torch::CustomClassHolder {
   OptionalTensor losses_of(at::TensorList inputs) const {
     return losses > 0 ? OptionalTensor(inputs[grads + params]) : std::nullopt;
   }
+
+ private:
+  using Kept = std::tuple<std::string, std::string, double, double, bool, int64_t, int64_t, int64_t>;
 };
 
 struct LstmUnrollFunction : Function<LstmUnrollFunction> {
   // -> the results, then the new state
-  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, c10::intrusive_ptr<Call> call) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const Call& call) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward(inputs.vec());
     ctx->set_materialize_grads(false);
-    const Options& o = call->options;
-    const size_t state = call->state();
-    auto [out, new_state] = lstm_unroll(inputs.slice(0, call->grads), inputs.slice(call->grads, call->params),
-                                        call->losses_of(inputs), inputs[state], inputs.slice(state + 1),
+    const Options& o = call.options;
+    const size_t state = call.state();
+    auto [out, new_state] = lstm_unroll(inputs.slice(0, call.grads), inputs.slice(call.grads, call.params),
+                                        call.losses_of(inputs), inputs[state], inputs.slice(state + 1),
                                         o.head, o.preprocess, o.p, o.scale, o.unrolled);
-    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
+    call.save(ctx);
     out.push_back(new_state);
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_out) {
-    const Call& call = static_cast<Call&>(*ctx->saved_data["call"].toCapsule());
+    const Call call = Call::restore(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const at::TensorList inputs(saved);
     const Options& o = call.options;
@@ -129,9 +141,8 @@ std::tuple<std::vector<Tensor>, Tensor> lstm_unroll_autograd(at::TensorList grad
   const variable_list inputs = joined(grads, params, losses, state, weights);
   if (needs_graph_of("lstm_unroll", inputs)) {
     variable_list results = LstmUnrollFunction::apply(
-        at::TensorList(inputs),
-        c10::make_intrusive<Call>(Options{std::string(head), std::string(preprocess), p, scale, unrolled},
-                                  grads.size(), params.size(), losses.has_value()));
+        at::TensorList(inputs), Call{Options{std::string(head), std::string(preprocess), p, scale, unrolled},
+                                     grads.size(), params.size(), losses.has_value()});
     const Tensor new_state = results.back();
     results.pop_back();
     return {results, new_state};

@@ -1,7 +1,6 @@
 // First and second derivatives of the pairwise ops. Each op's backward is an op, so it is differentiated like
 // one: op -> op_backward -> op_double_backward, which refuses a further derivative. prototypes and its
 // backward are linear and transposes of each other, so they are differentiable without end.
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "common/call.h"
@@ -281,42 +280,31 @@ Tensor relation_scores_composite(const Tensor& query, const Tensor& prototypes, 
   return pairwise(of_query, of_class, out_weight.reshape({-1}), out_bias.reshape({1}), metric);
 }
 
-// What is not a tensor in the arguments of classify and its derivatives. The graph keeps it as one object,
-// since every entry of saved_data costs an allocation or two.
-struct ClassifyOptions : torch::CustomClassHolder {
+// What is not a tensor in the arguments of classify and its derivatives.
+struct ClassifyOptions {
   c10::SymInt num_classes;
   std::string method, metric;
   double scale;
   int64_t reduction;
-  Tensor grad_support, grad_query;  // of a reduced loss whose gradient is 1, until its backward takes them
 
-  ClassifyOptions(c10::SymInt num_classes, std::string_view method, std::string_view metric, double scale,
-                  int64_t reduction)
-      : num_classes(std::move(num_classes)),
-        method(method),
-        metric(metric),
-        scale(scale),
-        reduction(reduction) {}
+  void save(AutogradContext* ctx) const {
+    keep_call(ctx, Kept{num_classes, method, metric, scale, reduction});
+  }
+  static ClassifyOptions restore(AutogradContext* ctx) {
+    return std::make_from_tuple<ClassifyOptions>(kept_call<Kept>(ctx));
+  }
+
+ private:
+  using Kept = std::tuple<c10::SymInt, std::string, std::string, double, int64_t>;
 };
-
-using ClassifyOptionsPtr = c10::intrusive_ptr<ClassifyOptions>;
-
-void save(AutogradContext* ctx, const ClassifyOptionsPtr& options) {
-  ctx->saved_data["options"] = c10::IValue::make_capsule(options);
-}
-
-ClassifyOptions& restore(AutogradContext* ctx) {
-  return static_cast<ClassifyOptions&>(*ctx->saved_data["options"].toCapsule());
-}
 
 struct ClassifyDoubleBackwardFunction : Function<ClassifyDoubleBackwardFunction> {
   static variable_list forward(AutogradContext*, const Tensor& gg_support, const Tensor& gg_query,
                                const Tensor& grad, const Tensor& support, const Tensor& support_labels,
                                const Tensor& query, const Tensor& rows, const Tensor& valid,
                                const OptionalTensor& query_labels, const OptionalTensor& ways,
-                               const ClassifyOptionsPtr& options) {
+                               const ClassifyOptions& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const ClassifyOptions& o = *options;
     auto [gg, gs, gq] =
         classify_double_backward(gg_support, gg_query, grad, support, support_labels, query, query_labels,
                                  ways, rows, valid, o.num_classes, o.method, o.metric, o.scale, o.reduction);
@@ -335,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor> classify_double_backward_autograd(
   if (needs_graph("classify_double_backward", gg_support, gg_query, grad, support, query)) {
     const auto r = ClassifyDoubleBackwardFunction::apply(
         gg_support, gg_query, grad, support, support_labels, query, rows, valid, query_labels, ways,
-        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction));
+        ClassifyOptions{num_classes, std::string(method), std::string(metric), scale, reduction});
     return {r[0], r[1], r[2]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -347,19 +335,18 @@ struct ClassifyBackwardFunction : Function<ClassifyBackwardFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& support,
                                const Tensor& support_labels, const Tensor& query, const Tensor& rows,
                                const Tensor& valid, const OptionalTensor& query_labels,
-                               const OptionalTensor& ways, const ClassifyOptionsPtr& options) {
+                               const OptionalTensor& ways, const ClassifyOptions& o) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const ClassifyOptions& o = *options;
     ctx->save_for_backward({grad, support, support_labels, query, rows, valid,
                             tensor_or_undefined(query_labels), tensor_or_undefined(ways)});
-    save(ctx, options);
+    o.save(ctx);
     auto [gs, gq] = classify_backward(grad, support, support_labels, query, query_labels, ways, rows, valid,
                                       o.num_classes, o.method, o.metric, o.scale, o.reduction);
     return {gs, gq};
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
-    const ClassifyOptions& o = restore(ctx);
+    const ClassifyOptions o = ClassifyOptions::restore(ctx);
     auto [gg, gs, gq] = classify_double_backward(grads[0], grads[1], s[0], s[1], s[2], s[3],
                                                  optional_of(s[6]), optional_of(s[7]), s[4], s[5],
                                                  o.num_classes, o.method, o.metric, o.scale, o.reduction);
@@ -377,7 +364,7 @@ std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const 
   if (needs_graph("classify_backward", grad, support, query)) {
     const auto r = ClassifyBackwardFunction::apply(
         grad, support, support_labels, query, rows, valid, query_labels, ways,
-        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction));
+        ClassifyOptions{num_classes, std::string(method), std::string(metric), scale, reduction});
     return {r[0], r[1]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -395,29 +382,31 @@ std::tuple<Tensor, Tensor> classify_backward_autograd(const Tensor& grad, const 
 struct ClassifyFunction : Function<ClassifyFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& support, const Tensor& support_labels,
                         const Tensor& query, const OptionalTensor& query_labels, const OptionalTensor& ways,
-                        const ClassifyOptionsPtr& options, Tensor* rows, Tensor* valid) {
+                        const ClassifyOptions& o, Tensor* rows, Tensor* valid) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ClassifyOptions& o = *options;
     Tensor out;
     if (o.reduction == 0 || runs_cuda(query)) {
       std::tie(out, *rows, *valid) = classify(support, support_labels, query, query_labels, ways,
                                               o.num_classes, o.method, o.metric, o.scale, o.reduction);
     } else {
-      std::tie(out, *rows, *valid, o.grad_support, o.grad_query) =
+      Tensor grad_support, grad_query;
+      std::tie(out, *rows, *valid, grad_support, grad_query) =
           classify_with_gradients(support, support_labels, query, *query_labels, ways, o.num_classes,
                                   o.method, o.metric, o.scale, o.reduction);
+      keep_gradients(ctx, {grad_support, grad_query});
     }
     ctx->save_for_backward({support, support_labels, query, *rows, *valid, tensor_or_undefined(query_labels),
                             tensor_or_undefined(ways)});
-    save(ctx, options);
+    o.save(ctx);
     return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    ClassifyOptions& o = restore(ctx);
     Tensor gs, gq;
-    if (o.grad_query.defined() && !at::GradMode::is_enabled()) {
-      gs = std::exchange(o.grad_support, Tensor());
-      gq = std::exchange(o.grad_query, Tensor());
+    variable_list of_one;
+    if (!at::GradMode::is_enabled()) of_one = take_gradients(ctx, 2);
+    if (!of_one.empty()) {
+      gs = std::move(of_one[0]);
+      gq = std::move(of_one[1]);
       if (!is_one(grads[0])) {
         const Tensor grad = to_dtype(grads[0], gq.scalar_type());
         gs = gs * grad;
@@ -427,6 +416,7 @@ struct ClassifyFunction : Function<ClassifyFunction> {
       gq = to_dtype(gq, grads[0].scalar_type());
     } else {
       const auto s = ctx->get_saved_variables();
+      const ClassifyOptions o = ClassifyOptions::restore(ctx);
       std::tie(gs, gq) =
           classify_backward(grads[0], s[0], s[1], s[2], optional_of(s[5]), optional_of(s[6]), s[3], s[4],
                             o.num_classes, o.method, o.metric, o.scale, o.reduction);
@@ -444,7 +434,8 @@ std::tuple<Tensor, Tensor, Tensor> classify_autograd(const Tensor& support, cons
     Tensor rows, valid;
     const Tensor out = ClassifyFunction::apply(
         support, support_labels, query, query_labels, ways,
-        c10::make_intrusive<ClassifyOptions>(num_classes, method, metric, scale, reduction), &rows, &valid);
+        ClassifyOptions{num_classes, std::string(method), std::string(metric), scale, reduction}, &rows,
+        &valid);
     return {out, rows, valid};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
