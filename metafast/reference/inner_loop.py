@@ -96,7 +96,8 @@ def losses_of(out: Tensor, y: Tensor, loss: str, weights: Tensor | None = None) 
             losses = (out - torch.where(counts.unsqueeze(-1), y, 0)).square().mean(2)
         else:
             y = torch.where(counts, y, IGNORED)
-            losses = F.cross_entropy(out.mT, y, ignore_index=IGNORED, reduction="none")
+            losses = F.cross_entropy(out.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="none")
+            losses = losses.view_as(y)
             weights = weights * (y != IGNORED)
         total = weights.sum(1)
         return torch.where(
