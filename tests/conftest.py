@@ -82,8 +82,7 @@ def _typed(ops: Any) -> SimpleNamespace:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The tensors' device, while metafast runs its CPU kernels, its emulated or its real CUDA kernels."""
     if request.param == "emulated":
-        torch.ops.load_library(str(emulated_build.library.result()))
-        ops = torch.ops.metafast_emulated
+        ops = emulated_build.ops()
         monkeypatch.setattr(doors, "ops", ops)
         monkeypatch.setattr(doors, "typed", _typed(ops))
     return torch.device("cuda" if request.param == "cuda" else "cpu")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from background import Job, run
+
+from metafast._dispatch import batching, fakes
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATED = ROOT / "build" / "emulated"
@@ -46,3 +51,15 @@ def _sanitized_library() -> Path:
 library = Job(_library, minutes=1.5)
 sanitized_library = Job(_sanitized_library, minutes=3)
 EMULATED_BACKEND = pytest.param("emulated", marks=pytest.mark.needs(library))
+
+
+@functools.cache  # once, with the rules for as long as a session lasts
+def _loaded() -> tuple[Any, torch.library.Library]:
+    torch.ops.load_library(str(library.result()))
+    fakes.register("metafast_emulated")
+    return torch.ops.metafast_emulated, batching.register("metafast_emulated")
+
+
+def ops() -> Any:
+    """The namespace of the emulated kernels, with all that metafast's own has from Python."""
+    return _loaded()[0]

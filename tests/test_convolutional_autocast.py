@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import metafast
 from metafast import ConvBlock
-from metafast._dispatch import doors, fakes
+from metafast._dispatch import doors
 from metafast.ops.convolutional import _encoded as encoded
 
 # The first convolution's images have few channels, so its factors stay as they are; 16 outputs are not few.
@@ -229,9 +229,6 @@ def test_float32_and_float64_stay_what_they_are(backend: torch.device) -> None:
 
 
 def test_compiled_regions_choose_it_too(backend: torch.device) -> None:
-    namespace = doors.ops.conv_inner_sgd.default.namespace
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::conv_inner_sgd", "Meta"):
-        fakes.register(namespace)
     problem = make(CASE, torch.float32, device=backend)
 
     def run(params: list[Tensor]) -> list[Tensor]:
