@@ -126,9 +126,9 @@ class ConvNet(Known):
             for of_batch in seen:
                 count = count + 1
                 share = 1 / count.unsqueeze(-1).to(mean.dtype) if norm.momentum is None else norm.momentum
-                mean = (1 - share) * mean + share * of_batch[0].to(mean.dtype)
+                mean = mean.lerp(of_batch[0].to(mean.dtype), share)
                 unbiased = of_batch[1] * (pixels / max(pixels - 1, 1))
-                var = (1 - share) * var + share * unbiased.to(var.dtype)
+                var = var.lerp(unbiased.to(var.dtype), share)
             found |= {f"{name}running_mean": mean, f"{name}running_var": var}
             found[f"{name}num_batches_tracked"] = count
         return found

@@ -86,13 +86,13 @@ def recognise(module: nn.Module, adapted: set[str], x: Tensor | None) -> Mlp | C
     """
     if _has_any_global_hook():
         return "torch has hooks for all modules"
-    found, own = list(layers(module, "")), not type(module).__module__.startswith("torch.")
+    found, own, signature = list(layers(module, "")), not type(module).__module__.startswith("torch."), None
     if own and not any(addition(part) for part in module.modules()):
         traced = tracing.layers_of(module, x)
         if isinstance(traced, str):
             return f"{layer_name('', module)} is no nn.Sequential, and {traced}"
-        found = traced
-    owners = [any(f"{name}{p}" in adapted for p, _ in m.named_parameters()) for name, m in found]
+        found, signature = traced
+    owners = [_adapts(name, layer, adapted) for name, layer in found]
     if True not in owners:
         return "none of its parameters adapts"
     first = owners.index(True)
@@ -113,9 +113,15 @@ def recognise(module: nn.Module, adapted: set[str], x: Tensor | None) -> Mlp | C
     return (ConvNet if convolves else Mlp)(
         body=nn.Sequential(*(m for _, m in body)),
         own=module if own else None,
-        signature=tracing.signature(module) if own else None,
+        signature=signature,
         **parts,
     )
+
+
+def _adapts(name: str, layer: nn.Module, adapted: set[str]) -> bool:
+    """Does a parameter of the layer adapt?"""
+    params = dict(layer.named_parameters()) if layer._modules else layer._parameters
+    return any(f"{name}{param}" in adapted for param in params)
 
 
 def _parse(head: Layers, adapted: set[str]) -> dict[str, Any] | str:

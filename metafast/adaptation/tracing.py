@@ -35,8 +35,8 @@ _BUILTINS = {"super", "len", "range", "zip", "enumerate", "reversed"}
 _found: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Layers | str]] = weakref.WeakKeyDictionary()
 
 
-def layers_of(module: nn.Module, x: Tensor | None) -> Layers | str:
-    """The layers that the module runs; or why it is not known to be a chain of them.
+def layers_of(module: nn.Module, x: Tensor | None) -> tuple[Layers, Any] | str:
+    """The layers that the module runs, and its signature; or why it is not known to be a chain of them.
 
     Args:
         x: [T, S, ...], of which the first task's is what the recorded call has.
@@ -50,7 +50,7 @@ def layers_of(module: nn.Module, x: Tensor | None) -> Layers | str:
     if known != key:
         layers = _recorded(module, x[0].detach())
         _found[module] = key, layers
-    return layers
+    return layers if isinstance(layers, str) else (layers, key)
 
 
 def signature(module: nn.Module) -> Any:

@@ -55,6 +55,9 @@ from metafast.reference.inner_loop import LearningRate
 
 _ACTIVATIONS = ("none", "relu", "tanh")
 _POOLS = ("none", "max", "average")
+# The fields that are sizes, with the least that they may be; and those that may be None, for all of the map.
+_SIZES = {"kernel": 1, "stride": 1, "padding": 0, "pool_kernel": 1, "pool_stride": 1, "pool_padding": 0}
+_WHOLE = ("kernel", "pool_kernel")
 _PRODUCT_DTYPE = None  # autocast puts its own in the place
 
 
@@ -253,16 +256,12 @@ def _checked(network: Sequence[ConvBlock]) -> list[ConvBlock]:
     for i, block in enumerate(network):
         name = f"network[{i}]"
         check_instance(ConvBlock, **{name: block})
-        if block.kernel is not None:
-            _check_size(f"{name}.kernel", block.kernel, 1)
-        _check_size(f"{name}.stride", block.stride, 1)
-        _check_size(f"{name}.padding", block.padding, 0)
+        for field, least in _SIZES.items():
+            size = getattr(block, field)
+            if not (_fits(size, least) or (size is None and field in _WHOLE)):
+                _check_size(f"{name}.{field}", size, least)
         check_choice(_ACTIVATIONS, **{f"{name}.activation": block.activation})
         check_choice(_POOLS, **{f"{name}.pool": block.pool})
-        if block.pool_kernel is not None:
-            _check_size(f"{name}.pool_kernel", block.pool_kernel, 1)
-        _check_size(f"{name}.pool_stride", block.pool_stride, 1)
-        _check_size(f"{name}.pool_padding", block.pool_padding, 0)
         kernel = (1, 1) if block.pool_kernel is None else _pair(block.pool_kernel)
         if any(2 * padding > size for padding, size in zip(_pair(block.pool_padding), kernel, strict=True)):
             raise ValueError(
@@ -275,6 +274,11 @@ def _checked(network: Sequence[ConvBlock]) -> list[ConvBlock]:
         got = "a convolution" if network else "no block"
         raise ValueError(f"network: expected a linear layer as its last block, got {got}")
     return network
+
+
+def _fits(size: Size, least: int) -> bool:
+    numbers = size if type(size) is tuple else (size, size)
+    return len(numbers) == 2 and all(type(number) is int and number >= least for number in numbers)
 
 
 def _check_size(name: str, size: Size, least: int) -> None:
