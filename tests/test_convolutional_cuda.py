@@ -20,7 +20,7 @@ from background import Job
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
 TOLERANCE = {"float": 1e-5, "double": 1e-13}
-ROUNDINGS = ("none", "tf32", "bfloat16")  # csrc/convolutional/params.h
+ROUNDINGS = ("none", "tf32", "bfloat16", "pairs")  # csrc/convolutional/params.h
 SEEDS = range(2)
 
 
@@ -113,6 +113,23 @@ def test_convolutions_in_tf32(case: Convolution, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", ["convolve", "weights"])
 def test_convolutions_in_bfloat16_are_those_of_rounded_factors(case: Convolution, kernel: str) -> None:
     assert case.error(kernel, "float", "bfloat16") < TOLERANCE["float"]
+
+
+PAIRED = {
+    "rows as taps": CONVOLUTIONS["rows as taps"]._replace(depth=96, pixel=32),
+    "linear": CONVOLUTIONS["linear"],
+    "wide": CONVOLUTIONS["two factors"]._replace(pitch=96, depth=32, pixel=32),
+    **{
+        name: CONVOLUTIONS[name]._replace(depth=32, pixel=32)
+        for name in ("two factors", "strided, from the last tap on", "many pixels", "large kernel")
+    },
+}
+
+
+@pytest.mark.parametrize("case", PAIRED.values(), ids=PAIRED)
+@pytest.mark.parametrize("kernel", ["convolve", "weights"])
+def test_convolutions_of_pairs(case: Convolution, kernel: str) -> None:
+    assert case.error(kernel, "float", "pairs") < TOLERANCE["float"]
 
 
 class Block(NamedTuple):

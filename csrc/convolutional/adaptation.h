@@ -65,8 +65,7 @@ class Steps {
         rates_(rates),
         tasks_(tasks),
         memory_(memory.from(tasks.slot)),
-        pass_(problem.network, problem.x, tasks.count, problem.images(), maps_from(images, tasks.first),
-              problem.rounding) {
+        pass_(problem.network, problem.x, tasks.count, problem.images(), maps_from(images, tasks.first)) {
     if (!runs_cuda(problem.x)) memory_.clear_borders(problem, tasks.count);
   }
 

@@ -257,21 +257,19 @@ struct Problem {
   const int64_t steps;
   const double momentum;
   const bool first_order;
-  const Rounding rounding;
 
   Problem(at::TensorList params, const Tensor& x, const Tensor& y, at::TensorList lr,
           const OptionalTensor& example_weights, at::IntArrayRef numbers, at::ArrayRef<double> eps,
           std::string_view loss, int64_t steps, double momentum, bool first_order,
           std::optional<at::ScalarType> product_dtype)
-      : network((check_params(params, x), numbers), eps, params, x),
+      : network((check_params(params, x), numbers), eps, params, x, checked_rounding(x, product_dtype)),
         x(x),
         y(y.contiguous()),
         lr(lr.vec()),
         labels(loss == "cross_entropy"),
         steps(steps),
         momentum(momentum),
-        first_order(first_order),
-        rounding(checked_rounding(x, product_dtype)) {
+        first_order(first_order) {
     TORCH_CHECK_VALUE(labels || loss == "mse", "loss: expected mse or cross_entropy, got ", loss);
     constexpr int64_t kMostSteps = std::numeric_limits<int32_t>::max();  // whose memory can still be counted
     TORCH_CHECK_VALUE(steps >= 0 && steps <= kMostSteps, "steps: expected a number >= 0, ",

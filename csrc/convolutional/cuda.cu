@@ -20,5 +20,6 @@ METAFAST_INSTANTIATE(ThinMoments)
 METAFAST_INSTANTIATE(OutputGradient)
 METAFAST_INSTANTIATE(Permute)
 #undef METAFAST_INSTANTIATE
+template void launch(const PairRows<float>&, Stream);
 
 }  // namespace metafast::cuda

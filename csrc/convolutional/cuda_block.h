@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
+#include "common/ptx.h"
 #include "convolutional/cuda_maps.h"
 #include "convolutional/params.h"
 
@@ -448,11 +450,23 @@ void with_side(const BlockShape& s, const F& f) {
 }
 
 template <typename T>
-__device__ __forceinline__ void store_channels(T* to, const T (&values)[kChannels<T>]) {
+__device__ __forceinline__ void store_channels(const Maps<T>& maps, bool pairs, const Place<T>& at, int image,
+                                               int y, int x, const T (&values)[kChannels<T>]) {
+  T* const pixel = maps.at(at.task, image, y, x);
+  if constexpr (std::is_same_v<T, float>) {
+    if (pairs) {
+      Vector<float, kChannels<T> / 2> vector;
+#pragma unroll
+      for (int e = 0; e < kChannels<T>; e += 2) {
+        vector.values[e / 2] = __uint_as_float(bfloat16_pair(values[e], values[e + 1]));
+      }
+      return store_vector(pixel + at.channel / 2, vector);
+    }
+  }
   Channels<T> vector;
 #pragma unroll
   for (int e = 0; e < kChannels<T>; ++e) vector.values[e] = values[e];
-  store_vector(to, vector);
+  store_vector(pixel + at.channel, vector);
 }
 
 }  // namespace

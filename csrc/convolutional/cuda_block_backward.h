@@ -278,10 +278,10 @@ __global__ void __launch_bounds__(kMapThreads, 3)
       }
     }
     if (!kTangent || p.grad_z.data != nullptr) {
-      store_channels(p.grad_z.at(at.task, image, y, x) + at.channel, value);
+      store_channels(p.grad_z, p.pairs, at, image, y, x, value);
     }
     if constexpr (kTangent) {
-      store_channels(p.grad_z_tangent.at(at.task, image, y, x) + at.channel, tangent);
+      store_channels(p.grad_z_tangent, p.pairs, at, image, y, x, tangent);
     }
   });
 }

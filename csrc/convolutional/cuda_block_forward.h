@@ -216,8 +216,7 @@ __global__ void __launch_bounds__(kMapThreads)
     }
     look.finish();
     if (pools_first(s)) activate<kTangent>(s.activation, look.y);
-    store_channels(out.at(at.task, to.image, to.y, to.x) + at.channel,
-                   kTangent ? look.y.tangent : look.y.value);
+    store_channels(out, p.pairs, at, to.image, to.y, to.x, kTangent ? look.y.tangent : look.y.value);
     to.advance(at.step);
   }
 }

@@ -189,6 +189,7 @@ void launch_in_vectors(const Convolve<T>& p, Stream stream) {
     const bool many = p.tasks * (p.pixels() / kLargeRows) * div_up(p.pitch, kLargeCols) >= kManyTiles;
     if (p.rounding == Rounding::tf32) return launch_on_tensor_cores<Tf32>(p, many, stream);
     if (p.rounding == Rounding::bfloat16) return launch_on_tensor_cores<Bfloat16>(p, many, stream);
+    if (p.rounding == Rounding::pairs) return launch_on_tensor_cores<Paired>(p, many, stream);
     if (p.pitch <= kFewChannels) {
       launch_convolve<FmaTile<T, 64, 32, 8, 4>, kVector>(p, stream);
     } else if (many) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cuda.h"
+#include "common/ptx.h"
 #include "convolutional/params.h"
 
 namespace metafast::cuda {
@@ -87,6 +88,23 @@ __global__ void __launch_bounds__(kPermuteThreads) permute(const __grid_constant
   if (rest == 0) *out = last < p.size[4] ? *in : T(0);
 }
 
+// A thread to a vector of pairs.
+__global__ void __launch_bounds__(kPermuteThreads) pair_rows(const __grid_constant__ PairRows<float> p) {
+  constexpr int kVector = kVectorLength<float>;
+  const int64_t index = (block_index() * kPermuteThreads + threadIdx.x) * kVector;
+  const int64_t task = index / (p.pairs * p.columns), at = index % (p.pairs * p.columns);
+  if (task >= p.tasks) return;
+  const float* const in = p.in + task * p.in_task + at / p.columns * 2 * p.columns + at % p.columns;
+  const Vector<float, kVector> first = load_vector<kVector>(in),
+                               second = load_vector<kVector>(in + p.columns);
+  Vector<float, kVector> pairs;
+#pragma unroll
+  for (int e = 0; e < kVector; ++e) {
+    pairs.values[e] = __uint_as_float(bfloat16_pair(first.values[e], second.values[e]));
+  }
+  store_vector(p.out + task * p.out_task + at, pairs);
+}
+
 }  // namespace
 
 template <typename T>
@@ -110,6 +128,14 @@ void launch(const Permute<T>& p, Stream stream) {
   launch_kernel(
       {"permute", grid_of(div_up(others * columns(p), kPermuteThreads)), kPermuteThreads, 0, stream},
       permute<T>, p);
+}
+
+template <typename T>
+void launch(const PairRows<T>& p, Stream stream) {
+  const int64_t vectors = p.tasks * p.pairs * p.columns / kVectorLength<T>;
+  if (vectors == 0) return;
+  launch_kernel({"pair_rows", grid_of(div_up(vectors, kPermuteThreads)), kPermuteThreads, 0, stream},
+                pair_rows, p);
 }
 
 }  // namespace metafast::cuda

@@ -32,6 +32,7 @@ struct alignas(16) Stage {
 template <typename T, int kTileRows, int kTileCols, int kThreadRows, int kThreadCols>
 struct FmaTile {
   using Scalar = T;
+  static constexpr int kInNumber = 1;
   static constexpr int kRows = kTileRows, kCols = kTileCols, kInner = 16, kStages = 2;
   static constexpr int kPadAlong = kVectorLength<T>, kPadAcross = 0;
   static constexpr int kRowThreads = kRows / kThreadRows, kColThreads = kCols / kThreadCols;
@@ -133,9 +134,16 @@ struct Bfloat16 {
   }
 };
 
+// Numbers that are pairs.
+struct Paired {
+  static constexpr int kInWord = 1;
+  static __device__ __forceinline__ unsigned word(const float* pair) { return __float_as_uint(*pair); }
+};
+
 template <class Format, int kTileRows, int kTileCols, int kWarpRows, int kWarpCols>
 struct TensorTile {
   using Scalar = float;
+  static constexpr int kInNumber = 1;
   static constexpr int kRows = kTileRows, kCols = kTileCols, kInner = 16, kStages = 3;
   static constexpr int kPadAlong = 8, kPadAcross = 4;
   static constexpr int kThreads = kRows / kWarpRows * (kCols / kWarpCols) * kWarpSize;
@@ -220,6 +228,85 @@ struct TensorTile {
         for (int e = 0; e < 2; ++e) numbers[i * 2 + e] = some.values[e];
       }
       return {{Format::word(numbers), Format::word(numbers + Format::kInWord)}};
+    }
+  };
+};
+
+// The same where lines of both operands are pairs across k, so that what the tensor cores take is made of
+// those of two k's: its row i is line 2 i, and i + 8 line 2 i + 1; so are the columns of two of its products.
+template <int kTileRows, int kTileCols, int kWarpRows, int kWarpCols>
+struct PairedTile {
+  using Scalar = float;
+  static constexpr int kInNumber = 2;  // lines, each a row or column of the result
+  static constexpr int kRows = kTileRows / 2, kCols = kTileCols / 2, kInner = 16, kStages = 3;
+  static constexpr int kPadAlong = 0, kPadAcross = 4;
+  static constexpr int kThreads = kTileRows / kWarpRows * (kTileCols / kWarpCols) * kWarpSize;
+
+  template <bool kAlong>
+  class Sums {
+   public:
+    static_assert(!kAlong);
+
+    __device__ __forceinline__ Sums() {
+      const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+      row_ = warp / (kTileCols / kWarpCols) * (kWarpRows / 2) + lane / 4;
+      col_ = warp % (kTileCols / kWarpCols) * (kWarpCols / 2);
+      member_ = lane % 4;
+    }
+
+    __device__ __forceinline__ void add(const Stage<PairedTile, false>& stage) {
+      const int group = threadIdx.x % kWarpSize / 4;
+      const float* const left = stage.left + stage.left_at(row_, member_ * 2);
+      const float* const right = stage.right + member_ * 2 * stage.kRightPitch + col_ + group;
+      unsigned a[kRowTiles][4], b[kColTiles][2];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        load(left + i * 8, stage.kLeftPitch,
+             [&](int line, int half) -> auto& { return a[i][line + half * 2]; });
+      }
+#pragma unroll
+      for (int j = 0; j < kColTiles; j += 2) {
+        load(right + j * 4, stage.kRightPitch,
+             [&](int line, int half) -> auto& { return b[j + line][half]; });
+      }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColTiles; ++j) multiply_add(sums_[i][j], a[i], b[j]);
+      }
+    }
+
+    // As FmaTile's.
+    template <class F>
+    __device__ __forceinline__ void each(const F& f) const {
+#pragma unroll
+      for (int i = 0; i < kRowTiles * 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColTiles; j += 2) {
+          const auto &even = sums_[i / 2][j], &odd = sums_[i / 2][j + 1];
+          const int of = i % 2 * 2;
+          f((row_ + i / 2 * 8) * 2 + i % 2, (col_ + j * 4 + member_ * 2) * 2,
+            Vector<float, 4>{{even[of], odd[of], even[of + 1], odd[of + 1]}});
+        }
+      }
+    }
+
+   private:
+    static constexpr int kRowTiles = kWarpRows / 16, kColTiles = kWarpCols / 8;
+    float sums_[kRowTiles][kColTiles][4] = {};
+    int row_, col_, member_;
+
+    // The words of two lines: to(line, half) is that of the lane's two k's of 8, of the first 8 or the
+    // others.
+    template <class To>
+    static __device__ __forceinline__ void load(const float* pairs, int pitch, const To& to) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const unsigned first = __float_as_uint(pairs[half * 8 * pitch]);
+        const unsigned second = __float_as_uint(pairs[(half * 8 + 1) * pitch]);
+        to(0, half) = (first & 0xffffu) | second << 16;
+        to(1, half) = first >> 16 | (second & 0xffff0000u);
+      }
     }
   };
 };

@@ -334,8 +334,7 @@ __global__ void __launch_bounds__(kMapThreads) thin_forward(const __grid_constan
   for (int i = at.begin; i < at.end; i += at.step) {
     ThinWindow<kTangent, T> window(thin.source.x, shared, at, to);
     activate<kTangent>(s.activation, window.y);
-    store_channels(out.at(at.task, to.image, to.y, to.x) + at.channel,
-                   kTangent ? window.y.tangent : window.y.value);
+    store_channels(out, p.pairs, at, to.image, to.y, to.x, kTangent ? window.y.tangent : window.y.value);
     to.advance(at.step);
   }
 }

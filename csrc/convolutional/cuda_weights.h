@@ -28,12 +28,14 @@ template <class Tile, int kLength, typename T>
 __global__ void __launch_bounds__(Tile::kThreads)
     convolve_weights(const __grid_constant__ ConvolveWeights<T> p) {
   constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kInner = Tile::kInner, kThreads = Tile::kThreads;
-  constexpr int kVector = kVectorLength<T>;
+  constexpr int kVector = kVectorLength<T>, kInNumber = Tile::kInNumber;
   static_assert(kThreads >= kCols, "a thread for each sum of a column");
   auto& shared = shared_memory<WeightsShared<Tile>>();
-  const int rows = static_cast<int>(p.rows()), pitch = static_cast<int>(p.pitch);
+  const int pitch = static_cast<int>(p.pitch);
+  // Of numbers, as are those of tiles; the result has kInNumber times as many.
+  const int rows = static_cast<int>(p.taps_y * p.taps_x * p.depth), cols = pitch / kInNumber;
   const auto parts = static_cast<unsigned>(p.parts());
-  const unsigned row_tiles = std::max(div_up(rows, kRows), 1), col_tiles = div_up(pitch, kCols);
+  const unsigned row_tiles = std::max(div_up(rows, kRows), 1), col_tiles = div_up(cols, kCols);
   const auto block = static_cast<unsigned>(block_index());
   const unsigned owner = block / (row_tiles * col_tiles), tile = block % (row_tiles * col_tiles);
   const unsigned task = owner / parts, part = owner % parts;
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   using Lefts = Copies<kThreads, kInner, kRows, kLength>;
   using Rights = Copies<kThreads, kInner, kCols, kVector>;
   const int i = Lefts::at(), row = first_row + i, col = Rights::at();
-  const bool has_row = row < rows, has_col = first_col + col < pitch;
+  const bool has_row = row < rows, has_col = first_col + col < cols;
   const int tap = has_row ? row / static_cast<int>(p.depth) : 0;
   const int tap_y = has_row ? tap / static_cast<int>(p.taps_x) : 0;
   const int64_t of_row =
@@ -83,26 +85,37 @@ __global__ void __launch_bounds__(Tile::kThreads)
                                  k < left && has_col);
     });
   };
-  T bias = 0;
+  T bias[kInNumber] = {};
   const bool sums_bias = p.out_bias != nullptr && first_row == 0 && threadIdx.x < kCols;
   typename Tile::template Sums<false> sums;
   run_stages(shared.stages, p.count * stages, sums, locate, copy, [&](int c, const auto& stage) {
     if (!sums_bias || c >= stages) return;
 #pragma unroll
-    for (int k = 0; k < kInner; ++k) bias += stage.right[k * stage.kRightPitch + threadIdx.x];
+    for (int k = 0; k < kInner; ++k) {
+      const T number = stage.right[k * stage.kRightPitch + threadIdx.x];
+      if constexpr (kInNumber == 1) {
+        bias[0] += number;
+      } else {
+        bias[0] += __uint_as_float(__float_as_uint(number) << 16);
+        bias[1] += __uint_as_float(__float_as_uint(number) & 0xffff0000u);
+      }
+    }
   });
 
   T* out = p.out + task * p.out_task;
   T* out_bias = p.out_bias + task * p.out_task;
   if (parts > 1) {
-    out = p.workspace + static_cast<int64_t>(owner) * (rows + 1) * pitch;
-    out_bias = out + static_cast<int64_t>(rows) * pitch;
+    out = p.workspace + static_cast<int64_t>(owner) * (rows * kInNumber + 1) * pitch;
+    out_bias = out + static_cast<int64_t>(rows * kInNumber) * pitch;
   }
-  if (sums_bias && first_col + static_cast<int>(threadIdx.x) < pitch)
-    out_bias[first_col + threadIdx.x] = bias;
-  sums.each([&]<int kCount>(int i, int col, const Vector<T, kCount>& vector) {
-    if (first_row + i >= rows || first_col + col >= pitch) return;
-    store_vector(out + static_cast<int64_t>(first_row + i) * pitch + first_col + col, vector);
+  if (sums_bias && first_col + static_cast<int>(threadIdx.x) < cols) {
+#pragma unroll
+    for (int e = 0; e < kInNumber; ++e) out_bias[(first_col + threadIdx.x) * kInNumber + e] = bias[e];
+  }
+  sums.each([&]<int kCount>(int of_row, int of_col, const Vector<T, kCount>& vector) {
+    const int row = first_row * kInNumber + of_row, col = first_col * kInNumber + of_col;
+    if (row >= rows * kInNumber || col >= pitch) return;
+    store_vector(out + static_cast<int64_t>(row) * pitch + col, vector);
   });
 }
 
@@ -129,8 +142,8 @@ __global__ void __launch_bounds__(kSumThreads) sum_weights(const __grid_constant
 
 template <class Tile, int kLength, typename T>
 void launch_weights(const ConvolveWeights<T>& p, Stream stream) {
-  const int64_t tiles =
-      std::max<int64_t>(div_up<int64_t>(p.rows(), Tile::kRows), 1) * div_up<int64_t>(p.pitch, Tile::kCols);
+  const int64_t tiles = std::max<int64_t>(div_up<int64_t>(p.rows(), Tile::kRows * Tile::kInNumber), 1) *
+                        div_up<int64_t>(p.pitch, Tile::kCols * Tile::kInNumber);
   launch_kernel({"convolve_weights", grid_of(p.tasks * p.parts() * tiles), Tile::kThreads,
                  sizeof(WeightsShared<Tile>), stream},
                 convolve_weights<Tile, kLength, T>, p);
@@ -162,6 +175,10 @@ void launch(const ConvolveWeights<T>& p, Stream stream) {
     if (!vectors) return launch_weights<FmaTile<T, 16, 64, 4, 4>, 1>(p, stream);
     if (p.rounding == Rounding::tf32) return launch_on_tensor_cores<Tf32>(p, stream);
     if (p.rounding == Rounding::bfloat16) return launch_on_tensor_cores<Bfloat16>(p, stream);
+    if (p.rounding == Rounding::pairs) {
+      if (p.pitch <= kFewChannels) return launch_weights<PairedTile<64, 32, 32, 32>, kVector>(p, stream);
+      return launch_weights<PairedTile<128, 64, 64, 64>, kVector>(p, stream);
+    }
     if (p.pitch <= kFewChannels) return launch_weights<FmaTile<T, 64, 32, 8, 4>, kVector>(p, stream);
     launch_weights<FmaTile<T, 64, 64, 8, 8>, kVector>(p, stream);
   }

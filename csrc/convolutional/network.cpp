@@ -24,7 +24,9 @@ bool is_thin(const NetworkBlock& b, bool on_cuda) {
 
 }  // namespace
 
-Network::Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorList params, const Tensor& x) {
+Network::Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorList params, const Tensor& x,
+                 Rounding rounding)
+    : rounding_(rounding) {
   TORCH_CHECK_VALUE(
       !numbers.empty() && numbers.size() % kNumbers == 0 && eps.size() == numbers.size() / kNumbers,
       "network: expected ", kNumbers, " numbers and an eps for each block, got ", numbers.size(), " and ",
@@ -140,6 +142,13 @@ int64_t Network::image_cost() const {
   int64_t sum = 0;
   for (const NetworkBlock& block : blocks_) sum += block.weight_size() * block.z_height * block.z_width;
   return sum;
+}
+
+Rounding Network::rounding(size_t i) const {
+  if (rounding_ != Rounding::bfloat16 || i == 0 || i >= blocks_.size()) return rounding_;
+  const NetworkBlock& b = blocks_[i];
+  const bool pairs = (b.channels | b.outputs) % (2 * kChannelBlock) == 0;
+  return pairs ? Rounding::pairs : rounding_;
 }
 
 Border Network::input_border(size_t i) const {

@@ -48,7 +48,8 @@ class Network {
   static constexpr size_t kNumbers = 17;
 
   // The network that `numbers` and eps describe (library.cpp says how), for x [T, B, C, H, W].
-  Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorList params, const Tensor& x);
+  Network(at::IntArrayRef numbers, at::ArrayRef<double> eps, at::TensorList params, const Tensor& x,
+          Rounding rounding);
 
   const std::vector<NetworkBlock>& blocks() const { return blocks_; }
   int64_t size() const { return size_; }  // of the packed vector
@@ -58,6 +59,11 @@ class Network {
   int64_t image_cost() const;  // multiply-adds of an image's forward
   // Whether z of block i is not kept but found again (ThinInput in params.h).
   bool thin(size_t i) const { return i == 0 && thin_; }
+
+  // What the products of block i may round to: with Rounding::bfloat16 most blocks are of pairs, so that what
+  // products alone read takes half the memory.
+  Rounding rounding(size_t i) const;
+  bool pairs(size_t i) const { return rounding(i) == Rounding::pairs; }
 
   // What the input of block i needs around it to be convolved, and what the gradient of its z needs on the
   // way back to that input.
@@ -78,6 +84,7 @@ class Network {
   std::vector<int64_t> place_;
   int64_t size_ = 0;
   bool shared_ = true, thin_ = false;
+  Rounding rounding_;
 
   int64_t add_param(at::TensorList params, at::IntArrayRef shape, const char* kind, size_t block,
                     int64_t size, int64_t tasks);

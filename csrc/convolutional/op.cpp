@@ -166,8 +166,7 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
                                            at::ArrayRef<double> eps,
                                            std::optional<at::ScalarType> product_dtype, bool keep) {
   check_params(params, x);
-  const Network network(numbers, eps, params, x);
-  const Rounding rounding = checked_rounding(x, product_dtype);
+  const Network network(numbers, eps, params, x, checked_rounding(x, product_dtype));
   const LongCall call;
   const c10::OptionalDeviceGuard guard(x.device());
   return with_scalar(x, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
@@ -191,7 +190,7 @@ std::tuple<Tensor, Tensor> conv_forward_op(at::TensorList params, const Tensor& 
     groups.run([&](Some some) {
       const Activations<T> of_some = activations.from(keep ? some.first : some.slot);
       if (!runs_cuda(x)) of_some.clear_borders(network, some.count, images);
-      Pass<T>(network, x, some.count, images, maps_from(maps, some.first), rounding)
+      Pass<T>(network, x, some.count, images, maps_from(maps, some.first))
           .forward(packed_view<const T>(theta.load(some)), of_some);
       store_outputs<T>(network, of_some, some.count, images, x,
                        out.mutable_data_ptr<T>() + some.first * images * outputs);
@@ -206,8 +205,7 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
                                              std::optional<at::ScalarType> product_dtype,
                                              std::array<bool, 2> wanted) {
   check_params(params, x);
-  const Network network(numbers, eps, params, x);
-  const Rounding rounding = checked_rounding(x, product_dtype);
+  const Network network(numbers, eps, params, x, checked_rounding(x, product_dtype));
   const LongCall call;
   const int64_t tasks = x.size(0), images = x.size(1), outputs = network.outputs();
   check_same_dtype({x, "x"}, {{grad, "grad"}, {kept, "kept"}});
@@ -253,7 +251,7 @@ std::vector<Tensor> conv_forward_backward_op(const Tensor& grad, at::TensorList 
             permute<T>(x, dense.const_data_ptr<T>() + some.first * images * outputs, top.data,
                        {some.count, images, 1, 1, outputs}, {images * outputs, outputs, 0, 0, 1},
                        {top.task, top.image, 0, 0, 1});
-            Pass<T>(network, x, some.count, images, maps_from(maps, some.first), rounding)
+            Pass<T>(network, x, some.count, images, maps_from(maps, some.first))
                 .backward(packed_view<const T>(theta.load(some)), activations.from(some.first), gradients,
                           packed_view<T>(of_some), wanted[1] ? &of_images : nullptr);
             if (wanted[0]) grad_params.store(some.first, of_some);

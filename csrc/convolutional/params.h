@@ -49,7 +49,12 @@ struct Maps {
 
 // What a product of float32 on CUDA may round its factors to, for the tensor cores. Sums are float32; images
 // of few channels stay as they are.
-enum class Rounding { none, tf32, bfloat16 };
+//
+// Pairs are factors that were rounded to bfloat16 when they were written, half as many numbers as there were:
+// each holds two neighbours, the first in its lower half. They are neighbours along the sum that a
+// convolution adds up: channels of a pixel of a map, whose channels are a multiple of 2 kChannelBlock, and
+// rows of weights, which have as many columns as ever.
+enum class Rounding { none, tf32, bfloat16, pairs };
 
 // out[t, b, y, x, o] (+)= bias[o] + the sum over factors, taps (i, j) and d < depth of
 //   source[t, b, y, x, i tap_row + j tap_pixel + d] * weights[t, i, j, d, o],   o < pitch.
@@ -114,7 +119,7 @@ struct ConvolveWeights {
   T* workspace = nullptr;  // on CUDA: workspace_size() elements
   int64_t wanted_items = 1;
 
-  METAFAST_HD int64_t rows() const { return taps_y * taps_x * depth; }
+  METAFAST_HD int64_t rows() const { return taps_y * taps_x * depth * (rounding == Rounding::pairs ? 2 : 1); }
   METAFAST_HD int64_t pixels() const { return images * height * width; }
   // On the CPU a work item is some rows of a task's gradient. Each goes through all pixels, so there are no
   // more than the threads want; how many changes no sum.
@@ -198,6 +203,7 @@ struct BlockForward {
   T *mean, *rstd, *var;
   T *mean_tangent, *scale_tangent;
   Maps<T> out, out_tangent;  // the border is not touched; out is not written where there is a tangent
+  bool pairs = false;        // whether these are of pairs, on CUDA
   T* workspace = nullptr;    // on CUDA: workspace_size() elements
   ThinInput<T> thin = {};
 
@@ -221,6 +227,7 @@ struct BlockBackward {
   const T *mean, *rstd, *mean_tangent, *scale_tangent;
   Maps<const T> grad, grad_tangent;  // of the result
   Maps<T> grad_z, grad_z_tangent;    // the border is not touched
+  bool pairs = false;                // whether these are of pairs, on CUDA
   T *grad_gamma, *grad_beta;         // [T, pitch], tasks `grad_task` apart, or null
   int64_t grad_task;
   T* workspace = nullptr;  // on CUDA: workspace_size() elements
@@ -275,6 +282,16 @@ struct Permute {
   int64_t item_cost() const { return size[2] * size[3] * pad; }
 };
 
+// On CUDA: rows of numbers as rows of pairs, [tasks, pairs, 2, columns] -> [tasks, pairs, columns], each
+// dense but for tasks, which are in_task and out_task apart.
+template <typename T>
+struct PairRows {
+  int64_t tasks, pairs, columns;  // columns: a multiple of kChannelBlock
+  int64_t in_task, out_task;
+  const T* in;
+  T* out;
+};
+
 METAFAST_DECLARE_KERNEL(Convolve)
 METAFAST_DECLARE_KERNEL(ConvolveWeights)
 METAFAST_DECLARE_KERNEL(BlockForward)
@@ -282,5 +299,6 @@ METAFAST_DECLARE_KERNEL(BlockBackward)
 METAFAST_DECLARE_KERNEL(ThinMoments)
 METAFAST_DECLARE_KERNEL(OutputGradient)
 METAFAST_DECLARE_KERNEL(Permute)
+METAFAST_DECLARE_KERNEL(PairRows)
 
 }  // namespace metafast

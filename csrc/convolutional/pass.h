@@ -108,6 +108,13 @@ Maps<T> maps_from(Maps<T> maps, int64_t first) {
   return maps;
 }
 
+// Of maps from block b that the products of block i multiply: numbers of a pixel.
+inline int64_t factor_pitch(const Network& network, size_t i, const NetworkBlock& b) {
+  return network.pairs(i) ? b.pitch() / 2 : b.pitch();
+}
+// Of a block of pairs: its weights, or these transposed.
+inline int64_t paired_size(const NetworkBlock& b) { return b.weight_size() / 2; }
+
 // What a forward leaves for its backward: of each block z, unless its input is thin, the result and the
 // statistics.
 template <typename T>
@@ -116,6 +123,7 @@ class Activations {
   struct OfBlock {
     Maps<T> z, out;
     T *mean, *rstd, *var;
+    T* paired;  // the weights, of a block of pairs
   };
 
   Activations(const Network& network, int64_t tasks, int64_t images, Workspace<T>& memory) {
@@ -123,11 +131,13 @@ class Activations {
       const NetworkBlock& b = network.blocks()[i];
       OfBlock of{};
       if (!network.thin(i)) of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
-      of.out =
-          memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
+      of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, factor_pitch(network, i + 1, b),
+                                network.input_border(i + 1));
+      if (network.pairs(i)) of.paired = memory.take(tasks * paired_size(b));
       const int64_t statistics = b.shape.norm ? b.pitch() : 0;
       for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic = memory.take(tasks * statistics);
       pitches_.push_back(statistics);
+      paired_.push_back(paired_size(b));
       blocks_.push_back(of);
     }
   }
@@ -140,6 +150,7 @@ class Activations {
       of.z = maps_from(of.z, first);
       of.out = maps_from(of.out, first);
       for (T** statistic : {&of.mean, &of.rstd, &of.var}) *statistic += first * pitches_[i];
+      if (of.paired != nullptr) of.paired += first * paired_[i];
     }
     return moved;
   }
@@ -156,7 +167,7 @@ class Activations {
 
  private:
   std::vector<OfBlock> blocks_;
-  std::vector<int64_t> pitches_;
+  std::vector<int64_t> pitches_, paired_;
 };
 
 // Of a backward: of each block the gradients of z and of the result, and its weights transposed.
@@ -165,6 +176,7 @@ struct Gradients {
   struct OfBlock {
     Maps<T> z, out;
     T* transposed;  // null where nothing goes back to the block's input
+    T* paired;      // the same, of a block of pairs
   };
   std::vector<OfBlock> blocks;
 
@@ -173,11 +185,13 @@ struct Gradients {
       const NetworkBlock& b = network.blocks()[i];
       OfBlock of{};
       if (!network.thin(i) || of_input)
-        of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), network.grad_border(i));
+        of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, factor_pitch(network, i, b),
+                                network.grad_border(i));
       const bool last =
           i + 1 == network.blocks().size();  // of which the channels behind the outputs stay zero
       of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), {}, last);
       if (i > 0 || of_input) of.transposed = memory.take(tasks * transposed_size(b));
+      if (network.pairs(i)) of.paired = memory.take(tasks * paired_size(b));
       sizes_.push_back(transposed_size(b));
       blocks.push_back(of);
     }
@@ -190,6 +204,7 @@ struct Gradients {
       of.z = maps_from(of.z, first);
       of.out = maps_from(of.out, first);
       if (of.transposed != nullptr) of.transposed += first * sizes_[i];
+      if (of.paired != nullptr) of.paired += first * sizes_[i] / 2;
     }
     return moved;
   }
@@ -217,6 +232,7 @@ struct Tangents {
   struct OfBlock {
     Maps<T> z, out;
     T *mean, *scale;
+    T* paired;  // the direction in the weights, of a block of pairs
   };
   std::vector<OfBlock> blocks;
 
@@ -225,11 +241,13 @@ struct Tangents {
       const NetworkBlock& b = network.blocks()[i];
       OfBlock of{};
       if (!network.thin(i)) of.z = memory.take_maps(tasks, images, b.z_height, b.z_width, b.pitch(), {});
-      of.out =
-          memory.take_maps(tasks, images, b.out_height, b.out_width, b.pitch(), network.input_border(i + 1));
+      of.out = memory.take_maps(tasks, images, b.out_height, b.out_width, factor_pitch(network, i + 1, b),
+                                network.input_border(i + 1));
+      if (network.pairs(i)) of.paired = memory.take(tasks * paired_size(b));
       of.mean = memory.take(tasks * b.pitch());
       of.scale = memory.take(tasks * b.pitch());
       pitches_.push_back(b.pitch());
+      paired_.push_back(paired_size(b));
       blocks.push_back(of);
     }
   }
@@ -242,6 +260,7 @@ struct Tangents {
       of.out = maps_from(of.out, first);
       of.mean += first * pitches_[i];
       of.scale += first * pitches_[i];
+      if (of.paired != nullptr) of.paired += first * paired_[i];
     }
     return moved;
   }
@@ -254,22 +273,22 @@ struct Tangents {
   }
 
  private:
-  std::vector<int64_t> pitches_;
+  std::vector<int64_t> pitches_, paired_;
 };
 
 template <typename T>
 class Pass {
  public:
   // `like` says on which device.
-  Pass(const Network& network, const Tensor& like, int64_t tasks, int64_t images, Maps<const T> x,
-       Rounding rounding)
-      : network_(network), like_(like), tasks_(tasks), images_(images), x_(x), rounding_(rounding) {}
+  Pass(const Network& network, const Tensor& like, int64_t tasks, int64_t images, Maps<const T> x)
+      : network_(network), like_(like), tasks_(tasks), images_(images), x_(x) {}
 
   void forward(Packed<const T> theta, const Activations<T>& to) const {
     for (size_t i = 0; i < blocks().size(); ++i) {
       const NetworkBlock& b = blocks()[i];
-      Convolve<T> z = convolution(b, input(i, to), theta, to[i].z);
-      BlockForward<T> p = block_forward(b, to[i]);
+      pair(i, theta.at(b.weight), theta.task, b.pitch(), to[i].paired);
+      Convolve<T> z = convolution(i, input(i, to), theta, to[i].paired, to[i].z);
+      BlockForward<T> p = block_forward(i, to[i]);
       set_affine(p, b, theta);
       p.out = to[i].out;
       if (network_.thin(i)) {
@@ -287,23 +306,23 @@ class Pass {
     for (size_t i = blocks().size(); i-- > 0;) {
       const NetworkBlock& b = blocks()[i];
       const auto& g = gradients.blocks[i];
-      BlockBackward<T> p = block_backward(b, of[i], theta);
+      BlockBackward<T> p = block_backward(i, of[i], theta);
       p.grad = as_const(g.out);
       p.grad_z = g.z;
       set_gradients(p, b, grad);
-      Convolve<T> z = convolution(b, input(i, of), theta, of[i].z);
+      Convolve<T> z = convolution(i, input(i, of), theta, of[i].paired, of[i].z);
       Tensor found;
       if (finds_z(i, grad_x)) {
         p.thin = thin_input(&z, nullptr);
       } else if (network_.thin(i)) {
         p.z = found_again(z, found);
       }
-      ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(g.z), grad);
+      ConvolveWeights<T> weights = weights_gradient(i, input(i, of), as_const(g.z), grad);
       launch_with_weights(p, weights);
       const Maps<T>* const to = i > 0 ? &gradients.blocks[i - 1].out : grad_x;
       if (to == nullptr) continue;
-      transpose(b, theta, g.transposed);
-      run_back(b, {{as_const(g.z), g.transposed, transposed_task(b, theta)}}, *to, false);
+      const Packed<const T> transposed = transpose(i, theta, g);
+      run_back(i, {{as_const(g.z), transposed.data, transposed.task}}, *to, false);
     }
   }
 
@@ -312,17 +331,18 @@ class Pass {
                        const Tangents<T>& to) const {
     for (size_t i = 0; i < blocks().size(); ++i) {
       const NetworkBlock& b = blocks()[i];
-      Convolve<T> tangent = convolution(b, input(i, of), direction, to.blocks[i].z);
+      pair(i, direction.at(b.weight), direction.task, b.pitch(), to.blocks[i].paired);
+      const Convolve<T> z = convolution(i, input(i, of), theta, of[i].paired, of[i].z);
+      Convolve<T> tangent = convolution(i, input(i, of), direction, to.blocks[i].paired, to.blocks[i].z);
       if (i > 0) {
-        tangent.factors[1] = {under_kernel(layer(b), as_const(to.blocks[i - 1].out)), theta.at(b.weight),
-                              theta.task};
+        tangent.factors[1] = z.factors[0];
+        tangent.factors[1].source = under_kernel(layer(b), as_const(to.blocks[i - 1].out));
         tangent.count = 2;
       }
-      BlockForward<T> p = block_forward(b, of[i]);
+      BlockForward<T> p = block_forward(i, of[i]);
       set_affine(p, b, theta);
       set_tangents(p, b, direction, to.blocks[i]);
       p.out_tangent = to.blocks[i].out;
-      const Convolve<T> z = convolution(b, input(i, of), theta, of[i].z);
       if (network_.thin(i)) {
         p.thin = thin_input(&z, &tangent);
       } else {
@@ -341,7 +361,7 @@ class Pass {
     for (size_t i = blocks().size(); i-- > 0;) {
       const NetworkBlock& b = blocks()[i];
       const auto &g = gradients.blocks[i], &t = gradient_tangents.blocks[i];
-      BlockBackward<T> p = block_backward(b, of[i], theta);
+      BlockBackward<T> p = block_backward(i, of[i], theta);
       set_tangents(p, b, direction, tangents.blocks[i]);
       p.grad = as_const(g.out);
       p.grad_tangent = as_const(t.out);
@@ -349,8 +369,9 @@ class Pass {
       if (i > 0 || grad_x != nullptr || !runs_cuda(like_)) p.grad_z = g.z;
       p.grad_z_tangent = t.z;
       set_gradients(p, b, product);
-      Convolve<T> z = convolution(b, input(i, of), theta, of[i].z),
-                  tangent = convolution(b, input(i, of), direction, tangents.blocks[i].z);
+      Convolve<T> z = convolution(i, input(i, of), theta, of[i].paired, of[i].z),
+                  tangent = convolution(i, input(i, of), direction, tangents.blocks[i].paired,
+                                        tangents.blocks[i].z);
       Tensor found, found_tangent;
       if (finds_z(i, grad_x)) {
         p.thin = thin_input(&z, &tangent);
@@ -358,7 +379,7 @@ class Pass {
         p.z = found_again(z, found);
         p.z_tangent = found_again(tangent, found_tangent);
       }
-      ConvolveWeights<T> weights = weights_gradient(b, input(i, of), as_const(t.z), product);
+      ConvolveWeights<T> weights = weights_gradient(i, input(i, of), as_const(t.z), product);
       if (i > 0) {
         weights.factors[1] = {under_kernel(layer(b), as_const(tangents.blocks[i - 1].out)), as_const(g.z)};
         weights.count = 2;
@@ -366,16 +387,14 @@ class Pass {
       launch_with_weights(p, weights);
       const Maps<T>* const to = i > 0 ? &gradient_tangents.blocks[i - 1].out : grad_x;
       if (to == nullptr) continue;
-      transpose(b, theta, g.transposed);
-      transpose(b, direction, t.transposed);
+      const Packed<const T> weights_back = transpose(i, theta, g), along = transpose(i, direction, t);
       if (i > 0) {
-        run_back(b, {{as_const(g.z), g.transposed, transposed_task(b, theta)}}, gradients.blocks[i - 1].out,
+        run_back(i, {{as_const(g.z), weights_back.data, weights_back.task}}, gradients.blocks[i - 1].out,
                  false);
       }
-      run_back(b,
-               {{as_const(t.z), g.transposed, transposed_task(b, theta)},
-                {as_const(g.z), t.transposed, transposed_task(b, direction)}},
-               *to, i == 0);
+      run_back(
+          i, {{as_const(t.z), weights_back.data, weights_back.task}, {as_const(g.z), along.data, along.task}},
+          *to, i == 0);
     }
   }
 
@@ -384,7 +403,6 @@ class Pass {
   const Tensor& like_;
   const int64_t tasks_, images_;
   const Maps<const T> x_;
-  const Rounding rounding_;
   mutable Tensor moments_;  // of a thin input, on CUDA
 
   const std::vector<NetworkBlock>& blocks() const { return network_.blocks(); }
@@ -418,12 +436,8 @@ class Pass {
     return as_const(z.out);
   }
 
-  void launch(Convolve<T>& p) const {
-    p.rounding = rounding_;
-    run_kernel(p, like_);
-  }
+  void launch(const Convolve<T>& p) const { run_kernel(p, like_); }
   void launch(ConvolveWeights<T>& p) const {
-    p.rounding = rounding_;
     p.wanted_items = at::get_num_threads() > 1 ? 4 * at::get_num_threads() : 1;
     launch_with(p, p.workspace_size());
   }
@@ -450,47 +464,82 @@ class Pass {
   }
 
   Layer layer(const NetworkBlock& b) const { return b.layer(tasks_, images_); }
+  // With the numbers of a pixel of its input for channels.
+  Layer layer_from_input(size_t i) const {
+    Layer l = layer(blocks()[i]);
+    if (network_.pairs(i)) l.channels /= 2;
+    return l;
+  }
 
-  Convolve<T> convolution(const NetworkBlock& b, const Maps<const T>& source, Packed<const T> weights,
+  // `paired`: where block i is of pairs, its weights as such.
+  Convolve<T> convolution(size_t i, const Maps<const T>& source, Packed<const T> weights, const T* paired,
                           const Maps<T>& out) const {
-    Convolve<T> p = to_maps<T>(layer(b), source, weights.at(b.weight), weights.task, out);
+    const NetworkBlock& b = blocks()[i];
+    const Packed<const T> of_pairs{paired, weights.task == 0 ? 0 : paired_size(b)};
+    const bool pairs = network_.pairs(i);
+    Convolve<T> p = to_maps<T>(layer_from_input(i), source, pairs ? of_pairs.data : weights.at(b.weight),
+                               pairs ? of_pairs.task : weights.task, out);
     p.bias = weights.at(b.bias);
     p.bias_task = weights.task;
+    p.rounding = network_.rounding(i);
     return p;
   }
 
-  ConvolveWeights<T> weights_gradient(const NetworkBlock& b, const Maps<const T>& source,
-                                      const Maps<const T>& grad_z, Packed<T> grad) const {
-    ConvolveWeights<T> p = to_weights<T>(layer(b), source, grad_z, grad.at(b.weight), grad.task);
+  ConvolveWeights<T> weights_gradient(size_t i, const Maps<const T>& source, const Maps<const T>& grad_z,
+                                      Packed<T> grad) const {
+    const NetworkBlock& b = blocks()[i];
+    ConvolveWeights<T> p = to_weights<T>(layer_from_input(i), source, grad_z, grad.at(b.weight), grad.task);
     p.out_bias = grad.at(b.bias);
+    p.rounding = network_.rounding(i);
     return p;
   }
 
-  // [kh, kw, C, pitch(O)] turned around: [kh, kw, O, pitch(C)], the last place first.
-  void transpose(const NetworkBlock& b, Packed<const T> weights, T* to) const {
+  // Of a block of pairs: weights in rows of so many columns, of tasks `task` apart, as pairs.
+  void pair([[maybe_unused]] size_t i, [[maybe_unused]] const T* weights, [[maybe_unused]] int64_t task,
+            [[maybe_unused]] int64_t columns, [[maybe_unused]] T* to) const {
+#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
+    if constexpr (std::is_same_v<T, float>) {
+      if (!network_.pairs(i)) return;
+      const int64_t size = paired_size(blocks()[i]), tasks = task == 0 ? 1 : tasks_;
+      run_kernel(PairRows<T>{tasks, size / columns, columns, task, size, weights, to}, like_);
+    }
+#endif
+  }
+
+  // Weights [kh, kw, C, pitch(O)] turned around, [kh, kw, O, pitch(C)], the last place first, as the products
+  // of the block take them.
+  Packed<const T> transpose(size_t i, Packed<const T> weights,
+                            const typename Gradients<T>::OfBlock& to) const {
+    const NetworkBlock& b = blocks()[i];
     const int64_t pitch = pitch_of(b.channels), places = b.kernel_y * b.kernel_x;
     Permute<T> p{};
     const int64_t in_place = b.channels * b.pitch(), out_place = b.outputs * pitch;
     const int64_t tasks = weights.task == 0 ? 1 : tasks_;
     const int64_t size[] = {tasks, places, b.outputs, 1, b.channels};
     const int64_t in[] = {weights.task, -in_place, 1, 0, b.pitch()};
-    const int64_t out[] = {transposed_task(b, weights), out_place, pitch, 0, 1};
+    const int64_t task = weights.task == 0 ? 0 : Gradients<T>::transposed_size(b);
+    const int64_t out[] = {task, out_place, pitch, 0, 1};
     std::copy_n(size, p.kDims, p.size);
     std::copy_n(in, p.kDims, p.in_stride);
     std::copy_n(out, p.kDims, p.out_stride);
     p.pad = pitch;
     p.in = weights.at(b.weight) + (places - 1) * in_place;
-    p.out = to;
+    p.out = to.transposed;
     run_kernel(p, like_);
-  }
-  static int64_t transposed_task(const NetworkBlock& b, Packed<const T> weights) {
-    return weights.task == 0 ? 0 : Gradients<T>::transposed_size(b);
+    if (!network_.pairs(i)) return {to.transposed, task};
+    pair(i, to.transposed, task, pitch, to.paired);
+    return {to.paired, task / 2};
   }
 
   // From the gradient of z to that of the block's input.
-  void run_back(const NetworkBlock& b, std::initializer_list<typename Convolve<T>::Factor> factors,
-                const Maps<T>& to, bool adds) const {
-    to_images<T>(layer(b), factors, to, adds, [this](Convolve<T>& p) { launch(p); });
+  void run_back(size_t i, std::initializer_list<typename Convolve<T>::Factor> factors, const Maps<T>& to,
+                bool adds) const {
+    Layer l = layer(blocks()[i]);
+    if (network_.pairs(i)) l.outputs /= 2;  // numbers of a pixel of its gradient
+    to_images<T>(l, factors, to, adds, [this, i](Convolve<T>& p) {
+      p.rounding = network_.rounding(i);
+      launch(p);
+    });
   }
 
   BlockShape shape(const NetworkBlock& b) const {
@@ -518,9 +567,10 @@ class Pass {
     p.scale_tangent = tangents.scale;
   }
 
-  BlockForward<T> block_forward(const NetworkBlock& b, const typename Activations<T>::OfBlock& of) const {
+  BlockForward<T> block_forward(size_t i, const typename Activations<T>::OfBlock& of) const {
     BlockForward<T> p{};
-    p.shape = shape(b);
+    p.shape = shape(blocks()[i]);
+    p.pairs = network_.pairs(i + 1);
     p.z = as_const(of.z);
     p.mean = of.mean;
     p.rstd = of.rstd;
@@ -528,10 +578,12 @@ class Pass {
     return p;
   }
 
-  BlockBackward<T> block_backward(const NetworkBlock& b, const typename Activations<T>::OfBlock& of,
+  BlockBackward<T> block_backward(size_t i, const typename Activations<T>::OfBlock& of,
                                   Packed<const T> theta) const {
+    const NetworkBlock& b = blocks()[i];
     BlockBackward<T> p{};
     p.shape = shape(b);
+    p.pairs = network_.pairs(i);
     p.z = as_const(of.z);
     p.mean = of.mean;
     p.rstd = of.rstd;

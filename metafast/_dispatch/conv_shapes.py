@@ -13,10 +13,12 @@ _FEW_TERMS = 36
 
 @dataclass(frozen=True)
 class Block:
+    channels: int
     width: int  # channels of the result
     norm: bool
     thin: bool  # whether what the convolution gives is not kept: of the first block, in few terms
     packed: int  # elements of its parameters
+    weight: int  # and of its weight alone
     padding: tuple[int, int]  # around its input
     convolved: tuple[int, int]  # height and width of what the convolution gives
     size: tuple[int, int]  # of the result
@@ -24,7 +26,7 @@ class Block:
 
 def blocks_of(network: Sequence[int], params: Sequence[Tensor], x: Tensor) -> list[Block]:
     """The blocks of the network that the numbers describe, for images x [T, B, C, H, W]."""
-    blocks, size, first = [], x.shape[3:], 0
+    blocks, size, first, channels = [], x.shape[3:], 0, x.shape[2]
     for start in range(0, len(network), _NUMBERS):
         numbers = network[start : start + _NUMBERS]
         kernel, stride, padding, pool, pool_kernel = (numbers[i : i + 2] for i in (0, 2, 4, 9, 10))
@@ -38,9 +40,12 @@ def blocks_of(network: Sequence[int], params: Sequence[Tensor], x: Tensor) -> li
             window = pool_kernel if pool_kernel[0] else convolved
             size = _after(convolved, window, numbers[12:14], numbers[14:16])
         thin = start == 0 and _is_thin(numbers, x)
-        packed = (inputs + vectors) * _pitch(width)
-        blocks.append(Block(width, numbers[7] > 0, thin, packed, tuple(padding), convolved, size))
+        weight = inputs * _pitch(width)
+        packed = weight + vectors * _pitch(width)
+        norm = numbers[7] > 0
+        blocks.append(Block(channels, width, norm, thin, packed, weight, tuple(padding), convolved, size))
         first += 1 + vectors
+        channels = width
     return blocks
 
 
@@ -54,16 +59,25 @@ def _is_thin(numbers: Sequence[int], x: Tensor) -> bool:
     return grey and norm > 0 and list(pooling) == largest_of_squares
 
 
-def activations(blocks: Sequence[Block], tasks: int, images: int) -> int:
-    """The elements that a forward keeps: of each block one map or two, and of a norm three statistics."""
+def activations(blocks: Sequence[Block], tasks: int, images: int, in_pairs: bool) -> int:
+    """The elements that a forward keeps: of each block one map or two, and of a norm three statistics.
+
+    in_pairs: whether blocks whose channels allow it hold what products multiply in pairs of bfloat16, their
+    weights beside the parameters (csrc/convolutional/params.h).
+    """
     total = 0
+    pairs = [in_pairs and block.channels % 32 == block.width % 32 == 0 for block in blocks[1:]]
     paddings = [block.padding for block in blocks[1:]] + [(0, 0)]
-    for block, (rows, columns) in zip(blocks, paddings, strict=True):
+    after = zip(blocks, paddings, [False, *pairs], [*pairs, False], strict=True)
+    for block, (rows, columns), paired, pairs_next in after:
         pitch = _pitch(block.width)
         height, width = block.size[0] + 2 * rows, block.size[1] + 2 * columns
-        maps = [height * width] if block.thin else [block.convolved[0] * block.convolved[1], height * width]
-        total += sum(tasks * _pitch(images * pixels * pitch) for pixels in maps)
+        maps = [height * width * (pitch // 2 if pairs_next else pitch)]
+        if not block.thin:
+            maps.append(block.convolved[0] * block.convolved[1] * pitch)
+        total += sum(tasks * _pitch(images * numbers) for numbers in maps)
         total += 3 * tasks * pitch * block.norm
+        total += tasks * block.weight // 2 if paired else 0
     return total
 
 

@@ -172,9 +172,10 @@ def _conv_inner_sgd(
 def _conv_forward(
     params: Sequence[Tensor], x: Tensor, network: Sequence[int], eps: Sequence[float], *args: Any
 ) -> tuple[Tensor, Tensor]:
-    *_, keep = args
+    product_dtype, keep = args
     blocks = conv_shapes.blocks_of(network, params, x)
-    kept = conv_shapes.activations(blocks, *x.shape[:2]) if keep else 0
+    in_pairs = product_dtype == torch.bfloat16 and x.dtype == torch.float32
+    kept = conv_shapes.activations(blocks, *x.shape[:2], in_pairs) if keep else 0
     return x.new_empty(*x.shape[:2], blocks[-1].width), x.new_empty(kept)
 
 

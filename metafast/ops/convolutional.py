@@ -20,9 +20,10 @@ the call runs the pure-PyTorch twin in `metafast.reference`: right, but slower (
 CPU and CUDA, float32 and float64; on one device the same bits in every run, on the CPU with any number of
 threads. Under autocast they run in float32, as `inner_sgd` does. On CUDA the factors of their products are
 then rounded, forward and backward: in bfloat16 to bfloat16, in float16 to TF32, which has all of its mantissa
-and float32's range. Sums, parameters, steps, batch norm and losses stay float32, and so do products of maps
-whose channels are no multiple of 16, as those of images. Where a window of max-pooling has several largest
-pixels the first in rows gets the gradient, as in torch; a ReLU has slope 0 at 0.
+and float32's range. Maps that products alone read are then bfloat16 in memory. Sums, parameters, steps, batch
+norm and losses stay float32, and so do products of maps whose channels are no multiple of 16, as those of
+images. Where a window of max-pooling has several largest pixels the first in rows gets the gradient, as in
+torch; a ReLU has slope 0 at 0.
 
 Memory: the parameters of T tasks after each of the K steps where a gradient is asked for, else of one step;
 and the maps of one step.

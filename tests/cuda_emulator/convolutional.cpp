@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "common/ptx.h"
 #include "convolutional/params.h"
 #include "cuda_bf16.h"
 
@@ -92,13 +93,44 @@ struct ConvolveCase {
   int64_t taps_y, taps_x, depth, pixel;  // pixel: numbers of a pixel of the source
   int64_t stride, count, backwards, shared_weights, bias, adds, rounding;
 
+  bool pairs() const { return static_cast<Rounding>(rounding) == Rounding::pairs; }
+
   // A factor as the product takes it, in bfloat16. (TF32's results are compared with those of exact factors.)
   template <typename T>
   double factor(T value) const {
-    const bool rounds = static_cast<Rounding>(rounding) == Rounding::bfloat16 && depth % kChannelBlock == 0;
-    return rounds ? __bfloat162float(__float2bfloat16(static_cast<float>(value))) : value;
+    const bool bfloat16 = static_cast<Rounding>(rounding) == Rounding::bfloat16 || pairs();
+    return bfloat16 && depth % kChannelBlock == 0
+               ? __bfloat162float(__float2bfloat16(static_cast<float>(value)))
+               : value;
   }
 };
+
+// Numbers, and those a `distance` behind them, as pairs; and the place there of a pointer into them.
+template <typename T>
+class Pairs {
+ public:
+  Pairs(const std::vector<T>& numbers, int64_t distance) : from_(numbers.data()), data_(numbers.size() / 2) {
+    for (size_t i = 0; i < data_.size(); ++i) {
+      const T* first = from_ + i / distance * 2 * distance + i % distance;
+      const unsigned bits =
+          cuda::bfloat16_pair(static_cast<float>(first[0]), static_cast<float>(first[distance]));
+      data_[i] = static_cast<T>(__uint_as_float(bits));
+    }
+  }
+  const T* at(const T* number) const { return data_.data() + (number - from_) / 2; }
+  Maps<const T> at(const Maps<const T>& m) const {
+    return {at(m.data), m.task / 2, m.image / 2, m.row / 2, m.pixel / 2};
+  }
+
+ private:
+  const T* from_;
+  std::vector<T> data_;
+};
+
+template <class Params>
+void halve_source(Params& p) {
+  p.depth /= 2, p.tap_row /= 2, p.tap_pixel /= 2;
+}
 
 template <typename T>
 double convolve_error(const ConvolveCase& c) {
@@ -158,6 +190,18 @@ double convolve_error(const ConvolveCase& c) {
                   }
             expected.push_back(sum);
           }
+  std::vector<Pairs<T>> pairs;
+  if (c.pairs()) {
+    pairs.reserve(2 * c.count);
+    halve_source(p);
+    p.weights_row /= 2, p.weights_pixel /= 2;
+    for (int64_t f = 0; f < c.count; ++f) {
+      auto& factor = p.factors[f];
+      factor.source = pairs.emplace_back(sources[f].data, 1).at(factor.source);
+      factor.weights = pairs.emplace_back(weights[f], c.pitch).at(factor.weights);
+      factor.weights_task /= 2;
+    }
+  }
   cuda::launch(p, nullptr);
   Error error;
   size_t i = 0;
@@ -189,6 +233,17 @@ double weights_error(const ConvolveCase& c) {
     source.row *= c.stride, source.pixel *= c.stride;
     p.factors[f] = {source, grads[f].source()};
   }
+  const ConvolveWeights<T> numbers = p;
+  std::vector<Pairs<T>> pairs;
+  if (c.pairs()) {
+    pairs.reserve(2 * c.count);
+    halve_source(p);
+    for (int64_t f = 0; f < c.count; ++f) {
+      auto& factor = p.factors[f];
+      factor.source = pairs.emplace_back(sources[f].data, 1).at(factor.source);
+      factor.grad = pairs.emplace_back(grads[f].data, 1).at(factor.grad);
+    }
+  }
   const int64_t size = p.rows() * c.pitch;
   p.out_task = size + 2 * c.pitch;
   std::vector<T> out(c.tasks * p.out_task, static_cast<T>(kUntouched)), workspace(p.workspace_size());
@@ -210,11 +265,13 @@ double weights_error(const ConvolveCase& c) {
           for (int64_t b = 0; b < c.images; ++b)
             for (int64_t y = 0; y < c.height; ++y)
               for (int64_t x = 0; x < c.width; ++x) {
-                const T grad = p.factors[f].grad.at(t, b, y, x)[o];
+                const T grad = numbers.factors[f].grad.at(t, b, y, x)[o];
                 const int64_t tap = k / c.depth, i = tap / c.taps_x, j = tap % c.taps_x, d = k % c.depth;
-                const T* source = p.factors[f].source.at(t, b, y, x);
-                sum += k == p.rows() ? grad
-                                     : c.factor(grad) * c.factor(source[i * p.tap_row + j * p.tap_pixel + d]);
+                const T* source = numbers.factors[f].source.at(t, b, y, x);
+                sum += k < p.rows() ? c.factor(grad) *
+                                          c.factor(source[i * numbers.tap_row + j * numbers.tap_pixel + d])
+                       : c.pairs()  ? c.factor(grad)
+                                    : grad;
               }
         error.add(found, sum);
       }

@@ -37,6 +37,17 @@
 using std::max;
 using std::min;
 
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 struct uint3 {
   unsigned x, y, z;
 };
