@@ -231,6 +231,7 @@ SANITIZED = {
     "contract": ["tests/test_contract.py"],
     "families": [
         "tests/test_pairwise.py",
+        "tests/test_convolutional_autocast.py",
         "tests/test_emulated.py::test_inner_loop_under_every_schedule",
         "tests/test_emulated.py::test_lstm_unroll_under_every_schedule",
     ],
