@@ -170,6 +170,22 @@ def test_without_a_graph_the_same_bits(device: torch.device) -> None:
     assert not statistics.requires_grad
 
 
+def test_memory_that_goes_from_call_to_call_carries_nothing_over(device: torch.device) -> None:
+    """Maps of megabytes, whose borders are zeros, and whose memory another call has filled with NaN."""
+    generator = torch.Generator().manual_seed(0)
+    network = [
+        ConvBlock(3, padding=1, norm=True, pool="max"),
+        ConvBlock(3, padding=1, norm=True),
+        ConvBlock(None),
+    ]
+    shapes = (16, 1, 3, 3), (16,), (16,), (16,), (16, 16, 3, 3), (16,), (16,), (16,), (5, 16), (5,)
+    params = [torch.randn(shape, generator=generator).to(device) / 8 for shape in shapes]
+    x = torch.randn(1, 30, 1, 28, 28, generator=generator).to(device)
+    first = metafast.conv_forward(network, params, x)
+    metafast.conv_forward(network, params, torch.full_like(x, torch.nan))
+    assert metafast.conv_forward(network, params, x).equal(first)
+
+
 def test_nan_stays_in_its_task(device: torch.device) -> None:
     problem = make(CASES["per task"], torch.float32, device=device)
     options = {"lr": problem.lr, **problem.options}

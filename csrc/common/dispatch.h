@@ -6,14 +6,12 @@
 #include <ATen/EmptyTensor.h>
 
 #include "common/kernel.h"
+#include "common/pages.h"
 #include "common/parallel.h"
 
 #ifdef METAFAST_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#endif
-#ifdef __linux__
-#include <sys/mman.h>
 #endif
 
 namespace metafast {
@@ -67,21 +65,12 @@ inline at::Tensor to_dtype(const at::Tensor& tensor, at::ScalarType dtype) {
 }
 
 // An uninitialised tensor for a result. On the CPU without the dispatcher: a small call has a dozen results.
-// Large ones there ask for huge pages: a first write to fresh memory costs a page fault every 4 KiB
-// otherwise, which takes longer than the kernels themselves.
+// Large ones there ask for huge pages.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor result = options.device().is_cpu() ? at::Tensor(at::detail::empty_cpu(sizes, options))
                                                 : at::empty(sizes, options);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = 2 << 20;
-  if (result.is_cpu() && result.nbytes() >= 2 * kHugePage) {
-    const auto begin = reinterpret_cast<uintptr_t>(result.data_ptr());
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t last = (begin + result.nbytes()) / kHugePage * kHugePage;
-    madvise(reinterpret_cast<void*>(first), last - first,
-            MADV_HUGEPAGE);  // advice: a refusal costs only time
-  }
-#endif
+  if (result.is_cpu() && result.nbytes() >= 2 * kHugePage)
+    ask_for_huge_pages(result.data_ptr(), result.nbytes());
   return result;
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "common/reserve.h"
 #include "convolutional/network.h"
 
 namespace metafast {
@@ -40,7 +41,9 @@ class Workspace {
   int64_t elements() const { return cleared_used_ + rest_used_; }
   // New memory of elements().
   Tensor allocate(const at::TensorOptions& options) const {
-    const Tensor memory = empty({elements()}, options.requires_grad(false));
+    const bool cpu = options.device().is_cpu();
+    const Tensor memory =
+        cpu ? reserved(elements(), options) : empty({elements()}, options.requires_grad(false));
     if (runs_cuda(memory)) memory.narrow(0, 0, cleared_used_).zero_();
     return memory;
   }
