@@ -1,9 +1,11 @@
 // What follows the convolution of a block, on the CPU: a vector of a task's channels goes through all of its
-// images, once for each sum it needs before the next. With a thin input each image's z is found first.
+// images, once for each sum it needs before the next. With a thin input each image's z is found first, and
+// the sums come from the input (thin.h).
 #pragma once
 
 #include "common/arena.h"
 #include "convolutional/convolve.h"
+#include "convolutional/thin.h"
 
 namespace metafast::METAFAST_ISA {
 
@@ -164,7 +166,7 @@ METAFAST_HD Vec<T> sum_over_image(const BlockShape& s, const F& f) {
 // Mean and variance: of each image by itself, while it is in the cache, then of all together (Chan, Golub and
 // LeVeque 1983, equation 1.5).
 template <typename T>
-void measure(const BlockForward<T>& p, Preactivations<T>& maps, int64_t task, int64_t channel) {
+void measure_values(const BlockForward<T>& p, Preactivations<T>& maps, int64_t task, int64_t channel) {
   const BlockShape& s = p.shape;
   const T count = static_cast<T>(s.height * s.width);
   Vec<T> mean{}, squares{};
@@ -206,6 +208,17 @@ void measure_tangent(const BlockForward<T>& p, Preactivations<T>& maps, int64_t 
   const T count = static_cast<T>(s.pixels());
   store(p.mean_tangent + at, sum / count);
   store(p.scale_tangent + at, rstd * scaled / count);
+}
+
+template <bool kTangent, typename T>
+void measure(const BlockForward<T>& p, Preactivations<T>& maps, int64_t task, int64_t channel) {
+  if (!p.shape.norm) return;
+  if (p.thin.moments != nullptr) return measure_thin<kTangent>(p, task, channel);
+  if constexpr (kTangent) {
+    measure_tangent(p, maps, task, channel);
+  } else {
+    measure_values(p, maps, task, channel);
+  }
 }
 
 // The results of an image that `maps` has entered.
@@ -297,10 +310,10 @@ void run(const BlockForward<T>& p, int64_t begin, int64_t end) {
     if (arena.counts()) return;
     for_items<T>(p.shape, begin, end, [&](int64_t task, int64_t channel) {
       if (p.tangent()) {
-        if (p.shape.norm) measure_tangent(p, maps, task, channel);
+        measure<true>(p, maps, task, channel);
         pool_forward<true>(p, maps, task, channel);
       } else {
-        if (p.shape.norm) measure(p, maps, task, channel);
+        measure<false>(p, maps, task, channel);
         pool_forward<false>(p, maps, task, channel);
       }
     });
@@ -317,7 +330,7 @@ struct Reaching {
 
 // Batch norm needs sums over all of what reaches y before any gradient of z is known. So what reaches it is
 // found twice, first for the sums and then for the gradient. Where windows overlap, it is added up in the
-// place of the gradient.
+// place of the gradient. With a thin input it is found once, and what norm makes of it from the sums alone.
 //
 // An image is visited by a copy of the object: no store to the maps can change that, so its members stay in
 // registers.
@@ -327,8 +340,11 @@ class BlockGradient {
   BlockGradient(const BlockBackward<T>& p, const Preactivations<T>& maps, Arena<T>& arena)
       : p_(p), s_(p.shape), maps_(maps) {
     const int64_t pixels = s_.height * s_.width;
-    own_grad_ = arena.take_if(p.weights != nullptr, pixels);
-    own_tangent_ = arena.take_if(p.weights != nullptr && kTangent, pixels);
+    const bool to_weights = p.weights != nullptr;
+    own_grad_ = arena.take_if(to_weights, pixels);
+    own_tangent_ = arena.take_if(to_weights && kTangent, pixels);
+    of_places_ = arena.take_if(to_weights, kFewTerms);
+    of_places_tangent_ = arena.take_if(to_weights && kTangent, kFewTerms);
   }
 
   void run(int64_t task, int64_t channel) {
@@ -336,25 +352,24 @@ class BlockGradient {
     channel_ = channel;
     affine_ = Affine<T>(p_, task, channel);
     sums_ = Sums{};
-    if (p_.weights != nullptr) clear_weights();
+    if (p_.weights != nullptr) return run_to_weights();
     for (int64_t image = 0; image < s_.images; ++image) {
       enter(image);
       BlockGradient copy(*this);
       copy.template visit<Sink::sums>();
       sums_ = copy.sums_;
     }
+    store_affine();
     finish_sums();
     for (int64_t image = 0; image < s_.images; ++image) {
       enter(image);
       BlockGradient copy(*this);
       copy.differentiate_image();
-      if (p_.weights != nullptr)
-        add_image_weights(*p_.weights, task, image, channel, kTangent ? own_tangent_ : own_grad_);
     }
   }
 
  private:
-  enum class Sink { sums, gradient, addition };
+  enum class Sink { sums, gradient, addition, sums_and_parts };
 
   // Over all pixels, of what reaches y, and of that times n, and their tangents; then the means.
   struct Sums {
@@ -364,7 +379,8 @@ class BlockGradient {
   const BlockBackward<T>& p_;
   const BlockShape s_;
   Preactivations<T> maps_;
-  T *own_grad_, *own_tangent_;  // of an image, where it goes to the weights at once; else null
+  // With a thin input: what reaches y of an image, and the sums over all of it times what the places meet.
+  T *own_grad_, *own_tangent_, *of_places_, *of_places_tangent_;
   int64_t task_ = 0, channel_ = 0;
   Maps<const T> grad_{}, grad_tangent_{};  // of the image
   Maps<T> to_grad_{}, to_tangent_{};
@@ -385,12 +401,23 @@ class BlockGradient {
     to_tangent_ = place(p_.grad_z_tangent, own_tangent_);
   }
 
-  void clear_weights() const {
+  void run_to_weights() {
     const ConvolveWeights<T>& w = *p_.weights;
-    for (int64_t row = 0; row < w.rows(); ++row) {
-      store(w.out + task_ * w.out_task + row * w.pitch + channel_, Vec<T>{});
+    for (T* sums : {of_places_, of_places_tangent_}) {
+      if (sums != nullptr) std::fill_n(sums, w.rows() * kLanes<T>, T(0));
     }
-    if (w.out_bias != nullptr) store(w.out_bias + task_ * w.out_task + channel_, Vec<T>{});
+    for (int64_t image = 0; image < s_.images; ++image) {
+      enter(image);
+      BlockGradient copy(*this);
+      copy.find_parts();
+      sums_ = copy.sums_;
+      add_image_weights(w, task_, image, own_grad_, of_places_);
+      if constexpr (kTangent) add_image_weights(w, task_, image, own_tangent_, of_places_tangent_);
+    }
+    store_affine();
+    ThinSums<T> sums{sums_.grad,           sums_.scaled, sums_.tangent,
+                     sums_.scaled_tangent, of_places_,   of_places_tangent_};
+    store_thin_weights<kTangent>(p_, sums, task_, channel_);
   }
 
   struct Point {  // y of a pixel
@@ -407,10 +434,13 @@ class BlockGradient {
     return point;
   }
 
-  void finish_sums() {
+  void store_affine() const {
     const int64_t at = task_ * p_.grad_task + channel_;
     if (p_.grad_gamma) store(p_.grad_gamma + at, kTangent ? sums_.scaled_tangent : sums_.scaled);
     if (p_.grad_beta) store(p_.grad_beta + at, kTangent ? sums_.tangent : sums_.grad);
+  }
+
+  void finish_sums() {
     const T count = static_cast<T>(s_.pixels());
     for (Vec<T>* sum : {&sums_.grad, &sums_.scaled, &sums_.tangent, &sums_.scaled_tangent}) *sum /= count;
     const Affine<T>& a = affine_;
@@ -418,10 +448,27 @@ class BlockGradient {
     factor_tangent_ = a.gamma_tangent * a.rstd - a.gamma * a.rstd * a.rstd * a.scale_tangent;
   }
 
+  // Whether no two windows see the same pixel.
+  bool apart() const {
+    return s_.pool == Pool::none ||
+           (s_.pool_stride_y == s_.pool_height && s_.pool_stride_x == s_.pool_width &&
+            s_.pool_padding_y == 0 && s_.pool_padding_x == 0);
+  }
+
+  // What reaches y, in the places of an image, and its sums.
+  METAFAST_HD void find_parts() {
+    const auto clear = [&](int64_t y, int64_t x) __attribute__((always_inline)) { put(Reaching<T>{}, y, x); };
+    if (apart()) {
+      visit<Sink::sums_and_parts>();
+      return visit_uncovered(clear);
+    }
+    visit<Sink::sums>();
+    for_pixels(s_.height, s_.width, clear);
+    visit<Sink::addition>();
+  }
+
   METAFAST_HD void differentiate_image() {
-    const bool tiles = s_.pool_stride_y == s_.pool_height && s_.pool_stride_x == s_.pool_width &&
-                       s_.pool_padding_y == 0 && s_.pool_padding_x == 0;
-    if (s_.pool == Pool::none || tiles) {
+    if (apart()) {
       visit<Sink::gradient>();
       visit_uncovered([&](int64_t y, int64_t x)
                           __attribute__((always_inline)) { put_gradient(Reaching<T>{}, point(y, x), y, x); });
@@ -495,16 +542,15 @@ class BlockGradient {
       number += 1;
     });
     const Reaching<T> part = through(of_result(out_y, out_x), best, largest.y_tangent);
-    if constexpr (kSink == Sink::sums) return add_to_sums(part, largest);
+    if constexpr (kSink == Sink::sums || kSink == Sink::sums_and_parts) add_to_sums(part, largest);
+    if constexpr (kSink == Sink::sums) return;
     number = Vec<T>{};
     window.each([&](int64_t y, int64_t x) __attribute__((always_inline)) {
       const auto here = number == place;
       const Reaching<T> own{here ? part.grad : Vec<T>{}, here ? part.tangent : Vec<T>{}};
-      if constexpr (kSink == Sink::gradient) {
-        put_gradient(own, point(y, x), y, x);
-      } else {
-        add(own, y, x);
-      }
+      if constexpr (kSink == Sink::gradient) put_gradient(own, point(y, x), y, x);
+      if constexpr (kSink == Sink::addition) add(own, y, x);
+      if constexpr (kSink == Sink::sums_and_parts) put(own, y, x);
       number += 1;
     });
   }
@@ -534,7 +580,8 @@ class BlockGradient {
 
   template <Sink kSink>
   METAFAST_HD void give(const Reaching<T>& part, const Point& at, int64_t y, int64_t x) {
-    if constexpr (kSink == Sink::sums) add_to_sums(part, at);
+    if constexpr (kSink == Sink::sums || kSink == Sink::sums_and_parts) add_to_sums(part, at);
+    if constexpr (kSink == Sink::sums_and_parts) put(part, y, x);
     if constexpr (kSink == Sink::gradient) put_gradient(part, at, y, x);
     if constexpr (kSink == Sink::addition) add(part, y, x);
   }

@@ -138,25 +138,36 @@ METAFAST_HD void convolve_row(const T* source, int64_t step, const int64_t* sour
                                      width, out);
 }
 
+// Where the terms of a sum lie, few as they are: from a pixel of the source, and from the weights of the
+// first.
+struct Terms {
+  int64_t source[kFewTerms], weights[kFewTerms], count = 0;
+
+  template <typename T>
+  explicit Terms(const Convolve<T>& p) {
+    for (int64_t i = 0; i < p.taps_y; ++i) {
+      for (int64_t j = 0; j < p.taps_x; ++j) {
+        for (int64_t d = 0; d < p.depth; ++d, ++count) {
+          source[count] = i * p.tap_row + j * p.tap_pixel + d;
+          weights[count] = i * p.weights_row + j * p.weights_pixel + d * p.pitch;
+        }
+      }
+    }
+  }
+};
+
 // A vector of channels of one image, [height, width] vectors, for sums of few terms.
 template <typename T>
 void convolve_image(const Convolve<T>& p, int64_t task, int64_t image, int64_t channel, T* out) {
   const Maps<const T>& maps = p.factors[0].source;
   const T* const weights = p.factors[0].weights + task * p.factors[0].weights_task + channel;
-  int64_t source_offsets[kFewTerms], weight_offsets[kFewTerms], terms = 0;
-  for (int64_t i = 0; i < p.taps_y; ++i) {
-    for (int64_t j = 0; j < p.taps_x; ++j) {
-      for (int64_t d = 0; d < p.depth; ++d, ++terms) {
-        source_offsets[terms] = i * p.tap_row + j * p.tap_pixel + d;
-        weight_offsets[terms] = i * p.weights_row + j * p.weights_pixel + d * p.pitch;
-      }
-    }
-  }
+  const Terms terms(p);
   const Vec<T> bias = p.bias ? load(p.bias + task * p.bias_task + channel) : Vec<T>{};
   const auto rows = [&]<int kPixels, int kStep>() {
     for (int64_t y = 0; y < p.height; ++y) {
-      convolve_row<kPixels, kStep>(maps.at(task, image, y, 0), maps.pixel, source_offsets, weights,
-                                   weight_offsets, terms, bias, 0, p.width, out + y * p.width * kLanes<T>);
+      convolve_row<kPixels, kStep>(maps.at(task, image, y, 0), maps.pixel, terms.source, weights,
+                                   terms.weights, terms.count, bias, 0, p.width,
+                                   out + y * p.width * kLanes<T>);
     }
   };
   // The steps of gray and of coloured images; with another there are registers for few pixels' places.
@@ -228,26 +239,19 @@ METAFAST_HD int64_t offset_of(const ConvolveWeights<T>& p, int64_t row) {
   return tap / p.taps_x * p.tap_row + tap % p.taps_x * p.tap_pixel + row % p.depth;
 }
 
-// Adds what one image gives to a vector of all rows and of the bias, from its gradient, [height, width]
-// vectors.
+// Adds what one image gives to a vector of all rows, `sums`, from its gradient, [height, width] vectors.
 template <typename T>
-void add_image_weights(const ConvolveWeights<T>& p, int64_t task, int64_t image, int64_t channel,
-                       const T* grad) {
+void add_image_weights(const ConvolveWeights<T>& p, int64_t task, int64_t image, const T* grad, T* sums) {
   constexpr int64_t step = kLanes<T>;
   ConvolveWeights<T> of_vector = p;
   of_vector.factors[0].grad = {grad, 0, 0, p.width * step, step};
+  of_vector.pitch = step;
   const T* const source = p.factors[0].source.at(task, image, 0, 0);
-  T* const out = p.out + task * p.out_task + channel;
   for_row_tiles(p.rows(), [&]<int kRows>(int64_t row) {
     int64_t offsets[kRows];
     for (int r = 0; r < kRows; ++r) offsets[r] = offset_of(p, row + r);
-    weights_tile<kRows, 1>(of_vector, source, grad, offsets, 0, p.height, out + row * p.pitch);
+    weights_tile<kRows, 1>(of_vector, source, grad, offsets, 0, p.height, sums + row * step);
   });
-  if (p.out_bias == nullptr) return;
-  Vec<T> sum{};
-  for (int64_t i = 0; i < p.height * p.width; ++i) sum += load(grad + i * step);
-  T* const bias = p.out_bias + task * p.out_task + channel;
-  store(bias, load(bias) + sum);
 }
 
 template <typename T>

@@ -148,17 +148,25 @@ constexpr int64_t kFewTerms = 36;
 template <typename T>
 struct ThinInput {
   const Convolve<T>*z, *z_tangent;
-  const double* moments;  // of the input, on CUDA: as ThinMoments has them
+  const double* moments;  // of the input, as ThinMoments has them; with norm
 };
 
-// On CUDA, for places of 3 x 3 of one channel: the sums over the pixels of z, in kParts parts, of the number
-// x_k that place k meets and, behind them, of the products x_k x_j, j <= k, by k.
+// Of a thin input: the sums over the pixels of the numbers x_k that the places of the kernel meet and, behind
+// them, of the products x_k x_j, j <= k, by k. All that norm asks of z over all pixels follows from these. On
+// CUDA the kernel is of 3 x 3 places of one channel, and the sums are those of kParts parts of the pixels.
 template <typename T>
 struct ThinMoments {
-  static constexpr int kTaps = 9, kSums = kTaps + kTaps * (kTaps + 1) / 2, kParts = 4;
-  Maps<const T> source;  // as in Convolve
+  static constexpr int kTaps = 9, kSums = kTaps + kTaps * (kTaps + 1) / 2, kParts = 4;  // on CUDA
+  Maps<const T> source;                                                                 // as in Convolve
   int64_t tasks, images, height, width;
-  double* moments;  // [T, kParts, kSums]
+  int64_t taps_y, taps_x, depth, tap_row, tap_pixel;
+  double* moments;  // [T, parts, sums()]
+
+  int64_t terms() const { return taps_y * taps_x * depth; }
+  static int64_t sums(int64_t terms) { return terms + terms * (terms + 1) / 2; }
+  // On the CPU a work item is a task.
+  int64_t items() const { return tasks; }
+  int64_t item_cost() const { return images * height * width * sums(terms()) / 8; }
 };
 
 enum class MapActivation { none, relu, tanh };

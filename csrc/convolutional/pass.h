@@ -406,7 +406,7 @@ class Pass {
   const Tensor& like_;
   const int64_t tasks_, images_;
   const Maps<const T> x_;
-  mutable Tensor moments_;  // of a thin input, on CUDA
+  mutable Tensor moments_;  // of a thin input
 
   const std::vector<NetworkBlock>& blocks() const { return network_.blocks(); }
   Maps<const T> input(size_t i, const Activations<T>& of) const {
@@ -418,16 +418,16 @@ class Pass {
     return network_.thin(i) && !(runs_cuda(like_) && grad_x != nullptr);
   }
   ThinInput<T> thin_input(const Convolve<T>* z, const Convolve<T>* tangent) const {
-#if defined(METAFAST_WITH_CUDA) || defined(METAFAST_EMULATED)
-    if (runs_cuda(like_) && !moments_.defined()) {
-      using Moments = ThinMoments<T>;
-      moments_ = empty({tasks_, Moments::kParts, Moments::kSums},
-                       like_.options().dtype(at::kDouble).requires_grad(false));
-      run_kernel(Moments{z->factors[0].source, tasks_, images_, z->height, z->width,
-                         moments_.mutable_data_ptr<double>()},
-                 like_);
+    if (!moments_.defined() && blocks()[0].shape.norm) {
+      ThinMoments<T> p{
+          z->factors[0].source, tasks_,       images_, z->height, z->width, z->taps_y, z->taps_x, z->depth,
+          z->tap_row,           z->tap_pixel, nullptr};
+      const int64_t parts = runs_cuda(like_) ? p.kParts : 1;
+      moments_ =
+          empty({tasks_, parts, p.sums(p.terms())}, like_.options().dtype(at::kDouble).requires_grad(false));
+      p.moments = moments_.mutable_data_ptr<double>();
+      run_kernel(p, like_);
     }
-#endif
     return {z, tangent, moments_.defined() ? moments_.const_data_ptr<double>() : nullptr};
   }
   // z of a thin input, or its tangent, written down in memory of its own.
