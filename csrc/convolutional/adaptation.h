@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "convolutional/arguments.h"
+#include "convolutional/pass.h"
 
 namespace metafast {
 namespace {

@@ -1,7 +1,8 @@
 // CPU kernels of the convolutional family.
 #include <algorithm>
 
-#include "convolutional/block.h"
+#include "convolutional/block_backward.h"
+#include "convolutional/block_forward.h"
 #include "convolutional/convolve.h"
 #include "convolutional/permute.h"
 

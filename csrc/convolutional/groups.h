@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "common/one_thread.h"
-#include "convolutional/pass.h"
+#include "convolutional/memory.h"
 
 namespace metafast {
 namespace {
