@@ -5,12 +5,13 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <optional>
 #include <vector>
 
-#include "common/pages.h"
+#include "common/dispatch.h"
 
 namespace metafast {
 namespace {
@@ -91,11 +92,12 @@ class Reserve final : public c10::Allocator {
 
 }  // namespace
 
-at::Tensor reserved(int64_t elements, const at::TensorOptions& options) {
+at::Tensor reserved(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
-  if (elements * c10::elementSize(dtype) < Reserve::kLeast) return at::detail::empty_cpu({elements}, options);
-  return at::detail::empty_generic({elements}, &Reserve::instance(),
-                                   c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+  const size_t size = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  if (!options.device().is_cpu() || size < Reserve::kLeast) return empty(sizes, options);
+  return at::detail::empty_generic(sizes, &Reserve::instance(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   dtype, std::nullopt);
 }
 
 }  // namespace metafast

@@ -7,8 +7,8 @@
 
 namespace metafast {
 
-// An uninitialised tensor on the CPU, in memory that a later one may get once nobody holds this one. What
-// lies in reserve the system may take back where memory is short.
-at::Tensor reserved(int64_t elements, const at::TensorOptions& options);
+// An uninitialised tensor: on the CPU in memory that a later one may get once nobody holds this one. What
+// lies in reserve the system may take back where memory is short. Torch keeps a GPU's memory itself.
+at::Tensor reserved(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace metafast

@@ -41,9 +41,7 @@ class Workspace {
   int64_t elements() const { return cleared_used_ + rest_used_; }
   // New memory of elements().
   Tensor allocate(const at::TensorOptions& options) const {
-    const bool cpu = options.device().is_cpu();
-    const Tensor memory =
-        cpu ? reserved(elements(), options) : empty({elements()}, options.requires_grad(false));
+    const Tensor memory = reserved({elements()}, options.requires_grad(false));
     if (runs_cuda(memory)) memory.narrow(0, 0, cleared_used_).zero_();
     return memory;
   }

@@ -42,7 +42,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> conv_inner_sgd_op(
     const int64_t tasks = problem.tasks(), P = network.size();
     const at::TensorOptions options = problem.options();
     const Tensor statistics = empty({steps, 2, tasks, network.norm_channels()}, options);
-    const Tensor kept = keep ? empty({keep, steps, tasks, P}, options) : empty({0}, options);
+    const Tensor kept = keep ? reserved({keep, steps, tasks, P}, options) : empty({0}, options);
     PackedOutput<T> adapted(network, tasks, false, options);
     if (tasks == 0) return {adapted.finish(), statistics, kept};
     const Adaptation<T> adaptation(problem, Sweep::forth, false);
