@@ -18,34 +18,86 @@ namespace metafast::METAFAST_ISA {
 
 // ---- moments of the input ----
 
-// Of a row of pixels: what each place meets, less `middle`.
+// Products are added in tiles of so many places, their sums in registers.
+#if defined(__AVX512F__)
+constexpr int kHighPlaces = 4, kLowPlaces = 4;
+#else
+constexpr int kHighPlaces = 4, kLowPlaces = 2;
+#endif
+
+// What the places meet in some rows of pixels, less a number: a line for each place.
 template <typename T>
-METAFAST_HD void copy_lines(const ThinMoments<T>& p, const T* row, T middle, int64_t pitch, T* lines) {
-  for (int64_t i = 0; i < p.taps_y; ++i) {
-    for (int64_t j = 0; j < p.taps_x; ++j) {
-      for (int64_t d = 0; d < p.depth; ++d, lines += pitch) {
-        const T* const from = row + i * p.tap_row + j * p.tap_pixel + d;
-        if (p.source.pixel == 1) {
-          for (int64_t x = 0; x < p.width; ++x) lines[x] = from[x] - middle;
-        } else {
-          for (int64_t x = 0; x < p.width; ++x) lines[x] = from[x * p.source.pixel] - middle;
+struct Lines {
+  T* data;         // [places, length]; behind the last pixel of a row, and behind the last place, zeros
+  int64_t rows;    // of pixels, at most
+  int64_t pitch;   // of a row
+  int64_t length;  // of a line
+
+  // In memory that the first-level cache holds, but for wide images.
+  Lines(const ThinMoments<T>& p, Arena<T>& arena) {
+    constexpr int64_t kLength = 256;
+    const int64_t vectors = div_up(p.width, kLanes<T>);
+    pitch = vectors * kLanes<T>;
+    rows = std::clamp<int64_t>(kLength / pitch, 1, p.height);
+    length = rows * pitch;
+    data = arena.take(places(p.terms()) * rows * vectors);
+    if (!arena.counts()) std::fill_n(data, places(p.terms()) * length, T(0));
+  }
+  static int64_t places(int64_t terms) { return div_up(terms, kHighPlaces) * kHighPlaces; }
+
+  METAFAST_HD void copy(const ThinMoments<T>& p, int64_t task, int64_t image, int64_t y, int64_t count,
+                        T less) const {
+    T* line = data;
+    for (int64_t i = 0; i < p.taps_y; ++i) {
+      for (int64_t j = 0; j < p.taps_x; ++j) {
+        for (int64_t d = 0; d < p.depth; ++d, line += length) {
+          for (int64_t r = 0; r < count; ++r) {
+            const T* const from = p.source.at(task, image, y + r, 0) + i * p.tap_row + j * p.tap_pixel + d;
+            T* const to = line + r * pitch;
+            if (p.source.pixel == 1) {
+              for (int64_t x = 0; x < p.width; ++x) to[x] = from[x] - less;
+            } else {
+              for (int64_t x = 0; x < p.width; ++x) to[x] = from[x * p.source.pixel] - less;
+            }
+          }
         }
       }
     }
   }
-}
+};
 
+// Adds the sums of `count` rows: a vector for each.
 template <typename T>
-METAFAST_HD void add_products(const T* lines, int64_t terms, int64_t pitch, T* products) {
-  for (int64_t x = 0; x < pitch; x += kLanes<T>) {
-    T *sum = products, *product = products + terms * kLanes<T>;
-    for (int64_t k = 0; k < terms; ++k, sum += kLanes<T>) {
-      const Vec<T> of_place = load(lines + k * pitch + x);
-      store(sum, load(sum) + of_place);
-      for (int64_t j = 0; j <= k; ++j, product += kLanes<T>) {
-        store(product, load(product) + of_place * load(lines + j * pitch + x));
+METAFAST_HD void add_products(const Lines<T>& lines, int64_t terms, int64_t count, T* products) {
+  const auto add = [](T* to, Vec<T> sum) { store(to, load(to) + sum); };
+  const int64_t length = count * lines.pitch;
+  for (int64_t high = 0; high < terms; high += kHighPlaces) {
+    const T* const of_high = lines.data + high * lines.length;
+    for (int64_t low = 0; low < std::min<int64_t>(high + kHighPlaces, terms); low += kLowPlaces) {
+      const T* const of_low = lines.data + low * lines.length;
+      Vec<T> sums[kHighPlaces][kLowPlaces]{};
+      for (int64_t x = 0; x < length; x += kLanes<T>) {
+        Vec<T> right[kLowPlaces];
+#pragma GCC unroll 4
+        for (int j = 0; j < kLowPlaces; ++j) right[j] = load(of_low + j * lines.length + x);
+#pragma GCC unroll 4
+        for (int k = 0; k < kHighPlaces; ++k) {
+          const Vec<T> left = load(of_high + k * lines.length + x);
+#pragma GCC unroll 4
+          for (int j = 0; j < kLowPlaces; ++j) sums[k][j] += left * right[j];
+        }
+      }
+      for (int64_t k = high; k < std::min<int64_t>(high + kHighPlaces, terms); ++k) {
+        for (int64_t j = low; j < std::min<int64_t>(low + kLowPlaces, k + 1); ++j) {
+          add(products + (terms + k * (k + 1) / 2 + j) * kLanes<T>, sums[k - high][j - low]);
+        }
       }
     }
+  }
+  for (int64_t k = 0; k < terms; ++k) {
+    Vec<T> sum{};
+    for (int64_t x = 0; x < length; x += kLanes<T>) sum += load(lines.data + k * lines.length + x);
+    add(products + k * kLanes<T>, sum);
   }
 }
 
@@ -71,22 +123,22 @@ void add_image(const T* products, int64_t terms, double middle, double pixels, d
 // are 0, and rounding does not count them as its variance. Then in double.
 template <typename T>
 void run(const ThinMoments<T>& p, int64_t begin, int64_t end) {
-  const int64_t terms = p.terms(), vectors = div_up(p.width, kLanes<T>), pitch = vectors * kLanes<T>;
+  const int64_t terms = p.terms(), count = p.sums(terms);
   const double pixels = static_cast<double>(p.height * p.width);
   with_arena<T>([&](Arena<T>& arena) {
-    T* const lines = arena.take(terms * vectors);                 // what the places meet in a row of pixels
-    T* const products = arena.take(ThinMoments<T>::sums(terms));  // a vector for each sum
+    const Lines<T> lines(p, arena);
+    T* const products = arena.take(count);  // a vector for each sum
     if (arena.counts()) return;
-    std::fill_n(lines, terms * pitch, T(0));
     for (int64_t task = begin; task < end; ++task) {
-      double* const sums = p.moments + task * p.sums(terms);
-      std::fill_n(sums, p.sums(terms), 0.0);
+      double* const sums = p.moments + task * count;
+      std::fill_n(sums, count, 0.0);
       for (int64_t image = 0; image < p.images; ++image) {
         const T middle = *p.source.at(task, image, p.height / 2, p.width / 2);
-        std::fill_n(products, p.sums(terms) * kLanes<T>, T(0));
-        for (int64_t y = 0; y < p.height; ++y) {
-          copy_lines(p, p.source.at(task, image, y, 0), middle, pitch, lines);
-          add_products(lines, terms, pitch, products);
+        std::fill_n(products, count * kLanes<T>, T(0));
+        for (int64_t y = 0; y < p.height; y += lines.rows) {
+          const int64_t rows = std::min(lines.rows, p.height - y);
+          lines.copy(p, task, image, y, rows, middle);
+          add_products(lines, terms, rows, products);
         }
         add_image(products, terms, static_cast<double>(middle), pixels, sums);
       }
