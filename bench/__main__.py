@@ -46,7 +46,7 @@ def run(name: str, options: argparse.Namespace, seconds: float) -> int:
 
 def main(options: argparse.Namespace) -> None:
     stop_at_sigterm()
-    budget, statuses = Budget(options.seconds, len(FAMILIES)), {}
+    budget, statuses = Budget(options.seconds, [1] * len(FAMILIES)), {}
     for name in FAMILIES:
         deadline, began = budget.share(), time.perf_counter()
         if deadline is None:

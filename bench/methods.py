@@ -289,7 +289,7 @@ def main() -> None:
     names = [name for name, method in METHODS.items() if "images" in method.recipes and options.only in name]
     if options.runs is not None:
         names = [name for name in names if (options.runs / name).is_dir()]
-    budget, rows, failed = Budget(options.seconds, len(names)), [], []
+    budget, rows, failed = Budget(options.seconds, [1] * len(names)), [], []
     with Report("methods", options) as report, tempfile.TemporaryDirectory() as folder:
         for name in names:
             if budget.share() is None:

@@ -296,7 +296,7 @@ def main(options: argparse.Namespace) -> None:
     tiny_calls = groups(options.device, 2, 2, 4)
     episode_calls = groups(options.device, 5, 75, 64)
     chosen = [group for group in tiny_calls if options.only in group]
-    budget, tiny = Budget(options.seconds, len(chosen) + 1), {}
+    budget, tiny = Budget(options.seconds, [1] * (len(chosen) + 1)), {}
     with Report("overhead", options) as report:
         for group in chosen:
             deadline = budget.share()

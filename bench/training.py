@@ -181,7 +181,7 @@ def main() -> None:
     options = parse("training", __doc__)
     stop_at_sigterm()
     chosen = [recipe for recipe in RECIPES if options.only in f"{recipe.method} on {recipe.data}"]
-    budget, failed = Budget(options.seconds, len(chosen)), False
+    budget, failed = Budget(options.seconds, [1] * len(chosen)), False
     with Report("training", options) as report:
         for recipe in chosen:
             if (deadline := budget.share()) is None:

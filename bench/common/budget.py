@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench import STARTED
@@ -22,23 +23,23 @@ class Deadline:
 
 
 class Budget:
-    """Shares `seconds` of the process (None: no end) over parts that come in the order of their weight.
+    """Shares `seconds` of the process (None: no end) over parts, the most important first.
 
-    A part gets about twice an equal share of what is left, the last one all of it: so the first have most,
-    and what one does not need goes to the next.
+    A part gets about twice the share of what is left that its weight is of the weights left, the last one all
+    of it: so of equal weights the first have most, and what one does not need goes to the next.
     """
 
-    def __init__(self, seconds: float | None, parts: int) -> None:
+    def __init__(self, seconds: float | None, weights: Sequence[float]) -> None:
         self.end = math.inf if seconds is None else STARTED + seconds
-        self.parts = parts
+        self.weights = list(weights)
 
     def share(self) -> Deadline | None:
         """Of the next part; None where no time is left."""
-        left, parts = self.end - time.perf_counter(), self.parts
-        self.parts -= 1
+        left, all_weights = self.end - time.perf_counter(), sum(self.weights)
+        weight = self.weights.pop(0)
         if left <= 0:
             return None
-        return Deadline(time.perf_counter() + left * 2 / (parts + 1))
+        return Deadline(time.perf_counter() + left * 2 * weight / (all_weights + weight))
 
 
 def stop_at_sigterm() -> None:

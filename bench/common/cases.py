@@ -8,10 +8,12 @@ some, or of the unavoidable memory traffic at the measured bandwidth, whichever 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,13 +53,14 @@ def is_ours(kind: str) -> bool:
 class Target:
     """metafast `ratio` times as fast as the best of `kinds`; without kinds at most `ratio` x floor.
 
-    With `milliseconds`, at most so many instead.
+    With `milliseconds` or `gib`, at most so many of time, or of memory at the peak, instead.
     """
 
     ratio: float = 1
     kinds: Collection[str] = ()
     what: str = "the best of all"
     milliseconds: float | None = None
+    gib: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Case:
     tolerance: float = 1e-4  # of metafast: float32 sums of thousands of terms, in any order
     other_flops: Mapping[str, float] = field(default_factory=dict)  # of other algorithms for the same result
     exponentials: float = 0  # which take as long as products of matrices would, and longer
+    opponents: float = 5  # how many times the tolerance is theirs; see `wrong_by`
+    product_rate: float | None = None  # flops per second, where its products are not float32's
 
 
 @dataclass
@@ -84,12 +89,13 @@ class Row:
     rounds: int = 0
     times_floor: float | None = None
     times_metafast: float | None = None  # how many times as long as metafast
+    peak_bytes: int | None = None  # beyond the arguments, of torch's allocator on CUDA
 
 
 def floor_parts(case: Case, peak: Peak) -> dict[str, float]:
     """Seconds of what bounds a case."""
     return {
-        "matrix products": case.flops / peak.arithmetic,
+        "matrix products": case.flops / (case.product_rate or peak.arithmetic),
         "exponentials": case.exponentials / peak.exponentials if case.exponentials else 0.0,
         "memory": case.traffic / peak.bandwidth,
     }
@@ -103,16 +109,13 @@ def floor_of(case: Case, peak: Peak, flops: float | None = None) -> float:
 
 # --- are the results right? -------------------------------------------------------------------------------
 
-# An opponent may be so many times as far from float64 as metafast is held to: what rounding does in float32
-# differs by as much between formulations, where a sum cancels or a relu's argument is almost 0. What a wrong
-# formula does is more.
-OPPONENT = 5
-
 
 def wrong_by(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative error of the results, in the Euclidean norm, found where the expected ones lie.
 
-    Not in the maximum norm: where a relu's argument is almost 0, float32 may fall on the other side.
+    Not in the maximum norm: where a relu's argument is almost 0, float32 may fall on the other side. An
+    opponent may be `Case.opponents` times as far from float64 as metafast is held to: what rounding does in
+    float32 differs by as much between formulations, where a sum cancels. What a wrong formula does is more.
     """
     worst = 0.0
     for f, e in zip(found, expected, strict=True):
@@ -132,8 +135,10 @@ def _check(
 ) -> tuple[Callable, float] | None:
     """The call, and the seconds that its first run took; or None, and the reason in the row."""
     try:
-        call, results = variant.build(), []
-        first = clock(lambda: results.append(call()))
+        results: list[object] = []
+        with _peak_of(row, clock.device):
+            call = variant.build()
+            first = clock(lambda: results.append(call()))
         row.error = wrong_by(variant.collect(results.pop()), case.expected(variant.metric))
     except Skip as reason:
         row.skipped = str(reason)
@@ -146,6 +151,19 @@ def _check(
             return call, first
         row.skipped = f"wrong by {row.error:.1e}, not timed"
     return None
+
+
+@contextlib.contextmanager
+def _peak_of(row: Row, device: torch.device) -> Iterator[None]:
+    """Building is part of it: the memory of a CUDA graph is taken at its capture. JAX's is its own."""
+    if device.type != "cuda" or row.kind == "jax":
+        yield
+        return
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield
+    row.peak_bytes = torch.cuda.max_memory_allocated(device) - before
 
 
 def run_case(
@@ -162,7 +180,7 @@ def run_case(
         elif not variant.is_ours and deadline.left() < kept + variant.build_s:
             row.skipped = "no time left"
         else:
-            allowed = case.tolerance * (1 if variant.is_ours else OPPONENT)
+            allowed = case.tolerance * (1 if variant.is_ours else case.opponents)
             checked = _check(case, row, variant, clock, allowed)
             if checked is None:
                 continue
@@ -201,6 +219,10 @@ def judge(case: Case, rows: Sequence[Row]) -> list[dict[str, object]]:
     for target in case.targets if ours.milliseconds else ():
         if target.milliseconds is not None:
             goal, best = f"at most {target.milliseconds:g} ms", None
+        elif target.gib is not None:
+            if ours.peak_bytes is None:
+                continue  # not CUDA
+            goal, best = f"at most {target.gib:g} GiB", None
         elif not target.kinds:
             goal, best = f"at most {target.ratio:g} x floor", None
         else:
@@ -224,6 +246,9 @@ def _reached(target: Target, row: Row, rival: Row | None) -> tuple[float, str, b
     """What a row reaches of a target, in words too, and whether that is enough."""
     if target.milliseconds is not None:
         return row.milliseconds, f"{row.milliseconds:.4g} ms", row.milliseconds <= target.milliseconds
+    if target.gib is not None:
+        gib = row.peak_bytes / GIB
+        return gib, f"{gib:.3g} GiB", gib <= target.gib
     if rival is None:
         return row.times_floor, f"{row.times_floor:.2f} x floor", row.times_floor <= target.ratio
     ratio = rival.milliseconds / row.milliseconds
@@ -247,17 +272,20 @@ def table(case: Case, rows: Sequence[Row], verdicts: Sequence[Mapping[str, objec
             f"  floor of the {algorithm}: {other:.4g} ms, of which metafast takes {ours / other:.1f} times"
         )
     width = max(len(row.variant) for row in rows)
+    peaks = any(row.peak_bytes is not None for row in rows)
     lines.append(
         f"  {'':{width}} {'median ms':>10} {'best ms':>10} {'x floor':>8} {'x metafast':>10} {'error':>8}"
+        + (f" {'peak GiB':>9}" if peaks else "")
     )
     for row in rows:
         if row.milliseconds is None:
             lines.append(f"  {row.variant:{width}}    skipped: {row.skipped}")
             continue
         times = "" if row.times_metafast is None else f"{row.times_metafast:.2f}"
+        memory = "" if row.peak_bytes is None else f" {row.peak_bytes / GIB:9.3g}"
         lines.append(
             f"  {row.variant:{width}} {row.milliseconds:10.4g} {row.best_milliseconds:10.4g} "
-            f"{row.times_floor:8.1f} {times:>10} {row.error:8.0e}"
+            f"{row.times_floor:8.1f} {times:>10} {row.error:8.0e}{memory}"
         )
     return "\n".join([*lines, *map(verdict_line, verdicts)])
 

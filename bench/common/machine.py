@@ -56,20 +56,23 @@ class Peak:
 
 
 def measure_peak(clock: Clock, quick: bool, exponentials: bool, fma: bool = False) -> Peak:
-    size = 1024 if quick else 4096
-    a, b = (torch.randn(size, size, device=clock.device) for _ in range(2))
-    product = min(clock(lambda: a @ b) for _ in range(5))
     # 1 GiB, larger than the cache. Reading and copying differ in speed; the faster makes the lower floor.
     source = torch.ones((GIB >> (3 if quick else 0)) // 4, device=clock.device)
     target = torch.empty_like(source)
     read = min(clock(source.sum) for _ in range(5))
     copy = min(clock(lambda: target.copy_(source)) for _ in range(5))
     return Peak(
-        2 * size**3 / product,
+        product_rate(clock, 1024 if quick else 4096),
         max(source.nbytes / read, 2 * source.nbytes / copy),
         _exponentials(clock) if exponentials else None,
         _fma(torch.get_num_threads()) if fma and clock.device.type == "cpu" else None,
     )
+
+
+def product_rate(clock: Clock, size: int) -> float:
+    """Operations per second of the library's product of float32 matrices, as torch's switches have it."""
+    a, b = (torch.randn(size, size, device=clock.device) for _ in range(2))
+    return 2 * size**3 / min(clock(lambda: a @ b) for _ in range(5))
 
 
 # For the instruction set that metafast's kernels take here, as cmake/family.cmake has them.

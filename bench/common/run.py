@@ -2,7 +2,7 @@
 
 What is measured comes in the order of its weight, and is written after every case. `--seconds` is shared over
 them; a run that is stopped, or whose time is up, leaves what it has. float32 is IEEE's for everyone: TF32 is
-off in torch and in JAX.
+off in torch and in JAX, except in the cases that say so.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Family:
     plan: Plan = field(default_factory=Plan)
     exponentials: bool = False  # the floors of its cases count some
     fma: bool = False  # the floors are of the FMA peak, not of the library's sgemm
+    weight: Callable[[str], float] = lambda name: 1  # of a case or study in the sharing of the time
     # What is measured beside the cases, for the report; rows with a "target" are judged by it.
     studies: Mapping[str, Study] = field(default_factory=dict)
 
@@ -109,7 +110,7 @@ def run(family: Family, options: argparse.Namespace, report: Report) -> list[str
     }
     parts |= {name: functools.partial(_study, name, study) for name, study in family.studies.items()}
     parts = {name: part for name, part in parts.items() if options.only in name}
-    budget = Budget(options.seconds, len(parts))
+    budget = Budget(options.seconds, [family.weight(name) for name in parts])
     clock, plan = Clock(options.device), QUICK if options.quick else family.plan
     peak = measure_peak(clock, options.quick, family.exponentials, family.fma)
     report.say(str(peak))

@@ -1,4 +1,7 @@
-"""`adapt` by the path that it chooses and by the other general one, beside what people write today."""
+"""`adapt` by the path that it chooses and by the other general one, beside what people write today.
+
+On a GPU the cases of five_shot.py come first.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import metafast
 from bench.common.cases import Case, Target, Variant
 from bench.common.in_jax import to_torch
+from bench.networks import five_shot
 from bench.networks.peers import by_hand, in_jax, libraries, pytorch
-from bench.networks.workloads import LEARNING_RATE, NETWORKS, Network, Problem
+from bench.networks.workloads import NETWORKS, Network, Problem, ours
 
 BEST = ("eager", "transforms", "library"), "the best of loop, torch.func and the libraries"
 COMPILED, COMPILING_S = "Conv4-64, T=4, K=1", 200  # the one case with torch.compile, which takes minutes
@@ -21,27 +24,9 @@ NOT_SLOWER = (Target(1 / 1.1, *BEST),)
 FUSED = Target(2, *BEST), Target(5, ("transforms",), "torch.func"), Target(1.5)
 
 
-def ours(problem: Problem, path: str | None, checkpoint_steps: bool = False) -> Callable[[], object]:
-    x, y, query_x, query_y = problem.data
-
-    def call() -> object:
-        adapted = metafast.adapt(
-            problem.module,
-            x,
-            y,
-            loss="cross_entropy",
-            lr=LEARNING_RATE,
-            steps=problem.steps,
-            path=path,
-            checkpoint_steps=checkpoint_steps,
-        )
-        loss = F.cross_entropy(adapted(query_x).flatten(0, 1), query_y.flatten())
-        return loss, *torch.autograd.grad(loss, problem.parameters)
-
-    return call
-
-
 def cases(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    if device.type == "cuda":
+        yield from five_shot.cases(device, quick)
     sizes = [(4, 1)] if quick else [(4, 1), (4, 5), (16, 1), (16, 5), (32, 1), (1, 1)]
     for tasks, steps in sizes:
         networks = NETWORKS[:2] if tasks == 16 else NETWORKS  # the fused ones

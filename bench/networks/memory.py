@@ -10,9 +10,8 @@ import torch
 
 from bench.common.cases import Skip
 from bench.common.memory import MemoryTable
-from bench.networks.cases import ours
 from bench.networks.peers import by_hand, in_jax, libraries, pytorch
-from bench.networks.workloads import NETWORKS, Problem
+from bench.networks.workloads import NETWORKS, Problem, ours
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import metafast
+
 WAYS, QUERIES, LEARNING_RATE = 5, 15, 0.01
 
 
@@ -102,9 +104,11 @@ EXAMPLES = (
 
 
 class Problem:
-    """T <= 32 episodes of 5 ways and one shot, and a network that adapts to each in K steps."""
+    """T <= 32 episodes of 5 ways, and a network that adapts to each in K steps."""
 
-    def __init__(self, network: Network, tasks: int, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, network: Network, tasks: int, steps: int, device: torch.device, shots: int = 1
+    ) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in EXAMPLES[:tasks]]
         torch.manual_seed(0)
         self.name, self.tasks, self.steps = f"{network.name}, T={tasks}, K={steps}", tasks, steps
@@ -114,7 +118,7 @@ class Problem:
             x = torch.stack([torch.randn(count, *network.shape, generator=g) for g in generators])
             return x.to(device), (torch.arange(count) % WAYS).expand(tasks, -1).contiguous().to(device)
 
-        self.data = (*examples(WAYS), *examples(WAYS * QUERIES))
+        self.data = (*examples(WAYS * shots), *examples(WAYS * QUERIES))
 
     @property
     def is_conv4(self) -> bool:
@@ -130,8 +134,34 @@ class Problem:
         other.data = tuple(x.double() if x.is_floating_point() else x for x in self.data)
         return other
 
+    def of_one_task(self) -> Problem:
+        """The first, as tensors of its own."""
+        other = copy.copy(self)
+        other.tasks, other.data = 1, tuple(x[:1].clone() for x in self.data)
+        return other
+
     def flops(self, call: Callable[[], object]) -> float:
         """The arithmetic of a call: what torch counts in its products and convolutions."""
         with FlopCounterMode(display=False) as counter:
             call()
         return float(counter.get_total_flops())
+
+
+def ours(problem: Problem, path: str | None = None, checkpoint_steps: bool = False) -> Callable[[], object]:
+    x, y, query_x, query_y = problem.data
+
+    def call() -> object:
+        adapted = metafast.adapt(
+            problem.module,
+            x,
+            y,
+            loss="cross_entropy",
+            lr=LEARNING_RATE,
+            steps=problem.steps,
+            path=path,
+            checkpoint_steps=checkpoint_steps,
+        )
+        loss = F.cross_entropy(adapted(query_x).flatten(0, 1), query_y.flatten())
+        return loss, *torch.autograd.grad(loss, problem.parameters)
+
+    return call

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.common.cuda_graph import graphed
 from bench.networks.workloads import LEARNING_RATE, Problem
 
 Result = tuple[Tensor, ...]  # the loss, and the gradients of the parameters
@@ -31,6 +32,33 @@ def loop(problem: Problem) -> Callable[[], Result]:
             losses.append(F.cross_entropy(torch.func.functional_call(module, theta, (query_x,)), query_y))
         loss = torch.stack(losses).mean()
         return loss, *torch.autograd.grad(loss, problem.parameters)
+
+    return call
+
+
+def loop_graphed(
+    problem: Problem, under: Callable[[Callable[[], object]], Callable[[], object]]
+) -> Callable[[], Result]:
+    """The loop, a task's steps and meta-gradient as one CUDA graph, replayed for each task.
+
+    `under` puts a call under the settings that it is captured in.
+    """
+    one = problem.of_one_task()
+    gradient = loop(one)
+    totals = [torch.zeros((), device=one.data[0].device), *map(torch.zeros_like, problem.parameters)]
+
+    def add() -> None:
+        loss, *grads = gradient()
+        torch._foreach_add_(totals, [loss.detach(), *grads], alpha=1 / problem.tasks)
+
+    replay = graphed(under(add), totals)
+
+    def call() -> Result:
+        torch._foreach_zero_(totals)
+        for task in zip(*(x.split(1) for x in problem.data), strict=True):
+            torch._foreach_copy_(one.data, task)
+            replay()
+        return tuple(totals)
 
     return call
 
