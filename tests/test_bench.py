@@ -179,8 +179,8 @@ def test_a_gpu_measures_five_shots_first_and_a_cpu_not_at_all() -> None:
     ]
     assert on_gpu == asked + on_cpu
     weights = [five_shot.weight(name) for name in on_gpu]
-    assert weights[:6] == [100, 30, 30, 10, 10, 10]
-    assert set(weights[6:]) == {1}
+    assert weights[:6] == [60, 25, 25, 15, 15, 15]
+    assert set(weights[6:]) == {0.3}
 
 
 def test_five_shots_in_three_precisions(tmp_path: Path) -> None:

@@ -63,13 +63,13 @@ PRECISIONS = (
     Precision("bfloat16", 0.7, (FORMER, MEMORY), autocast=True),
 )
 # The first has the reference to compute, and the plain loop to wait for.
-WEIGHTS = dict(zip((f"T=32, K=5, {SHOTS}-shot, {p.name}" for p in PRECISIONS), (100, 30, 30), strict=True))
+WEIGHTS = dict(zip((f"T=32, K=5, {SHOTS}-shot, {p.name}" for p in PRECISIONS), (60, 25, 25), strict=True))
 
 
 def weight(name: str) -> float:
     """Of a case or study of the family, where few seconds are shared."""
     of_name = (weight for end, weight in WEIGHTS.items() if name.endswith(end))
-    return next(of_name, 10 if f"{SHOTS}-shot" in name else 1)
+    return next(of_name, 15 if f"{SHOTS}-shot" in name else 0.3)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
