@@ -170,6 +170,27 @@ def test_a_forked_process_computes_on(threads: None) -> None:
     assert all(map(torch.equal, example(), expected))
 
 
+def test_torch_too_computes_on_in_a_forked_process() -> None:
+    """With kernels and around them, on the thread that is left."""
+    work = (
+        "import os, signal, torch, metafast\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(75, 400, 64).transpose(0, 1)\n"
+        "def results():\n"
+        "    leaf = x.detach().requires_grad_()\n"  # strides that are no kernel's
+        "    distances = metafast.pairwise_distance(leaf, leaf[:, :20])\n"
+        "    distances.square().sum().backward()\n"
+        "    return leaf.grad, x[:, 0].mm(x[:, 0].T)\n"
+        "metafast.pairwise_distance(x, x[:, :20])\n"
+        "if (child := os.fork()) == 0:\n"
+        "    signal.alarm(20)\n"  # should it wait for threads that only its parent has
+        "    results()\n"
+        "    os._exit(0)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.get_num_threads())"
+    )
+    assert run_python(work).split() == ["0", "2"]
+
+
 def test_as_many_threads_as_torch_says() -> None:
     """And where that falls, those beyond it rest."""
     work = (

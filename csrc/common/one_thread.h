@@ -4,8 +4,7 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 
-// Of MKL, where torch is built with it; else null.
-extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
+#include "common/mkl.h"
 
 namespace metafast {
 

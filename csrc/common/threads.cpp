@@ -11,6 +11,8 @@
 #include <optional>
 #include <thread>
 
+#include "common/mkl.h"
+
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
 #endif
@@ -25,9 +27,7 @@ constexpr std::chrono::milliseconds kBetweenLooks{100};
 
 std::atomic<void (*)()> g_look{nullptr};
 
-// What calls in the child of a fork would wait for are threads that only its parent has.
 std::atomic<bool> g_forked{false};
-[[maybe_unused]] const int g_at_fork = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
 
 thread_local bool t_in_share = false;
 thread_local bool t_is_helper = false;
@@ -183,7 +183,11 @@ class Team {
  public:
   bool helps() const { return !g_forked && (alone_until_ == kNever || Clock::now() >= alone_until_); }
 
+  // Whether this thread has one, which OpenMP keeps.
+  bool exists() const { return exists_; }
+
   void run(Job& job, int threads) {
+    exists_ = true;
     const Clock::time_point began = Clock::now();
     fork_and_join(job, threads);
     const Clock::time_point end = Clock::now();
@@ -202,6 +206,7 @@ class Team {
   static constexpr int kMostPatience = 32;
   Clock::time_point alone_until_ = kNever;
   int patience_ = 1;  // times as long as was lost
+  bool exists_ = false;
 
   NOT_SANITIZED static void fork_and_join(Job& job, int threads) {
     comes_before(job);
@@ -218,6 +223,15 @@ class Team {
 };
 
 thread_local Team t_team;
+
+// What calls in the child of a fork would wait for are threads that only its parent has. So would those of
+// torch, in kernels and beside them, if the thread that forked had a team: it gets no other.
+[[maybe_unused]] const int g_at_fork = pthread_atfork(nullptr, nullptr, [] {
+  g_forked = true;
+  if (!t_team.exists()) return;
+  omp_set_num_threads(1);
+  if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(1);
+});
 
 }  // namespace
 
