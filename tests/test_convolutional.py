@@ -171,19 +171,27 @@ def test_without_a_graph_the_same_bits(device: torch.device) -> None:
 
 
 def test_memory_that_goes_from_call_to_call_carries_nothing_over(device: torch.device) -> None:
-    """Maps of megabytes, whose borders are zeros, and whose memory another call has filled with NaN."""
+    """Maps of megabytes, whose borders are zeros where another call, of other sizes, has left NaN."""
     generator = torch.Generator().manual_seed(0)
-    network = [
-        ConvBlock(3, padding=1, norm=True, pool="max"),
-        ConvBlock(3, padding=1, norm=True),
-        ConvBlock(None),
-    ]
-    shapes = (16, 1, 3, 3), (16,), (16,), (16,), (16, 16, 3, 3), (16,), (16,), (16,), (5, 16), (5,)
+    block = ConvBlock(3, padding=1, norm=True, pool="max", pool_kernel=2, pool_stride=2)
+    network = [block, block, ConvBlock(3, padding=1, pool="average"), ConvBlock(None)]
+    shapes = (16, 1, 3, 3), (16,), (16,), (16,), (16, 16, 3, 3), (16,), (16,), (16,)
+    shapes += (16, 16, 3, 3), (16,), (5, 16), (5,)
     params = [torch.randn(shape, generator=generator).to(device) / 8 for shape in shapes]
-    x = torch.randn(1, 30, 1, 28, 28, generator=generator).to(device)
-    first = metafast.conv_forward(network, params, x)
-    metafast.conv_forward(network, params, torch.full_like(x, torch.nan))
-    assert metafast.conv_forward(network, params, x).equal(first)
+    params = [param.requires_grad_() for param in params]
+    x, other = (torch.randn(2, 30, 1, *size, generator=generator).to(device) for size in ((28, 28), (27, 30)))
+
+    def results(x: Tensor) -> list[Tensor]:
+        options = {"loss": "mse", "lr": 0.1, "steps": 2}
+        out = metafast.conv_forward(network, params, x)
+        theta, _ = metafast.conv_inner_sgd(network, params, x, torch.zeros_like(out), **options)
+        total = out.square().sum() + sum(p.square().sum() for p in theta)
+        return [out, *theta, *torch.autograd.grad(total, params)]
+
+    first = results(x)
+    results(torch.full_like(other, torch.nan))
+    assert all(map(torch.equal, results(x), first))
+    assert all(result.isfinite().all() for result in first)
 
 
 def test_nan_stays_in_its_task(device: torch.device) -> None:
