@@ -26,7 +26,8 @@ images. Where a window of max-pooling has several largest pixels the first in ro
 torch; a ReLU has slope 0 at 0.
 
 Memory: the parameters of T tasks after each of the K steps where a gradient is asked for, else of one step;
-and the maps of one step.
+and the maps of one step. On the CPU the process keeps up to 512 MiB of maps for later calls, which the
+system may take back.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device, a label or an option that does not fit,
 naming the argument. NaN in a task stays in its own results, and reaches gradients that all tasks share.
