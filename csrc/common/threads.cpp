@@ -224,8 +224,8 @@ class Team {
 
 thread_local Team t_team;
 
-// What calls in the child of a fork would wait for are threads that only its parent has. So would those of
-// torch, in kernels and beside them, if the thread that forked had a team: it gets no other.
+// Calls in the child of a fork would wait for threads that only its parent has. So would torch's operations,
+// within ops and beside them, if the thread that forked had a team, which OpenMP takes for alive.
 [[maybe_unused]] const int g_at_fork = pthread_atfork(nullptr, nullptr, [] {
   g_forked = true;
   if (!t_team.exists()) return;
