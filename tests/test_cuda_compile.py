@@ -1,4 +1,5 @@
-"""nvcc compiles every kernel, without torch and without a GPU, and no kernel spills or uses local memory.
+"""nvcc compiles every kernel, without torch and without a GPU, and no kernel spills or uses local memory; and
+the C++ around them compiles as it does beside a torch with CUDA.
 
 The hot loops of kernels whose operands lie in shared memory load them as such; bench/sass.py says why that
 matters.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sysconfig
 from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 from background import Job, each, run
+from torch.utils.cpp_extension import include_paths
 
 from bench import sass
 
@@ -134,3 +137,27 @@ def test_hot_loops_know_that_their_operands_are_shared(
         assert any(loop.count("LDS") > 0 for _, loop in loops), f"no such loop in any {name}...>"
         generic = [f"{kernel}: {loop.memory()}" for kernel, loop in loops if loop.count("LD", "ST") > 0]
         assert not generic, "\n".join(generic)
+
+
+HOST = sorted((ROOT / "csrc").rglob("*op.cpp"))
+
+
+def _check_host(source: Path) -> CompletedProcess[str]:
+    """As a build with CUDA sees it. Torch without CUDA has all the headers that this takes but one."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    with TemporaryDirectory() as folder:
+        missing = Path(folder) / "c10/cuda/impl/cuda_cmake_macros.h"
+        missing.parent.mkdir(parents=True)
+        missing.touch()
+        system = [*include_paths(), sysconfig.get_path("include"), folder]
+        flags = ["-std=c++20", "-Xcompiler=-fsyntax-only,-fopenmp,-Wall,-Wextra,-Werror"]
+        flags += ["-DMETAFAST_WITH_CUDA", "-DMETAFAST_NAMESPACE=metafast", f"-I{ROOT / 'csrc'}"]
+        flags += [f"-isystem={path}" for path in system]
+        return run([nvcc, *flags, "-c", str(source), "-o", str(Path(folder) / "none.o")])
+
+
+@each({str(path.relative_to(ROOT)): Job(partial(_check_host, path), minutes=0.3) for path in HOST})
+def test_the_ops_compile_with_cuda(job: Job[CompletedProcess[str]]) -> None:
+    assert job.result().returncode == 0, job.result().stderr

@@ -34,7 +34,11 @@ void run_kernel(const Params& params, [[maybe_unused]] const at::Tensor& like) {
     return launch_cuda(params, c10::cuda::getCurrentCUDAStream().stream());
   }
 #endif
-  run_on_cpu(params);
+  if constexpr (requires { params.items(); }) {
+    run_on_cpu(params);
+  } else {
+    TORCH_INTERNAL_ASSERT(false, "a kernel that only a GPU has");
+  }
 #endif
 }
 
