@@ -211,8 +211,8 @@ def test_the_loop_in_a_graph_is_the_loop(
     under = functools.partial(precision.under, torch.device("cpu"))
     expected = under(pytorch.loop(problem))()
     in_a_graph = pytorch.loop_graphed(problem, under)
-    # The loop's tasks share a copy of the weights in bfloat16, and add up their gradients in that: of 8 bits, in
-    # an order that the number of threads changes. A step more or less, or its first order alone, is 0.3 and more.
+    # The loop's tasks share a copy of the weights in bfloat16, and add up their gradients in its 8 bits, in
+    # an order that the number of threads changes. A step more or less, or first order alone, is 0.3 and more.
     allowed = 0.1 if precision.autocast else 1e-5
     for _ in range(2):  # the same again
         assert wrong_by(in_a_graph(), [right.double() for right in expected]) < allowed
