@@ -84,7 +84,7 @@ void pause() {
 class alignas(kLine) Job {
  public:
   Job(int64_t shares, int64_t threads, const Work& work, Watch* watch)
-      : threads_(threads), work_(work), watch_(watch), ranges_(new Range[threads]) {
+      : shares_(shares), threads_(threads), work_(work), watch_(watch), ranges_(new Range[threads]) {
     for (int64_t t = 0; t < threads; ++t) {
       ranges_[t].next = shares * t / threads;
       ranges_[t].end = shares * (t + 1) / threads;
@@ -116,7 +116,9 @@ class alignas(kLine) Job {
   }
 
   // When no thread is within.
-  Clock::duration worked() const { return Clock::duration(worked_); }
+  // About how long the caller would have taken alone, from the shares that it did. Not from the time that all
+  // were at work: a helper that the system takes off its core amid a share is not at work.
+  Clock::duration alone() const { return took_ * shares_ / std::max<int64_t>(did_, 1); }
   void rethrow() const {
     if (failed_) std::rethrow_exception(error_);
   }
@@ -132,6 +134,7 @@ class alignas(kLine) Job {
   void run(int64_t thread) noexcept {
     const Set<Watch*> watched(t_watch, watch_);
     const Clock::time_point began = Clock::now();
+    int64_t did = 0;
     for (int64_t i = 0; i < threads_; ++i) {
       Range& range = ranges_[(thread + i) % threads_];
       while (range.next.load(std::memory_order_relaxed) < range.end && !failed_) {
@@ -141,10 +144,13 @@ class alignas(kLine) Job {
             heed_interrupts();
             work_(share);
           });
+          ++did;
         }
       }
     }
-    worked_ += (Clock::now() - began).count();
+    if (thread > 0) return;
+    did_ = did;
+    took_ = Clock::now() - began;
   }
 
   template <class F>
@@ -157,12 +163,13 @@ class alignas(kLine) Job {
     }
   }
 
-  const int64_t threads_;
+  const int64_t shares_, threads_;
   const Work& work_;
   Watch* const watch_;  // null in a call that does not take long
   const std::unique_ptr<Range[]> ranges_;
-  std::atomic<int64_t> busy_{0};                 // helpers that are within
-  std::atomic<Clock::duration::rep> worked_{0};  // by all threads together
+  std::atomic<int64_t> busy_{0};  // helpers that are within
+  int64_t did_ = 0;               // shares of the caller
+  Clock::duration took_{};        // for those
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
 };
@@ -191,13 +198,13 @@ class Team {
     const Clock::time_point began = Clock::now();
     fork_and_join(job, threads);
     const Clock::time_point end = Clock::now();
-    const Clock::duration lost = end - began - job.worked();  // beside one thread
+    const Clock::duration lost = end - began - job.alone();
     if (lost > Clock::duration::zero()) {
       alone_until_ = end + patience_ * lost;
       patience_ = std::min(2 * patience_, kMostPatience);
     } else {
       alone_until_ = kNever;
-      patience_ = std::max(patience_ / 2, 1);
+      patience_ = std::max(patience_ - 1, 1);
     }
   }
 
