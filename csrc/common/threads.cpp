@@ -115,7 +115,8 @@ class alignas(kLine) Job {
     --busy_;
   }
 
-  // When no thread is within.
+  // When no thread is within, these two.
+  //
   // About how long the caller would have taken alone, from the shares that it did. Not from the time that all
   // were at work: a helper that the system takes off its core amid a share is not at work.
   Clock::duration alone() const { return took_ * shares_ / std::max<int64_t>(did_, 1); }
